@@ -1,0 +1,49 @@
+"""The error tree: every failure a user can cause or meet, with its exit code and the next thing to type."""
+
+from __future__ import annotations
+
+
+class LowvramError(Exception):
+    """What went wrong, with its numbers, and in `remedy` the next thing to type.
+
+    Only the command line catches it: prints both lines, exits with `exit_code`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class ConfigError(LowvramError):
+    """A flag, a plan, a model or a folder that cannot be used as given."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(LowvramError):
+    """GPU memory, host memory or disk is too small for what was asked."""
+
+    exit_code = 3
+
+
+class OutOfMemoryError(LowvramError):
+    """The device ran out of memory while training."""
+
+    exit_code = 4
+
+
+class DataError(LowvramError):
+    """Bad training data; the message starts with FILE:LINE."""
+
+    exit_code = 5
+
+
+class StoppedError(LowvramError):
+    """SIGINT or SIGTERM: the step was finished and saved; exit code 128 + signal."""
+
+    def __init__(self, message: str, remedy: str, signal_number: int) -> None:
+        super().__init__(message, remedy)
+        self.exit_code = 128 + signal_number
