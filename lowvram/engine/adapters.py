@@ -1,0 +1,120 @@
+"""LoRA adapters through peft, computed in the activations' dtype from float32 master weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from torch import nn
+
+from lowvram.engine.config import StepConfig
+from lowvram.engine.model import linear_names
+from lowvram.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAMED_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention-qv": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+
+
+def compute_dtype_lora(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:  # [.., in] -> [.., out]
+    """y = base(x) + scaling * B(A(dropout(x))) with A and B cast to x's dtype.
+
+    peft casts the activations up to the adapter's float32 instead: a copy of 4 bytes an element of every
+    layer's input, kept for backward. Casting the weights costs r*(in+out)*2 bytes, about 1 MB a layer.
+    """
+    result: torch.Tensor = layer.base_layer(x)
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        a = layer.lora_A[name].weight.to(x.dtype)  # [r, in]
+        b = layer.lora_B[name].weight.to(x.dtype)  # [out, r]
+        hidden = F.linear(layer.lora_dropout[name](x), a)  # [.., r]
+        result = torch.add(result, F.linear(hidden, b), alpha=layer.scaling[name])
+    return result
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    """No merged weights, switched-off adapters, DoRA or the like: the formula above holds."""
+    return not (layer.merged or layer.disable_adapters or layer.lora_variant)
+
+
+class LoraLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # peft ships no types
+    """peft's LoRA layer over an NF4 linear layer."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_plain(self) and not args and not kwargs:
+            return compute_dtype_lora(self, x)
+        result: torch.Tensor = super().forward(x, *args, **kwargs)
+        return result
+
+
+class LoraLinear(PeftLinear):  # type: ignore[misc]  # peft ships no types
+    """peft's LoRA layer over a 16- or 32-bit linear layer."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_plain(self) and not args and not kwargs:
+            return compute_dtype_lora(self, x)
+        result: torch.Tensor = super().forward(x, *args, **kwargs)
+        return result
+
+
+def resolve_targets(model: nn.Module, wish: str | Sequence[str]) -> tuple[str, ...]:
+    """Module names for `all-linear`, `attention`, `attention-qv` (`qv`) or an explicit list.
+
+    Raises:
+        ConfigError: a name is no linear layer of this model.
+    """
+    available = linear_names(model)
+    if wish == "all-linear":
+        return tuple(available)
+    names = NAMED_TARGETS.get("attention-qv" if wish == "qv" else str(wish))
+    if names is None:
+        names = tuple(n.strip() for n in wish.split(",")) if isinstance(wish, str) else tuple(wish)
+    missing = [n for n in names if n not in available]
+    if missing:
+        raise ConfigError(
+            f"This model has no linear layer called {', '.join(missing)}; it has {', '.join(available)}.",
+            "Use --targets all-linear, or names from that list.",
+        )
+    return tuple(names)
+
+
+def lora_config(step: StepConfig) -> LoraConfig:
+    """The plan's adapter as peft's own configuration."""
+    return LoraConfig(
+        task_type=step.task_type,
+        r=step.rank,
+        lora_alpha=step.alpha,
+        lora_dropout=step.dropout,
+        bias=step.bias,
+        use_rslora=step.use_rslora,
+        target_modules=list(step.target_modules),
+        inference_mode=False,
+    )
+
+
+def add_adapters(model: PreTrainedModel, step: StepConfig) -> PeftModel:
+    """Wrap `model` with trainable LoRA layers in float32; everything else is frozen."""
+    import bitsandbytes as bnb
+
+    config = lora_config(step)
+    config._register_custom_module({bnb.nn.Linear4bit: LoraLinear4bit, nn.Linear: LoraLinear})
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if step.levers.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return peft_model
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of everything that trains."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,37 @@
+"""Causal attention without a mask tensor, through transformers' public attention interface.
+
+Right-padded causal batches need no mask: a real token never sees the padding behind it, and padding is not
+trained. transformers would still look into the mask's values (which fake tensors do not have) and may build
+a [T, T] mask; with this interface a mask exists only where a sliding window needs one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+CAUSAL_ATTENTION = "lowvram_causal"
+
+
+def _mask_for_window_only(
+    *, q_length: int, kv_length: int, local_size: int | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """None (the kernel's own causal mask) unless the window is shorter than the sequence; else [B, 1, T, T]."""
+    if local_size is None or kv_length <= local_size:
+        return None
+    kwargs.update(attention_mask=None, allow_is_causal_skip=False)
+    mask: torch.Tensor | None = sdpa_mask(
+        q_length=q_length, kv_length=kv_length, local_size=local_size, **kwargs
+    )
+    return mask
+
+
+def register() -> str:
+    """Make the interface known to transformers; returns its name for `attn_implementation`."""
+    AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
+    AttentionMaskInterface.register(CAUSAL_ATTENTION, _mask_for_window_only)
+    return CAUSAL_ATTENTION

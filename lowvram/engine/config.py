@@ -1,0 +1,51 @@
+"""StepConfig: everything that decides what one training step computes and what memory it takes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lowvram.frozen import Frozen
+
+BasePrecision = Literal["nf4", "bf16", "fp16", "fp32"]
+ComputeDtype = Literal["bf16", "fp16", "fp32"]
+OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+
+
+class Levers(Frozen):
+    """Switches that trade time for memory; each one is visible to the memory trace."""
+
+    double_quantization: bool = Field(True, description="quantise NF4's block scales as well (0.37 bit/weight)")
+    gradient_checkpointing: bool = Field(True, description="keep one activation a layer, recompute the rest")
+    loss_chunk_tokens: int = Field(
+        1024, ge=16, description="trained tokens whose logits exist at one time; the full logits never do"
+    )
+    embedding_on_host: bool = Field(False, description="token embedding in host RAM; only the rows needed travel")
+
+
+class StepConfig(Frozen):
+    """One optimizer step: precision, adapter, shapes, optimizer and levers."""
+
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    base_precision: BasePrecision = "nf4"
+    compute_dtype: ComputeDtype = "bf16"
+    rank: int = Field(8, ge=1, description="LoRA rank r")
+    alpha: float = Field(16, gt=0, description="LoRA alpha; the update is scaled by alpha/r, or alpha/sqrt(r)")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
+    bias: Literal["none"] = Field("none", description="which bias vectors train")
+    use_rslora: bool = Field(False, description="scale by alpha/sqrt(r) (arXiv 2312.03732)")
+    target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
+    init: Literal["default"] = Field("default", description="adapter initialisation: A random, B zero")
+    seq_len: int = Field(1024, ge=8, description="longest sequence, tokens")
+    micro_batch: int = Field(1, ge=1, description="sequences in one forward pass")
+    accumulation: int = Field(8, ge=1, description="forward passes in one optimizer step")
+    optimizer: OptimizerName = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    levers: Levers = Levers()
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied with."""
+        return float(self.alpha / (self.rank**0.5 if self.use_rslora else self.rank))

@@ -1,0 +1,142 @@
+"""The base model: its structure without weights (for the trace) and with weights (for training)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lowvram.engine.attention import register
+from lowvram.engine.config import BasePrecision, StepConfig
+from lowvram.engine.source import ModelSource
+from lowvram.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NF4_BLOCK = 64  # weights that share one scale; bitsandbytes' default, the QLoRA paper's choice
+NESTED_BLOCK = 256  # scales that share one second-level scale under double quantisation
+
+
+def storage_dtype(base_precision: BasePrecision, compute_dtype: str) -> torch.dtype:
+    """The dtype of what is not quantised: norms, embedding, head, and all weights of a 16-bit base."""
+    return DTYPES[compute_dtype if base_precision == "nf4" else base_precision]
+
+
+def skeleton(config: PretrainedConfig, step: StepConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model on the meta device with NF4 linears in place: every shape and dtype, not a byte of weights.
+
+    Raises:
+        ConfigError: transformers has no causal language model for this config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config,
+                dtype=storage_dtype(step.base_precision, step.compute_dtype),
+                attn_implementation=register(),
+                trust_remote_code=trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"lowvram cannot build a causal language model of type '{config.model_type}': {error}",
+            "Use a decoder-only model with scaled-dot-product attention, such as Llama, Qwen2 or Mistral.",
+        ) from error
+    if step.base_precision == "nf4":
+        _replace_linears(model, step)
+    return model
+
+
+def unquantized_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers that stay in 16 bits under NF4: the output head."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last name parts of all linear layers but the head, in order of appearance: q_proj, k_proj, ..."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = (n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+
+
+def _replace_linears(model: PreTrainedModel, step: StepConfig) -> None:
+    """Every linear layer but the head becomes bitsandbytes' Linear4bit, as transformers does when loading."""
+    import bitsandbytes as bnb
+
+    keep = set(unquantized_modules(model))
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or name in keep:
+            continue
+        new = bnb.nn.Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=DTYPES[step.compute_dtype],
+            compress_statistics=step.levers.double_quantization,
+            quant_type="nf4",
+            device="meta",
+        )
+        if module.bias is not None:
+            new.bias = nn.Parameter(module.bias.data, requires_grad=False)
+        model.set_submodule(name, new)
+    # peft reads these two marks, which transformers sets when it loads in 4 bits
+    model.is_loaded_in_4bit = True
+    model.is_quantized = True
+
+
+def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
+    """The model with its weights, quantised while loading, on `device`.
+
+    Raises:
+        ConfigError: weights are missing, pickled or do not match the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source.require_weights()
+    kwargs: dict[str, Any] = {
+        "dtype": storage_dtype(step.base_precision, step.compute_dtype),
+        "device_map": {"": device},
+        "attn_implementation": register(),
+        "trust_remote_code": source.trust_remote_code,
+        "use_safetensors": True,
+    }
+    if step.base_precision == "nf4":
+        kwargs["quantization_config"] = _nf4_config(source, step)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The weights of '{source.name}' could not be loaded: {str(error).splitlines()[0]}",
+            "Check that the folder or repository holds complete *.safetensors files.",
+        ) from error
+    model.config.use_cache = False
+    _keep_nf4_layout(model)
+    return model
+
+
+def _nf4_config(source: ModelSource, step: StepConfig) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=step.levers.double_quantization,
+        bnb_4bit_compute_dtype=DTYPES[step.compute_dtype],
+        llm_int8_skip_modules=unquantized_modules(skeleton(source.config, step)),
+    )
+
+
+def _keep_nf4_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking weights on an evaluation pass.
+
+    On a CPU with AVX512-BF16 its Linear4bit converts the weights in place to an inference-only layout the
+    first time it runs outside training; the next backward would read them wrongly.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False

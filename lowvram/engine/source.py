@@ -1,0 +1,187 @@
+"""ModelSource: where a model's files are and what they say, without loading a weight."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowvram.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit for its JSON header
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model by folder or hub id. Remote code is run only when `trust_remote_code` was asked for."""
+
+    name: str
+    trust_remote_code: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.name).is_dir()
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's config.json.
+
+        Raises:
+            ConfigError: no such model, no config.json in it, or an unknown architecture.
+        """
+        from transformers import AutoConfig
+
+        self._refuse_bad_folder()
+        try:
+            return AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(_why_not(self.name, error), _remedy(self.name, error)) from error
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"'{self.name}' has no tokenizer that transformers can load: {_first_line(error)}",
+                "Copy tokenizer.json and tokenizer_config.json into the model's folder.",
+            ) from error
+
+    def weight_bytes(self) -> int | None:
+        """Bytes of the safetensors files, None when that cannot be known without a download."""
+        if self.is_local:
+            files = list(Path(self.name).glob("*.safetensors"))
+            return sum(f.stat().st_size for f in files) if files else None
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        try:
+            info = HfApi().model_info(self.name, files_metadata=True, timeout=10)
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+            return None
+        sizes = [s.size or 0 for s in info.siblings or [] if s.rfilename.endswith(".safetensors")]
+        return sum(sizes) or None
+
+    def require_weights(self) -> None:
+        """Refuse a local folder whose safetensors are absent, truncated or pickled, before anything is loaded.
+
+        Raises:
+            ConfigError: names the file.
+        """
+        if not self.is_local:
+            return
+        folder = Path(self.name)
+        files = list(local_shards(folder))
+        if not files:
+            pickled = sorted(p.name for p in folder.glob("*.bin"))
+            detail = f" (only pickled weights: {pickled[0]})" if pickled else ""
+            raise ConfigError(
+                f"'{folder}' has no *.safetensors file{detail}.",
+                "Point --model at a folder with safetensors weights; lowvram never unpickles a model.",
+            )
+        for file in files:
+            read_safetensors_header(file)
+
+    def _refuse_bad_folder(self) -> None:
+        path = Path(self.name).expanduser()
+        if path.is_file():
+            raise ConfigError(
+                f"--model '{self.name}' is a file, not a model folder or hub id.",
+                "Give the folder that holds config.json.",
+            )
+        looks_local = path.is_absolute() or self.name.startswith((".", "~")) or self.name.count("/") > 1
+        if not path.exists() and looks_local:
+            raise ConfigError(
+                f"There is no folder '{self.name}'.",
+                "Check the path, or give a hub id such as Qwen/Qwen2-7B.",
+            )
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ConfigError(
+                f"The folder '{self.name}' has no config.json.",
+                "Give the folder that from_pretrained would load (config.json, tokenizer, *.safetensors).",
+            )
+
+
+def local_shards(folder: Path) -> Iterator[Path]:
+    """The safetensors files of a model folder, as its index lists them.
+
+    Raises:
+        ConfigError: the index is unreadable, leaves the folder, or names a file that is not there.
+    """
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        yield from sorted(folder.glob("*.safetensors"))
+        return
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"'{index}' is not a safetensors index.", "Download the file again.") from error
+    for name in names:
+        file = folder / name
+        if Path(name).name != name:
+            raise ConfigError(f"'{index}' points outside its folder: {name}", "Do not use this model.")
+        if not file.is_file():
+            raise ConfigError(f"'{index}' lists {name}, which is missing.", f"Download {name} again.")
+        yield file
+
+
+def read_safetensors_header(file: Path) -> dict[str, Any]:
+    """Tensor name -> {dtype, shape, data_offsets} of one file, read without its data.
+
+    Raises:
+        ConfigError: not a safetensors file, or shorter than its header says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        prefix = handle.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_BYTES + 1
+        if header_bytes > min(_MAX_HEADER_BYTES, size):
+            raise ConfigError(f"'{file}' is not a safetensors file.", "Download it again.")
+        try:
+            header: dict[str, Any] = json.loads(handle.read(header_bytes))
+        except ValueError as error:
+            raise ConfigError(f"'{file}' has a broken safetensors header.", "Download it again.") from error
+    header.pop("__metadata__", None)
+    end = 8 + header_bytes + max((t["data_offsets"][1] for t in header.values()), default=0)
+    if size < end:
+        raise ConfigError(
+            f"'{file}' is cut off: {size:,} of {end:,} bytes are there.", "Download it again (or resume)."
+        )
+    return header
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _why_not(name: str, error: BaseException) -> str:
+    if Path(name).is_dir():
+        return f"transformers cannot read '{name}/config.json': {_first_line(error)}"
+    return f"Model '{name}' was not found here or on the hub: {_first_line(error)}"
+
+
+def _remedy(name: str, error: BaseException) -> str:
+    text = str(error)
+    if "trust_remote_code" in text or "custom code" in text:
+        return "This model brings its own code: add --trust-remote-code if you trust its author."
+    if "gated" in text or "401" in text or "403" in text:
+        return f"Ask for access at huggingface.co/{name}, then run: hf auth login"
+    if Path(name).is_dir():
+        return "Update transformers (pip install -U transformers) or repair config.json."
+    return "Check the spelling (owner/name), your connection, or give a local folder."

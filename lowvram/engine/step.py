@@ -1,0 +1,114 @@
+"""The step: the one function that is trained, traced for memory and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from lowvram.engine.adapters import trainable
+from lowvram.engine.config import StepConfig
+from lowvram.engine.loss import logits_function, summed_cross_entropy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, right-padded; padding is told by position, never by token id."""
+
+    input_ids: torch.Tensor  # [B, T] int64
+    positions: torch.Tensor  # [N] int64 into the flattened B*T: predicts a trained token
+    targets: torch.Tensor  # [N] int64: the token that follows each position
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.targets.shape[0])
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets)))
+
+
+class SummedLoss(nn.Module):
+    """A peft model as a function from a micro-batch to the summed loss of its trained tokens."""
+
+    def __init__(self, model: PeftModel, step: StepConfig) -> None:
+        super().__init__()
+        self.model = model
+        base = model.get_base_model()
+        self._decoder = [base.get_decoder()]  # in lists: not registered a second time
+        self._logits_of = [logits_function(base.get_output_embeddings(), base.config)]
+        self._chunk_tokens = step.levers.loss_chunk_tokens
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:  # [B, T], [N], [N] -> []
+        mask = torch.ones_like(input_ids)  # a given mask keeps transformers from looking for packed rows
+        output = self._decoder[0](input_ids=input_ids, attention_mask=mask, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)  # [N, H]
+        return summed_cross_entropy(hidden, targets, self._logits_of[0], self._chunk_tokens)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: torch.Tensor  # [] mean over the step's trained tokens
+    grad_norm: torch.Tensor  # [] before clipping
+    trained_tokens: int
+
+
+Backward = Callable[[torch.Tensor], None]
+Clip = Callable[[Iterable[nn.Parameter], float], torch.Tensor]
+
+
+def train_step(
+    loss_of: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    *,
+    max_grad_norm: float,
+    backward: Backward = torch.Tensor.backward,
+    clip: Clip = nn.utils.clip_grad_norm_,
+    unsynced: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> StepResult:
+    """Forward and backward over all micro-batches, clip, update.
+
+    Each token weighs the same however it is split into micro-batches: the summed losses are divided by the
+    whole step's trained tokens (the fault of transformers before PR 34198 was to average averages).
+
+    Args:
+        batches: the step's micro-batches, on the model's device.
+        backward, clip: accelerate's versions while training.
+        unsynced: context of all micro-batches but the last, under DDP `no_sync`.
+    """
+    tokens = sum(batch.trained_tokens for batch in batches)
+    total: torch.Tensor | None = None
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with nullcontext() if last else unsynced():
+            loss = loss_of(batch.input_ids, batch.positions, batch.targets) / tokens
+            backward(loss)
+        total = loss.detach() if total is None else total + loss.detach()
+        del loss
+    assert total is not None, "a step needs at least one micro-batch"
+    grad_norm = clip(trainable(loss_of).values(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(total, torch.as_tensor(grad_norm), tokens)
+
+
+@torch.no_grad()
+def evaluate(loss_of: nn.Module, batches: Iterable[Batch], device: torch.device | str) -> float:
+    """Mean loss per trained token, through the same chunked loss, without dropout."""
+    was_training = loss_of.training
+    loss_of.eval()
+    total, tokens = 0.0, 0
+    for batch in batches:
+        batch = batch.to(device)
+        total += float(loss_of(batch.input_ids, batch.positions, batch.targets))
+        tokens += batch.trained_tokens
+    loss_of.train(was_training)
+    return total / max(tokens, 1)

@@ -1,0 +1,115 @@
+"""Replays allocations through the rules of torch's CUDA caching allocator: what stays reserved."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lowvram.units import MiB
+
+ROUNDING = 512
+SMALL_LIMIT = 1 * MiB  # requests up to here come from small segments
+SMALL_SEGMENT = 2 * MiB
+MIDDLE_LIMIT = 10 * MiB  # larger requests get a segment of their own
+MIDDLE_SEGMENT = 20 * MiB
+LARGE_ROUNDING = 2 * MiB
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    size: int
+    order: int  # ties break by age, so that a replay is deterministic
+    small: bool
+    before: _Block | None = None  # neighbours within one segment
+    after: _Block | None = None
+    free: bool = False
+
+
+class CachingAllocator:
+    """Best fit within two pools; free neighbours merge; segments are never given back.
+
+    The rules are those of c10/cuda/CUDACachingAllocator.cpp without expandable segments, which reserve no
+    more than this.
+    """
+
+    def __init__(self) -> None:
+        self.reserved_bytes = 0
+        self.peak_reserved_bytes = 0
+        self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
+        self._count = 0
+
+    def allocate(self, n_bytes: int) -> _Block:
+        size = max(ROUNDING, -(-n_bytes // ROUNDING) * ROUNDING)
+        small = size <= SMALL_LIMIT
+        block = self._take(size, small) or self._new_segment(size, small)
+        self._split(block, size)
+        block.free = False
+        return block
+
+    def release(self, block: _Block) -> None:
+        block.free = True
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and neighbour.free:
+                self._remove(neighbour)
+                block = _merge(neighbour, block) if neighbour is block.before else _merge(block, neighbour)
+        self._insert(block)
+
+    def _take(self, size: int, small: bool) -> _Block | None:
+        pool = self._free[small]
+        at = bisect_left(pool, (size, -1))
+        return pool.pop(at)[2] if at < len(pool) else None
+
+    def _new_segment(self, size: int, small: bool) -> _Block:
+        if small:
+            segment = SMALL_SEGMENT
+        elif size < MIDDLE_LIMIT:
+            segment = MIDDLE_SEGMENT
+        else:
+            segment = -(-size // LARGE_ROUNDING) * LARGE_ROUNDING
+        self.reserved_bytes += segment
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        return self._block(segment, small)
+
+    def _split(self, block: _Block, size: int) -> None:
+        rest = block.size - size
+        if rest < ROUNDING or (not block.small and rest <= SMALL_LIMIT):
+            return
+        tail = self._block(rest, block.small)
+        tail.before, tail.after, tail.free = block, block.after, True
+        if block.after is not None:
+            block.after.before = tail
+        block.after, block.size = tail, size
+        self._insert(tail)
+
+    def _block(self, size: int, small: bool) -> _Block:
+        self._count += 1
+        return _Block(size, self._count, small)
+
+    def _insert(self, block: _Block) -> None:
+        insort(self._free[block.small], (block.size, block.order, block))
+
+    def _remove(self, block: _Block) -> None:
+        pool = self._free[block.small]
+        pool.pop(bisect_left(pool, (block.size, block.order)))
+
+
+def _merge(left: _Block, right: _Block) -> _Block:
+    left.size += right.size
+    left.after = right.after
+    if right.after is not None:
+        right.after.before = left
+    left.free = True
+    return left
+
+
+def replay_reserved(events: Iterable[int], sizes: list[int]) -> int:
+    """Peak reserved bytes of a trace's events (+i allocates sizes[i-1], -i frees it)."""
+    allocator = CachingAllocator()
+    blocks: dict[int, _Block] = {}
+    for event in events:
+        if event > 0:
+            blocks[event] = allocator.allocate(sizes[event - 1])
+        else:
+            allocator.release(blocks.pop(-event))
+    return allocator.peak_reserved_bytes

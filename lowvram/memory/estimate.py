@@ -1,0 +1,110 @@
+"""MemoryEstimate: the predicted peak of a step, by component, with the moment at which it happens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from lowvram.engine.config import StepConfig
+from lowvram.frozen import Frozen
+from lowvram.memory.allocator import replay_reserved
+from lowvram.memory.kernels import Backend, cublas_bytes
+from lowvram.memory.run import trace_step
+from lowvram.memory.trace import Allocation, Trace
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Component = Literal[
+    "base_weights",
+    "embeddings",
+    "head",
+    "adapters",
+    "gradients",
+    "optimizer_state",
+    "saved_activations",
+    "recompute_working_set",
+    "logits",
+    "workspaces",
+]
+COMPONENTS: tuple[Component, ...] = Component.__args__  # type: ignore[attr-defined]
+
+
+class MemoryEstimate(Frozen):
+    """Predicted device memory of one step, before any margin."""
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    peak_moment: str
+    components_bytes: dict[str, int]  # sums to peak_allocated_bytes
+    workspace_bytes: int  # cuBLAS, part of components_bytes["workspaces"]
+    n_operators: int
+
+
+def estimate(
+    config: PretrainedConfig,
+    step: StepConfig,
+    backend: Backend = "cuda",
+    capability: tuple[int, int] | None = None,
+) -> MemoryEstimate:
+    """Trace the whole step and replay it through the allocator.
+
+    Args:
+        config: the model's config; weights are not needed.
+        step: what is trained.
+        backend: whose hidden kernel buffers and allocator to count.
+        capability: the GPU's, for the size of cuBLAS's workspaces.
+    """
+    trace = trace_step(config, step, backend)
+    workspace = cublas_bytes(capability) if backend == "cuda" else 0
+    peak_bytes, at = peak_of(trace)
+    components = _components_at(trace, at)
+    components["workspaces"] = components.get("workspaces", 0) + workspace
+    reserved = peak_bytes
+    if backend == "cuda":
+        reserved = replay_reserved(trace.events, [a.n_bytes for a in trace.allocations])
+    return MemoryEstimate(
+        peak_allocated_bytes=peak_bytes + workspace,
+        peak_reserved_bytes=reserved + workspace,
+        peak_moment=_moment(trace, at),
+        components_bytes={c: components[c] for c in COMPONENTS if components.get(c)},
+        workspace_bytes=workspace,
+        n_operators=len(trace.events),
+    )
+
+
+def peak_of(trace: Trace) -> tuple[int, int]:
+    """Most bytes alive at one time, and the index of the event that reached it."""
+    live = peak = at = 0
+    for index, event in enumerate(trace.events):
+        allocation = trace.allocations[abs(event) - 1]
+        live += allocation.n_bytes if event > 0 else -allocation.n_bytes
+        if live > peak:
+            peak, at = live, index
+    return peak, at
+
+
+def component_of(allocation: Allocation, trace: Trace) -> str:
+    """Forward tensors that outlive the start of a backward are saved activations; the rest is working set."""
+    if allocation.component is not None:
+        return allocation.component
+    if allocation.phase in ("forward", "load"):
+        died = len(trace.events) if allocation.died is None else allocation.died
+        if any(allocation.born < start <= died for start in trace.backward_starts):
+            return "saved_activations"
+    return "recompute_working_set"
+
+
+def _components_at(trace: Trace, at: int) -> dict[str, int]:
+    components: dict[str, int] = {}
+    for allocation in trace.allocations:
+        if allocation.born <= at and (allocation.died is None or allocation.died > at):
+            name = component_of(allocation, trace)
+            components[name] = components.get(name, 0) + allocation.n_bytes
+    return components
+
+
+def _moment(trace: Trace, at: int) -> str:
+    last = trace.allocations[abs(trace.events[at]) - 1]
+    module = last.module.replace("model.base_model.model.", "").removeprefix("base_model.model.")
+    op = last.op.removesuffix(".default")
+    return f"{last.phase}, {module or 'start'}, {op}"
