@@ -11,24 +11,9 @@ from peft import PeftModel
 from torch import nn
 
 from lowvram.engine.adapters import trainable
+from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
 from lowvram.engine.loss import logits_function, summed_cross_entropy
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch, right-padded; padding is told by position, never by token id."""
-
-    input_ids: torch.Tensor  # [B, T] int64
-    positions: torch.Tensor  # [N] int64 into the flattened B*T: predicts a trained token
-    targets: torch.Tensor  # [N] int64: the token that follows each position
-
-    @property
-    def trained_tokens(self) -> int:
-        return int(self.targets.shape[0])
-
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets)))
 
 
 class SummedLoss(nn.Module):

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowvram.engine.adapters import add_adapters
 from lowvram.engine.config import StepConfig
 from lowvram.engine.model import NESTED_BLOCK, NF4_BLOCK, skeleton
-from lowvram.engine.step import Batch
+from lowvram.engine.batch import Batch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -1,0 +1,1 @@
+"""From a data file to conversations, tokens with a loss mask, and statistics."""

@@ -1,0 +1,50 @@
+"""Batch: tokenised examples as the tensors of one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lowvram.data.tokens import Example
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, right-padded; padding is told by position, never by token id."""
+
+    input_ids: torch.Tensor  # [B, T] int64
+    positions: torch.Tensor  # [N] int64 into the flattened B*T: predicts a trained token
+    targets: torch.Tensor  # [N] int64: the token that follows each position
+
+    @property
+    def trained_tokens(self) -> int:
+        return int(self.targets.shape[0])
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets)))
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """Right-pad to the longest example; list the positions that predict a trained token.
+
+    Worked example, two rows, trained tokens in brackets, `_` is padding:
+
+        a [b c]      positions 0 1 (row 0: a predicts b, b predicts c)
+        d  [e] _     position  3   (row 1 starts at 1 * T = 3: d predicts e)
+    """
+    length = max(len(e.input_ids) for e in examples)
+    rows, positions, targets = [], [], []
+    for index, example in enumerate(examples):
+        ids = list(example.input_ids)
+        rows.append(ids + [pad_token_id] * (length - len(ids)))
+        for at in range(1, len(ids)):
+            if example.trained[at]:
+                positions.append(index * length + at - 1)
+                targets.append(ids[at])
+    return Batch(
+        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor(positions, dtype=torch.int64),
+        torch.tensor(targets, dtype=torch.int64),
+    )

@@ -1,0 +1,1 @@
+"""The adapter leaves as something people can run: merged 16-bit safetensors."""

@@ -1,0 +1,1 @@
+"""The visible training loop on accelerate, its run folder, checkpoints and live view."""

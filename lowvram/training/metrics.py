@@ -1,0 +1,26 @@
+"""StepRecord: what one optimizer step reports to the screen, to metrics.jsonl and to trackers."""
+
+from __future__ import annotations
+
+from lowvram.frozen import Frozen
+
+
+class StepRecord(Frozen):
+    """One line of metrics.jsonl."""
+
+    step: int  # 1-based, after the update
+    total_steps: int
+    epoch: float
+    loss: float  # mean over the step's trained tokens
+    learning_rate: float
+    grad_norm: float
+    trained_tokens: int
+    tokens: int  # with prompts, without padding
+    seconds: float  # of this step
+    tokens_per_second: float  # smoothed
+    eta_seconds: float
+    memory_now_bytes: int
+    memory_peak_bytes: int
+    memory_predicted_bytes: int
+    memory_budget_bytes: int
+    held_out_loss: float | None = None  # where an evaluation ran
