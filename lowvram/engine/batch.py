@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from lowvram.data.tokens import Example
+if TYPE_CHECKING:
+    from lowvram.data.tokens import Example
 
 
 @dataclass(frozen=True)

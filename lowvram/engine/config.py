@@ -21,7 +21,9 @@ class Levers(Frozen):
     loss_chunk_tokens: int = Field(
         1024, ge=16, description="trained tokens whose logits exist at one time; the full logits never do"
     )
-    embedding_on_host: bool = Field(False, description="token embedding in host RAM; only the rows needed travel")
+    expandable_segments: bool = Field(
+        False, description="the CUDA allocator grows its segments instead of adding fixed ones: less is wasted"
+    )
 
 
 class StepConfig(Frozen):

@@ -29,11 +29,13 @@ class _Block:
 class CachingAllocator:
     """Best fit within two pools; free neighbours merge; segments are never given back.
 
-    The rules are those of c10/cuda/CUDACachingAllocator.cpp without expandable segments, which reserve no
-    more than this.
+    The rules are those of c10/cuda/CUDACachingAllocator.cpp. With `expandable` each pool is one segment that
+    grows at its end by whole pages (2 MiB small, 20 MiB large) instead of many of fixed size.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expandable: bool = False) -> None:
+        self._expandable = expandable
+        self._last: dict[bool, _Block | None] = {True: None, False: None}
         self.reserved_bytes = 0
         self.peak_reserved_bytes = 0
         self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
@@ -42,7 +44,9 @@ class CachingAllocator:
     def allocate(self, n_bytes: int) -> _Block:
         size = max(ROUNDING, -(-n_bytes // ROUNDING) * ROUNDING)
         small = size <= SMALL_LIMIT
-        block = self._take(size, small) or self._new_segment(size, small)
+        block = self._take(size, small)
+        if block is None:
+            block = self._grow(size, small) if self._expandable else self._new_segment(size, small)
         self._split(block, size)
         block.free = False
         return block
@@ -52,7 +56,10 @@ class CachingAllocator:
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free:
                 self._remove(neighbour)
-                block = _merge(neighbour, block) if neighbour is block.before else _merge(block, neighbour)
+                left, right = (neighbour, block) if neighbour is block.before else (block, neighbour)
+                if self._last[block.small] is right:
+                    self._last[block.small] = left
+                block = _merge(left, right)
         self._insert(block)
 
     def _take(self, size: int, small: bool) -> _Block | None:
@@ -67,9 +74,29 @@ class CachingAllocator:
             segment = MIDDLE_SEGMENT
         else:
             segment = -(-size // LARGE_ROUNDING) * LARGE_ROUNDING
-        self.reserved_bytes += segment
-        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        self._reserve(segment)
         return self._block(segment, small)
+
+    def _grow(self, size: int, small: bool) -> _Block:
+        """Map pages behind the pool's last block, which is used too when it is free."""
+        last, page = self._last[small], SMALL_SEGMENT if small else MIDDLE_SEGMENT
+        reuse = last is not None and last.free
+        missing = size - (last.size if last is not None and reuse else 0)
+        pages = -(-missing // page) * page
+        self._reserve(pages)
+        if last is not None and reuse:
+            self._remove(last)
+            last.size += pages
+            return last
+        block = self._block(pages, small)
+        if last is not None:
+            last.after, block.before = block, last
+        self._last[small] = block
+        return block
+
+    def _reserve(self, n_bytes: int) -> None:
+        self.reserved_bytes += n_bytes
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
     def _split(self, block: _Block, size: int) -> None:
         rest = block.size - size
@@ -80,6 +107,8 @@ class CachingAllocator:
         if block.after is not None:
             block.after.before = tail
         block.after, block.size = tail, size
+        if self._last[block.small] is block:
+            self._last[block.small] = tail
         self._insert(tail)
 
     def _block(self, size: int, small: bool) -> _Block:
@@ -103,9 +132,9 @@ def _merge(left: _Block, right: _Block) -> _Block:
     return left
 
 
-def replay_reserved(events: Iterable[int], sizes: list[int]) -> int:
+def replay_reserved(events: Iterable[int], sizes: list[int], expandable: bool = False) -> int:
     """Peak reserved bytes of a trace's events (+i allocates sizes[i-1], -i frees it)."""
-    allocator = CachingAllocator()
+    allocator = CachingAllocator(expandable)
     blocks: dict[int, _Block] = {}
     for event in events:
         if event > 0:

@@ -84,15 +84,13 @@ def _fake_nf4_weight(module: nn.Module) -> None:
     module.weight = packed
 
 
-def fake_batches(step: StepConfig, mode: FakeTensorMode, count: int) -> list[Batch]:
-    """`count` micro-batches of the plan's full shape in which every token is trained: the worst case."""
+def fake_batch(step: StepConfig, mode: FakeTensorMode) -> Batch:
+    """A micro-batch of the plan's full shape in which every token is trained: the worst case."""
     rows, length = step.micro_batch, step.seq_len
+    trained = rows * (length - 1)
     with mode:
-        return [
-            Batch(
-                torch.zeros((rows, length), dtype=torch.int64),
-                torch.zeros(rows * (length - 1), dtype=torch.int64),
-                torch.zeros(rows * (length - 1), dtype=torch.int64),
-            )
-            for _ in range(count)
-        ]
+        return Batch(
+            torch.zeros((rows, length), dtype=torch.int64),
+            torch.zeros(trained, dtype=torch.int64),
+            torch.zeros(trained, dtype=torch.int64),
+        )

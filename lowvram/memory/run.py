@@ -14,7 +14,7 @@ from lowvram.engine.adapters import trainable
 from lowvram.engine.config import StepConfig
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.step import SummedLoss, train_step
-from lowvram.memory.fake import fake_batches, fake_model
+from lowvram.memory.fake import fake_batch, fake_model
 from lowvram.memory.kernels import Backend
 from lowvram.memory.trace import ALLOC_ROUNDING, Recorder, Trace
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def trace_step(config: PretrainedConfig, step: StepConfig, backend: Backend) -> Trace:
     """One optimizer step at the plan's full shape, with optimizer state already there.
 
-    Two micro-batches stand for any accumulation above one: from the second on, gradients live through the
-    forward, and nothing more is added.
+    Under accumulation the last micro-batch is traced: it is the worst, since the gradients of those before
+    it live through its forward; they are put there first.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with warnings.catch_warnings():
@@ -41,6 +41,8 @@ def trace_step(config: PretrainedConfig, step: StepConfig, backend: Backend) -> 
         _label_gradients(recorder, parameters)
         with mode, recorder:
             _create_optimizer_state(recorder, optimizer, parameters)
+            if step.accumulation > 1:
+                _create_gradients(recorder, parameters)
             _run(recorder, loss_of, optimizer, step, mode)
     return recorder.trace
 
@@ -61,7 +63,7 @@ def _run(
             return nn.utils.clip_grad_norm_(parameters, max_norm)  # type: ignore[arg-type]
 
     with recorder.during("forward"):
-        batches = fake_batches(step, mode, count=min(step.accumulation, 2))
+        batches = [fake_batch(step, mode)]
         train_step(
             loss_of, optimizer, batches, max_grad_norm=step.max_grad_norm, backward=backward, clip=clip
         )
@@ -110,12 +112,16 @@ def _create_optimizer_state(
 ) -> None:
     """One update from zero gradients, so that the traced step starts with its state in memory."""
     with recorder.during("optimizer"):
-        for parameter in parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
-            recorder.label(parameter.grad, "gradients")
+        _create_gradients(recorder, parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for state in optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     recorder.label(value, "optimizer_state")
+
+
+def _create_gradients(recorder: Recorder, parameters: dict[str, nn.Parameter]) -> None:
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+        recorder.label(parameter.grad, "gradients")

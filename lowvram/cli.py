@@ -1,0 +1,331 @@
+"""The command line: parses, calls one stage, prints; the only place that catches our errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from lowvram import __version__
+from lowvram.errors import LowvramError
+
+if TYPE_CHECKING:
+    from lowvram.hardware import Hardware
+    from lowvram.pipeline import Planned
+
+app = typer.Typer(
+    name="lowvram",
+    help="Fine-tune the largest model your GPU can hold, and know before you start.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at training data before it is trained on.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id, such as Qwen/Qwen2-7B.")]
+Data = Annotated[str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet or a hub data set id.")]
+MaybeData = Annotated[str | None, typer.Option("--data", "-d", help="Plan for this data's lengths.")]
+Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, such as 8GB.")]
+Rank = Annotated[int | None, typer.Option(help="LoRA rank r.")]
+Alpha = Annotated[float | None, typer.Option(help="LoRA alpha.")]
+Dropout = Annotated[float | None, typer.Option(help="Dropout on the adapter's input.")]
+Targets = Annotated[str | None, typer.Option(help="qv, attention, all-linear, or layer names a,b,c.")]
+SeqLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens.")]
+BatchSize = Annotated[int | None, typer.Option("--batch", help="Examples in one optimizer step.")]
+Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, bf16, fp16 or fp32.")]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
+LeverText = Annotated[str, typer.Option("--levers", help="default, none, all, or name=value,name=value.")]
+ProfileName = Annotated[str | None, typer.Option("--profile", help="8gb, 12gb, 16gb, 24gb, cpu or a YAML file.")]
+Seed = Annotated[int, typer.Option(help="Of the data order, dropout and adapter.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/MODEL-DATA).")]
+LogWith = Annotated[list[str] | None, typer.Option(help="Tracker: tensorboard, wandb, trackio (repeatable).")]
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' progress bars and deprecation notes out of our view."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|bitsandbytes")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"lowvram {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def probe(as_json: AsJson = False) -> None:
+    """Show what this machine has, what is missing and how to get it."""
+    from lowvram import hardware, probe_view
+
+    found = hardware.probe()
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        probe_view.show(found, _console())
+
+
+@app.command()
+def plan(
+    model: Model,
+    data: MaybeData = None,
+    vram: Vram = None,
+    rank: Rank = None,
+    alpha: Alpha = None,
+    dropout: Dropout = None,
+    targets: Targets = None,
+    seq_len: SeqLen = None,
+    batch: BatchSize = None,
+    precision: Precision = None,
+    optimizer: Optimizer = None,
+    levers: LeverText = "default",
+    profile: ProfileName = None,
+    seed: Seed = 0,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
+    trust_remote_code: Remote = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the plan as YAML.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict what training would need: no GPU, no weights. Exit code 3 when it does not fit."""
+    flags = dict(locals())
+    try:
+        planned = _planned(flags)
+    except LowvramError as error:
+        if as_json and error.exit_code == 3:
+            typer.echo(json.dumps({"fits": False, "model": model, "message": error.message, "nearest": error.remedy}))
+        raise
+    _show(planned, as_json)
+    if output is not None:
+        _save_plan(planned, output)
+
+
+@app.command()
+def auto(
+    model: Model,
+    data: Data,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
+    vram: Vram = None,
+    rank: Rank = None,
+    alpha: Alpha = None,
+    dropout: Dropout = None,
+    targets: Targets = None,
+    seq_len: SeqLen = None,
+    batch: BatchSize = None,
+    precision: Precision = None,
+    optimizer: Optimizer = None,
+    levers: LeverText = "default",
+    profile: ProfileName = None,
+    seed: Seed = 0,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    learning_rate: LearningRate = None,
+    trust_remote_code: Remote = False,
+    log_with: LogWith = None,
+    output: Output = None,
+    as_json: AsJson = False,
+) -> None:
+    """Probe, check the data, plan, train, save the adapter."""
+    from lowvram import pipeline
+    from lowvram.training.run_folder import RunFolder, default_path
+
+    flags = dict(locals())
+    if output is not None and not dry_run:
+        RunFolder.refuse_used(output)
+    pipeline.require_trackers(log_with or ())
+    planned = _planned(flags)
+    _show(planned, as_json and dry_run)
+    if dry_run:
+        return
+    if vram is not None:
+        _require_here(planned)
+    folder = output or default_path(Path("runs"), model, data)
+    result = pipeline.start(planned, folder, _console(), log_with or ())
+    _show_result(result, folder, as_json)
+
+
+@app.command()
+def train(
+    plan_file: Annotated[Path, typer.Argument(help="A plan saved by lowvram plan --output.")],
+    log_with: LogWith = None,
+    output: Output = None,
+) -> None:
+    """Run a saved plan unchanged."""
+    from lowvram import pipeline
+    from lowvram.engine.source import ModelSource
+    from lowvram.errors import ConfigError
+    from lowvram.planner.plan import Plan
+    from lowvram.training.data import prepare
+    from lowvram.training.run_folder import RunFolder, default_path
+
+    _quiet_libraries()
+    if not plan_file.is_file():
+        raise ConfigError(f"There is no plan '{plan_file}'.", "Make one: lowvram plan --model M --data D -o plan.yaml")
+    if output is not None:
+        RunFolder.refuse_used(output)
+    saved = Plan.from_yaml(plan_file)
+    if saved.data is None:
+        raise ConfigError(f"{plan_file} names no data.", "Make the plan with --data FILE.")
+    source = ModelSource(saved.model, saved.trust_remote_code)
+    planned = pipeline.Planned(source, saved, prepare(saved.data, source, saved.held_out_share))
+    _require_here(planned)
+    _show(planned, False)
+    folder = output or default_path(Path("runs"), saved.model, saved.data)
+    result = pipeline.start(planned, folder, _console(), log_with or ())
+    _show_result(result, folder, False)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(help="A run folder.")], log_with: LogWith = None) -> None:
+    """Continue an interrupted run from its newest whole checkpoint."""
+    from lowvram import pipeline
+
+    _quiet_libraries()
+    result = pipeline.resume(run, _console(), log_with or ())
+    _show_result(result, run, False)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/merged.")] = None,
+) -> None:
+    """Merge the adapter into the original 16-bit weights, in bounded memory."""
+    from lowvram import merge_command
+
+    _quiet_libraries()
+    merge_command.merge_run(run, output, _console())
+
+
+@data_app.command("check")
+def data_check(
+    data: Annotated[str, typer.Argument(help="JSONL, JSON, CSV, parquet or a hub data set id.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Count tokens with its tokenizer.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show format, counts and lengths, and the first example as the model sees it."""
+    from lowvram import data_view
+
+    if model is not None:
+        _quiet_libraries()
+    data_view.check(data, model, as_json, _console())
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
+    steps: Steps = None,
+) -> None:
+    """The whole pipeline on a small real model and a bundled data set: no account, no GPU, minutes."""
+    from lowvram.demo.run import run_demo
+
+    _quiet_libraries()
+    run_demo(output, steps, _console())
+
+
+def _planned(flags: dict[str, Any]) -> Planned:
+    """Everything up to the plan, from a command's flags."""
+    from lowvram import pipeline
+    from lowvram.engine.source import ModelSource
+    from lowvram.planner.profiles import load_profile, profile_for
+    from lowvram.planner.wishes import Wishes, wishes_from
+
+    _quiet_libraries()
+    wishes = wishes_from(**{name: flags[name] for name in Wishes.model_fields})
+    wishes.pinned_levers()
+    hardware = _hardware(flags["vram"])
+    profile = load_profile(flags["profile"]) if flags["profile"] else profile_for(hardware)
+    source = ModelSource(flags["model"], flags["trust_remote_code"])
+    with Console(stderr=True).status("planning") as status:
+        return pipeline.plan_for(
+            source, flags["data"], hardware, profile, wishes, lambda text: status.update(escape(text))
+        )
+
+
+def _hardware(vram: str | None) -> Hardware:
+    from lowvram import hardware
+    from lowvram.units import parse_bytes
+
+    found = hardware.probe()
+    return hardware.card_of_size(parse_bytes(vram), found) if vram else found
+
+
+def _require_here(planned: Planned) -> None:
+    """A plan for another card may be looked at anywhere and trained only where such a device is."""
+    from lowvram import hardware
+    from lowvram.errors import ConfigError
+
+    here, wanted = hardware.probe(), planned.plan.device
+    if here.backend != wanted.backend:
+        raise ConfigError(
+            f"The plan is for {wanted.name} ({wanted.backend}); this machine trains on {here.backend}.",
+            "Add --dry-run to see the plan only, or leave --vram out to plan for this machine.",
+        )
+
+
+def _show(planned: Planned, as_json: bool) -> None:
+    from lowvram import plan_view
+
+    if as_json:
+        typer.echo(json.dumps(plan_view.plan_json(planned.plan), indent=2))
+    else:
+        plan_view.show_plan(planned.plan, _console())
+
+
+def _save_plan(planned: Planned, output: Path) -> None:
+    from lowvram.errors import ConfigError
+    from lowvram.frozen import write_atomically
+
+    if output.exists():
+        raise ConfigError(f"'{output}' exists already.", "Give another --output; nothing was overwritten.")
+    write_atomically(output, planned.plan.to_yaml())
+    _console().print(f"Saved. Run it with: lowvram train {escape(str(output))}")
+
+
+def _show_result(result: Any, folder: Path, as_json: bool) -> None:
+    from lowvram import result_view
+
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2))
+    else:
+        result_view.show_result(result, folder, _console())
+
+
+def main() -> None:
+    """Entry point: our errors become one message, its remedy and their exit code."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except LowvramError as error:
+        console = Console(stderr=True, highlight=False)
+        console.print(f"[bold red]{'Stopped' if error.exit_code > 128 else 'Error'}:[/] {escape(error.message)}")
+        if error.remedy:
+            console.print(f"[bold]What to do:[/] {escape(error.remedy)}")
+        sys.exit(error.exit_code)

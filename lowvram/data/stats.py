@@ -1,0 +1,75 @@
+"""Stats: what the planner has to know of a data set, in a few numbers."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from lowvram.data.conversations import LoadedData
+from lowvram.data.tokens import Example
+from lowvram.frozen import Frozen
+
+
+class DataStats(Frozen):
+    """Counts of one tokenised data set, before anything is cut to a sequence length."""
+
+    source: str = Field(description="the file or hub id, as given")
+    shape: str
+    sha256: str = Field(description="of the content, whatever the file's name")
+    template: str = Field(description="whose chat template rendered it")
+    n_examples: int = Field(ge=1, description="examples trained on; held-out ones do not count")
+    n_held_out: int = Field(ge=0)
+    n_tokens: int = Field(ge=0, description="tokens of the examples trained on: one epoch")
+    n_trained_tokens: int = Field(ge=0, description="those of n_tokens that the loss counts")
+    longest_tokens: int = Field(ge=0, description="longest example trained on")
+    length_quantiles: tuple[int, ...] = Field(
+        min_length=101, max_length=101, description="tokens of an example trained on, at 0, 1, ... 100 %"
+    )
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of an average example."""
+        return self.n_tokens / self.n_examples
+
+    @property
+    def trained_share(self) -> float:
+        """Part of the tokens that the loss counts, 0 to 1."""
+        return self.n_trained_tokens / self.n_tokens if self.n_tokens else 0.0
+
+    def n_longer_than(self, seq_len: int) -> int:
+        """About how many examples exceed `seq_len` tokens; exactly 0 when none does, else at least 1."""
+        if seq_len >= self.longest_tokens:
+            return 0
+        if seq_len < self.length_quantiles[0]:
+            return self.n_examples
+        above = bisect_right(self.length_quantiles, seq_len)  # 1..100: the first quantile that is longer
+        low, high = self.length_quantiles[above - 1], self.length_quantiles[above]
+        percent = above - 1 + (seq_len - low) / (high - low)
+        return max(1, round(self.n_examples * (1 - percent / 100)))
+
+
+def data_stats(
+    data: LoadedData, train: Sequence[Example], held_out: Sequence[Example], template: str
+) -> DataStats:
+    """The statistics of `data`, tokenised and split; `template` as `template_name` says it."""
+    lengths = sorted(len(example) for example in train)
+    return DataStats(
+        source=data.name,
+        shape=data.shape,
+        sha256=data.sha256,
+        template=template,
+        n_examples=len(train),
+        n_held_out=len(held_out),
+        n_tokens=sum(lengths),
+        n_trained_tokens=sum(example.n_trained for example in train),
+        longest_tokens=lengths[-1] if lengths else 0,
+        length_quantiles=_quantiles(lengths),
+    )
+
+
+def _quantiles(ascending: list[int]) -> tuple[int, ...]:
+    """Nearest-rank values at 0..100 %: the first is the shortest, the last the longest."""
+    top = len(ascending) - 1
+    return tuple(ascending[round(top * percent / 100)] for percent in range(101)) if ascending else (0,) * 101

@@ -1,0 +1,145 @@
+"""Pipeline: the stages of `auto`, `train`, `resume` and `demo` in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lowvram.engine.source import ModelSource
+from lowvram.errors import ConfigError
+from lowvram.frozen import write_atomically
+from lowvram.hardware import Hardware
+from lowvram.planner.build import make_plan
+from lowvram.planner.plan import Plan
+from lowvram.planner.profiles import Profile
+from lowvram.planner.search import Say
+from lowvram.planner.wishes import Wishes
+from lowvram.training.data import PreparedData, prepare
+from lowvram.training.live import make_view
+from lowvram.training.loop import Run, train
+from lowvram.training.result import RunResult
+from lowvram.training.run_folder import RunFolder, require_disk
+from lowvram.units import MiB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Hook = Callable[[Run], None]
+_CHECKPOINTS_KEPT = 2
+_RUN_FILES_BYTES = 64 * MiB  # tokenizer copies, metrics, plan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with the data it was made for; `prepared` is None when no data was given."""
+
+    source: ModelSource
+    plan: Plan
+    prepared: PreparedData | None
+
+
+def plan_for(
+    source: ModelSource, data: str | None, hardware: Hardware, profile: Profile, wishes: Wishes, say: Say
+) -> Planned:
+    """Read the config and the data, then plan. No weights are read."""
+    _ = source.config  # a wrong model is refused before the data is read
+    prepared = None
+    if data is not None:
+        say(f"reading {data}")
+        prepared = prepare(data, source)
+    stats = prepared.stats if prepared else None
+    return Planned(source, make_plan(source, hardware, profile, wishes, stats, say), prepared)
+
+
+def run_bytes(plan: Plan) -> int:
+    """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files."""
+    adapter = 4 * plan.n_trainable
+    return 3 * adapter * (_CHECKPOINTS_KEPT + 1) + adapter + _RUN_FILES_BYTES
+
+
+def start(
+    planned: Planned,
+    output: Path,
+    console: Console,
+    log_with: Iterable[str] = (),
+    before: Hook = lambda _: None,
+    after: Hook = lambda _: None,
+) -> RunResult:
+    """Create the run folder, save the plan, train.
+
+    Raises:
+        ConfigError: the folder holds a run already.
+        DoesNotFitError: too little disk.
+    """
+    require_trackers(log_with)
+    planned.source.require_weights()
+    folder = RunFolder.create(output)
+    require_disk(folder.path, run_bytes(planned.plan))
+    write_atomically(folder.plan_file, planned.plan.to_yaml())
+    return _train(planned, folder, console, log_with, before, after)
+
+
+def resume(
+    run: Path,
+    console: Console,
+    log_with: Iterable[str] = (),
+    before: Hook = lambda _: None,
+    after: Hook = lambda _: None,
+) -> RunResult:
+    """Continue a run from its newest whole checkpoint; a finished run is left as it is.
+
+    Raises:
+        ConfigError: no run there, it is finished already, or its plan does not fit its data.
+    """
+    require_trackers(log_with)
+    folder = RunFolder.open(run)
+    if folder.result_file.is_file():
+        raise ConfigError(f"The run in {run} is finished.", f"Merge it with: lowvram merge {run}")
+    plan = Plan.from_yaml(folder.plan_file)
+    source = ModelSource(plan.model, plan.trust_remote_code)
+    source.require_weights()
+    assert plan.data is not None, "a run's plan names its data"
+    planned = Planned(source, plan, prepare(plan.data, source, plan.held_out_share))
+    return _train(planned, folder, console, log_with, before, after)
+
+
+def _train(
+    planned: Planned, folder: RunFolder, console: Console, log_with: Iterable[str], before: Hook, after: Hook
+) -> RunResult:
+    if planned.prepared is None:
+        raise ConfigError("This plan names no data.", "Make one with lowvram plan --data FILE.")
+    title = f"{Path(planned.plan.model).name} on {Path(str(planned.plan.data)).name}"
+    return train(
+        planned.plan,
+        folder,
+        planned.source,
+        planned.prepared,
+        make_view(console, title),
+        tuple(log_with),
+        before,
+        after,
+    )
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Refuse a tracker that accelerate does not know or whose package is missing, before anything is loaded.
+
+    Raises:
+        ConfigError: names the package.
+    """
+    names = list(names)
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = {str(t) for t in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise ConfigError(f"accelerate knows no tracker '{name}'.", f"Use one of {known}.")
+        if name not in available:
+            raise ConfigError(f"The tracker '{name}' is not installed.", f"Run: pip install {name}")

@@ -1,0 +1,208 @@
+"""Builds the Plan: policy and wishes and data and hardware in, one frozen Plan (or a refusal) out."""
+
+from __future__ import annotations
+
+import math
+import platform
+from typing import Any
+
+from lowvram.data.stats import DataStats
+from lowvram.engine.adapters import resolve_targets
+from lowvram.engine.config import BasePrecision, ComputeDtype, Levers, StepConfig
+from lowvram.engine.model import skeleton
+from lowvram.engine.source import ModelSource
+from lowvram.errors import ConfigError, DoesNotFitError
+from lowvram.hardware import Hardware
+from lowvram.planner.plan import Plan, PlannedDevice
+from lowvram.planner.profiles import Profile
+from lowvram.planner.reasons import explain
+from lowvram.planner.search import Found, Say, Search, rungs, split
+from lowvram.planner.wishes import Wishes
+from lowvram.units import GiB, format_bytes
+
+_PROCESS_BYTES = 2 * GiB  # Python, torch, transformers and the device's libraries in host memory
+
+
+def make_plan(
+    source: ModelSource,
+    hardware: Hardware,
+    profile: Profile,
+    wishes: Wishes,
+    stats: DataStats | None = None,
+    say: Say = lambda _: None,
+) -> Plan:
+    """Decide everything.
+
+    Args:
+        source: only its config and tokenizer are read, no weights.
+        stats: what the data needs; None plans for the profile's default length.
+        say: hears what is being traced.
+
+    Raises:
+        ConfigError: a wish that contradicts the model or the data.
+        DoesNotFitError: nothing fits; the remedy is the nearest plan that does.
+    """
+    base = _base_step(source, hardware, profile, wishes, stats)
+    shape = skeleton(source.config, base)
+    search = Search(
+        source.config,
+        hardware,
+        budget(hardware, profile),
+        sum(p.numel() for p in shape.parameters()),
+        stats.mean_tokens if stats else base.seq_len,
+        say,
+    )
+    found = _find(search, base, wishes, profile)
+    return _assemble(source, hardware, profile, wishes, stats, search, found, _n_trainable(shape, base))
+
+
+def budget(hardware: Hardware, profile: Profile) -> int:
+    """Bytes that a step may reserve: the card less context, other programs and the profile's margin."""
+    if hardware.backend == "cpu":
+        return int(hardware.host_free_bytes * (1 - profile.margin_share))
+    usable = hardware.total_bytes - hardware.held_bytes - hardware.context_bytes
+    return int(usable - profile.margin_share * hardware.total_bytes)
+
+
+def _base_step(
+    source: ModelSource, hardware: Hardware, profile: Profile, wishes: Wishes, stats: DataStats | None
+) -> StepConfig:
+    precision: BasePrecision = wishes.precision or "nf4"
+    unnamed = StepConfig(base_precision=precision)
+    targets = resolve_targets(skeleton(source.config, unnamed), wishes.targets or profile.targets)
+    linux_gpu = hardware.backend in ("cuda", "rocm") and platform.system() == "Linux"
+    return StepConfig(
+        base_precision=precision,
+        compute_dtype=_compute_dtype(hardware, precision),
+        rank=wishes.rank or profile.rank,
+        alpha=wishes.alpha or profile.alpha,
+        dropout=profile.dropout if wishes.dropout is None else wishes.dropout,
+        use_rslora=profile.use_rslora,
+        target_modules=targets,
+        seq_len=_seq_len(source, profile, wishes, stats),
+        micro_batch=1,
+        accumulation=_effective_batch(profile, wishes, stats),
+        levers=Levers(expandable_segments=linux_gpu),
+    )
+
+
+def _compute_dtype(hardware: Hardware, precision: BasePrecision) -> ComputeDtype:
+    if precision != "nf4":
+        return precision
+    if hardware.bf16:
+        return "bf16"
+    return "fp32" if hardware.backend in ("cpu", "mps") else "fp16"
+
+
+def _seq_len(source: ModelSource, profile: Profile, wishes: Wishes, stats: DataStats | None) -> int:
+    limit = context_limit(source)
+    if wishes.seq_len is not None and wishes.seq_len > limit:
+        raise ConfigError(
+            f"--seq-len {wishes.seq_len} is beyond the model's {limit} positions.",
+            f"Use --seq-len {limit} or less.",
+        )
+    wanted = wishes.seq_len or (stats.longest_tokens if stats else profile.default_seq_len)
+    return min(max(math.ceil(wanted / 8) * 8, 8), limit)
+
+
+def context_limit(source: ModelSource) -> int:
+    """Positions that the model knows."""
+    return int(getattr(source.config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+
+
+def _effective_batch(profile: Profile, wishes: Wishes, stats: DataStats | None) -> int:
+    if wishes.batch:
+        return wishes.batch
+    batch = profile.effective_batch
+    while stats and batch > 1 and stats.n_examples < 8 * batch:  # at least 8 updates an epoch
+        batch //= 2
+    return batch
+
+
+def _find(search: Search, base: StepConfig, wishes: Wishes, profile: Profile) -> Found:
+    pinned = wishes.pinned_levers()
+    seq_len = base.seq_len
+    while True:
+        found = search.fastest(base.model_copy(update={"seq_len": seq_len}), pinned, wishes.optimizer)
+        if found is not None:
+            return found
+        if wishes.seq_len is not None or seq_len <= profile.smallest_seq_len:
+            break
+        seq_len = max(seq_len // 2 // 8 * 8, profile.smallest_seq_len)
+    raise _refusal(search, base.model_copy(update={"seq_len": seq_len}), pinned, wishes.optimizer)
+
+
+def _refusal(
+    search: Search, base: StepConfig, pinned: dict[str, Any], optimizer: str | None
+) -> DoesNotFitError:
+    smallest = split(list(rungs(base, pinned, optimizer, search.backend))[-1], 1)
+    needed = search.quick_bytes(smallest)
+    message = (
+        f"{smallest.seq_len} tokens at rank {smallest.rank} need {format_bytes(needed)}, "
+        f"the budget is {format_bytes(search.budget_bytes)} of {search.hardware.name}."
+    )
+    seq_len = search.largest_seq_len(smallest, smallest.seq_len)
+    if seq_len:
+        return DoesNotFitError(message, f"The nearest plan that fits: --seq-len {seq_len}")
+    overhead = search.hardware.total_bytes - search.budget_bytes
+    size = math.ceil((needed + overhead) / GiB)
+    return DoesNotFitError(
+        message, f"The nearest plan that fits is on a {size} GB card (--vram {size}GB), or take a smaller model."
+    )
+
+
+def _n_trainable(shape: Any, step: StepConfig) -> int:
+    """r * (in + out) for every targeted linear layer."""
+    layers = (
+        m for n, m in shape.named_modules() if n.rsplit(".", 1)[-1] in step.target_modules and hasattr(m, "in_features")
+    )
+    return sum(step.rank * (m.in_features + m.out_features) for m in layers)
+
+
+def _total_steps(profile: Profile, wishes: Wishes, stats: DataStats | None, effective_batch: int) -> int:
+    if wishes.steps:
+        return wishes.steps
+    if stats is None:
+        return 1
+    per_epoch = math.ceil((stats.n_examples - stats.n_held_out) / effective_batch)
+    return max(1, math.ceil(per_epoch * (wishes.epochs or profile.epochs)))
+
+
+def _assemble(
+    source: ModelSource,
+    hardware: Hardware,
+    profile: Profile,
+    wishes: Wishes,
+    stats: DataStats | None,
+    search: Search,
+    found: Found,
+    n_trainable: int,
+) -> Plan:
+    step = found.step
+    steps = _total_steps(profile, wishes, stats, step.micro_batch * step.accumulation)
+    largest = max(search.largest_seq_len(step, context_limit(source)), step.seq_len)
+    on_cpu = hardware.backend == "cpu"
+    return Plan(
+        **{name: getattr(step, name) for name in StepConfig.model_fields},
+        model=source.name,
+        trust_remote_code=source.trust_remote_code,
+        data=stats.source if stats else None,
+        data_sha256=stats.sha256 if stats else None,
+        profile=profile.name,
+        learning_rate=wishes.learning_rate or profile.learning_rate,
+        schedule=profile.schedule,
+        warmup_steps=round(profile.warmup_share * steps),
+        total_steps=steps,
+        evaluate_every=max(1, steps // 5),
+        save_every=max(1, min(steps // 5, 50)),
+        seed=wishes.seed,
+        device=PlannedDevice(**{n: getattr(hardware, n) for n in PlannedDevice.model_fields}),
+        budget_bytes=search.budget_bytes,
+        estimate=found.estimate,
+        largest_seq_len=largest,
+        host_ram_bytes=_PROCESS_BYTES + (found.estimate.peak_allocated_bytes if on_cpu else 0),
+        seconds_per_step=round(search.seconds(step), 3),
+        n_parameters=search.n_parameters,
+        n_trainable=n_trainable,
+        reasons=explain(step, hardware, profile, wishes, stats),
+    )

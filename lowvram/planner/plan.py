@@ -1,0 +1,95 @@
+"""Plan: everything a run needs, decided, validated, and readable as YAML."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field
+
+from lowvram.engine.config import StepConfig
+from lowvram.frozen import Frozen
+from lowvram.memory.estimate import MemoryEstimate
+from lowvram.planner.profiles import parse_yaml
+
+
+class PlannedDevice(Frozen):
+    """The device as it was when the plan was made."""
+
+    backend: Literal["cuda", "rocm", "xpu", "mps", "cpu"]
+    name: str
+    total_bytes: int
+    free_bytes: int
+    context_bytes: int
+    held_bytes: int
+
+
+class Plan(StepConfig):
+    """The contract of a run: printed before a weight is read, saved with it, checked on resume."""
+
+    version: Literal[1] = Field(1, description="of this file's format")
+    model: str = Field(description="folder or hub id")
+    trust_remote_code: bool = Field(False, description="run Python code that the model brings along")
+    data: str | None = Field(None, description="training data: file or hub id")
+    data_sha256: str | None = Field(None, description="of the data's content; a changed file is refused")
+    profile: str = Field(description="whose policy was used")
+    learning_rate: float = Field(2e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    total_steps: int = Field(1, ge=1, description="optimizer steps")
+    held_out_share: float = Field(0.05, gt=0, lt=1, description="of the examples, kept for the held-out loss")
+    evaluate_every: int = Field(1, ge=1, description="optimizer steps between held-out losses")
+    save_every: int = Field(1, ge=1, description="optimizer steps between checkpoints")
+    seed: int = Field(0, ge=0)
+    device: PlannedDevice
+    budget_bytes: int = Field(description="device memory the step may reserve: card - context - held - margin")
+    estimate: MemoryEstimate = Field(description="predicted by running this step on fake tensors")
+    largest_seq_len: int = Field(description="longest sequence that fits with all else as planned")
+    host_ram_bytes: int = Field(description="host memory while loading and training")
+    seconds_per_step: float = Field(description="modelled, not measured")
+    n_parameters: int
+    n_trainable: int
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.estimate.peak_reserved_bytes <= self.budget_bytes
+
+    @property
+    def sha256(self) -> str:
+        """Of what decides the result of training: not of the device, the estimates or the reasons."""
+        told = {"device", "budget_bytes", "estimate", "largest_seq_len", "host_ram_bytes", "seconds_per_step"}
+        text = self.model_dump_json(exclude=told | {"reasons", "evaluate_every", "save_every"})
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """One key a line, each with its meaning as a comment."""
+        head = "# A lowvram plan. Run it with: lowvram train THIS_FILE\n"
+        return head + "".join(_yaml_lines(self))
+
+    @classmethod
+    def from_yaml(cls, file: Path) -> Plan:
+        """Read and validate; `ConfigError` lists everything that is wrong."""
+        plan: Plan = parse_yaml(cls, file)
+        return plan
+
+
+def _yaml_lines(model: BaseModel, indent: str = "") -> list[str]:
+    lines = []
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        comment = f"  # {field.description}" if field.description else ""
+        if isinstance(value, BaseModel):
+            lines.append(f"{indent}{name}:{comment}\n")
+            lines += _yaml_lines(value, indent + "  ")
+        else:
+            lines.append(f"{indent}{name}: {_inline(value)}{comment}\n")
+    return lines
+
+
+def _inline(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True).strip()
+    return text.removesuffix("\n...").strip()

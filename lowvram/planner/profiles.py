@@ -1,0 +1,86 @@
+"""Profiles: policy per card class, in YAML that people read, copy and edit."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from lowvram.errors import ConfigError
+from lowvram.frozen import Frozen
+from lowvram.hardware import Hardware
+from lowvram.units import GiB
+
+_SIZES = ((10, "8gb"), (14, "12gb"), (20, "16gb"))  # up to this many GiB -> profile; larger cards: 24gb
+_FOLDERS = (Path(__file__).parents[1] / "profiles", Path(__file__).parents[2] / "profiles")
+
+
+class Profile(Frozen):
+    """What to wish for when the user wishes nothing."""
+
+    name: str
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    use_rslora: bool
+    targets: str | tuple[str, ...]
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_share: float = Field(ge=0, lt=1)
+    effective_batch: int = Field(ge=1)
+    epochs: float = Field(gt=0)
+    default_seq_len: int = Field(ge=8)
+    smallest_seq_len: int = Field(ge=8)
+    margin_share: float = Field(ge=0, lt=1)
+
+
+def profile_for(hardware: Hardware) -> Profile:
+    """The shipped profile for this card's size, or `cpu`."""
+    if hardware.backend == "cpu":
+        return load_profile("cpu")
+    size_gib = hardware.total_bytes / GiB
+    return load_profile(next((name for limit, name in _SIZES if size_gib < limit), "24gb"))
+
+
+def load_profile(name_or_file: str) -> Profile:
+    """A shipped profile by name, or a user's YAML file.
+
+    Raises:
+        ConfigError: no such profile, or keys and values that are not understood, all named at once.
+    """
+    for folder in _FOLDERS:
+        shipped = folder / f"{name_or_file}.yaml"
+        if shipped.is_file():
+            return parse_yaml(Profile, shipped)
+    if Path(name_or_file).is_file():
+        return parse_yaml(Profile, Path(name_or_file))
+    names = sorted(p.stem for folder in _FOLDERS for p in folder.glob("*.yaml"))
+    raise ConfigError(f"There is no profile '{name_or_file}'.", f"Use {', '.join(names)} or a YAML file.")
+
+
+def parse_yaml(model: type[Any], file: Path) -> Any:
+    """Validate a YAML file against a frozen model.
+
+    Raises:
+        ConfigError: every unknown key (with the nearest known one) and every bad value, in one message.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read as YAML: {error}", "Repair the file.") from error
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(e, model) for e in error.errors()]
+        raise ConfigError(f"{file} is not valid:\n  " + "\n  ".join(lines), "Edit those lines.") from error
+
+
+def _explain(error: Any, model: type[Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{where}: {error['msg']} (got {error['input']!r})"
+    near = difflib.get_close_matches(str(error["loc"][-1]), list(model.model_fields), n=1)
+    return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else "")

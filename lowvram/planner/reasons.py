@@ -1,0 +1,72 @@
+"""Reasons: one plain sentence for every choice in a plan."""
+
+from __future__ import annotations
+
+from lowvram.data.stats import DataStats
+from lowvram.engine.config import StepConfig
+from lowvram.hardware import Hardware
+from lowvram.planner.profiles import Profile
+from lowvram.planner.wishes import Wishes
+
+
+def explain(
+    step: StepConfig, hardware: Hardware, profile: Profile, wishes: Wishes, stats: DataStats | None
+) -> tuple[str, ...]:
+    """Why the plan is as it is, in the order of its fields."""
+    return (
+        _precision(step, hardware, wishes),
+        _adapter(step, profile, wishes),
+        _length(step, wishes, stats),
+        _batch(step),
+        *_levers(step, wishes),
+    )
+
+
+def _precision(step: StepConfig, hardware: Hardware, wishes: Wishes) -> str:
+    chosen = "as you asked" if wishes.precision else "4 bits a weight leave the most room"
+    why = "bf16 has float32's range" if step.compute_dtype == "bf16" else f"{hardware.name} has no fast bf16"
+    return f"{step.base_precision} base ({chosen}), {step.compute_dtype} arithmetic ({why})"
+
+
+def _adapter(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
+    whose = "as you asked" if wishes.rank else f"profile {profile.name}"
+    return f"LoRA r={step.rank}, alpha={step.alpha:g} ({whose}) on {', '.join(step.target_modules)}"
+
+
+def _length(step: StepConfig, wishes: Wishes, stats: DataStats | None) -> str:
+    if stats is None:
+        return f"{step.seq_len} tokens: " + ("as you asked" if wishes.seq_len else "no data given, the profile's")
+    cut = stats.n_longer_than(step.seq_len)
+    if cut:
+        return f"{step.seq_len} tokens: about {cut} of {stats.n_examples} examples are longer and will be cut"
+    return f"{step.seq_len} tokens: the longest example has {stats.longest_tokens}, none is cut"
+
+
+def _batch(step: StepConfig) -> str:
+    whole = step.micro_batch * step.accumulation
+    if step.accumulation == 1:
+        return f"{whole} examples an update in one forward pass: they fit together"
+    return f"{whole} examples an update as {step.accumulation} passes of {step.micro_batch}: the most that fits"
+
+
+def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
+    asked = set(wishes.pinned_levers())
+    levers = step.levers
+
+    def why(name: str, reason: str) -> str:
+        return f"{name}: {'as you asked' if name in asked else reason}"
+
+    checkpointing = (
+        "on, keeping all activations does not fit"
+        if levers.gradient_checkpointing
+        else "off, all activations fit, so nothing is computed twice"
+    )
+    lines = [
+        why("gradient_checkpointing", checkpointing),
+        why("loss_chunk_tokens", f"logits of {levers.loss_chunk_tokens} trained tokens at one time"),
+    ]
+    if step.base_precision == "nf4":
+        lines.append(why("double_quantization", "on, 0.37 bits a weight for about 1 % of the time"))
+    if step.optimizer != "adamw":
+        lines.append(f"{step.optimizer}: " + ("as you asked" if wishes.optimizer else "its state is 4x smaller"))
+    return lines

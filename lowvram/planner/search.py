@@ -1,0 +1,165 @@
+"""Search: the fastest candidate that fits, judged by a full trace; or a refusal with the nearest that would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lowvram.engine.config import Levers, StepConfig
+from lowvram.hardware import Hardware
+from lowvram.memory.estimate import MemoryEstimate, estimate, quick_reserved_bytes
+from lowvram.memory.kernels import Backend
+from lowvram.planner.time_model import seconds_per_step
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Say = Callable[[str], None]
+
+# From fastest to smallest. Each row saves memory over the one before it.
+_LADDER: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": False, "loss_chunk_tokens": 1024},
+    {"gradient_checkpointing": True, "loss_chunk_tokens": 1024},
+    {"gradient_checkpointing": True, "loss_chunk_tokens": 256},
+    {"gradient_checkpointing": True, "loss_chunk_tokens": 64, "optimizer": "paged_adamw8bit"},
+)
+
+
+@dataclass
+class Search:
+    """One model on one device; remembers every trace it made."""
+
+    config: PretrainedConfig
+    hardware: Hardware
+    budget_bytes: int
+    n_parameters: int
+    tokens_per_example: float
+    say: Say = lambda _: None
+    _quick: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def backend(self) -> Backend:
+        return "cpu" if self.hardware.backend == "cpu" else "cuda"
+
+    def seconds(self, step: StepConfig) -> float:
+        return seconds_per_step(
+            step,
+            self.hardware,
+            n_parameters=self.n_parameters,
+            n_layers=self.config.get_text_config().num_hidden_layers,
+            tokens_per_example=self.tokens_per_example,
+        )
+
+    def quick_bytes(self, step: StepConfig) -> int:
+        key = step.model_dump_json()
+        if key not in self._quick:
+            self.say(f"tracing {describe(step)}")
+            self._quick[key] = quick_reserved_bytes(
+                self.config, step, self.backend, self.hardware.capability
+            )
+        return self._quick[key]
+
+    def judge(self, step: StepConfig) -> MemoryEstimate:
+        self.say(f"tracing the whole step: {describe(step)}")
+        return estimate(self.config, step, self.backend, self.hardware.capability)
+
+    def fastest(self, base: StepConfig, pinned: dict[str, Any], optimizer: str | None) -> Found | None:
+        """The candidate with the least predicted time whose full trace is within the budget.
+
+        A rung that could not beat the best found so far, even at its largest micro-batch, is not traced.
+        """
+        best: Found | None = None
+        for rung in rungs(base, pinned, optimizer, self.backend):
+            sizes = micro_batches(rung.micro_batch * rung.accumulation)
+            if best is None or self.seconds(split(rung, sizes[-1])) < self.seconds(best.step):
+                found = self._largest_micro_batch(rung, sizes)
+                if found and (best is None or self.seconds(found.step) < self.seconds(best.step)):
+                    best = found
+        return best
+
+    def _largest_micro_batch(self, rung: StepConfig, sizes: list[int]) -> Found | None:
+        """The rung at the largest micro-batch that fits; None when not even one sequence does."""
+        if not self._fits(split(rung, 1)):
+            return None
+        for size in reversed(sizes):
+            if size > 1 and not self._plausible(rung, size):
+                continue
+            step = split(rung, size)
+            if self._fits(step):
+                judged = self.judge(step)
+                if judged.peak_reserved_bytes <= self.budget_bytes:
+                    return Found(step, judged)
+        return None
+
+    def _plausible(self, rung: StepConfig, size: int) -> bool:
+        """Rule a size out by the line through 1 and 2 sequences, which is right within a few percent."""
+        one, two = (self.quick_bytes(split(rung, n)) if size >= n else 0 for n in (1, 2))
+        return size <= 2 or one + (size - 1) * (two - one) <= 1.1 * self.budget_bytes
+
+    def _fits(self, step: StepConfig) -> bool:
+        return self.quick_bytes(step) <= self.budget_bytes
+
+    def largest_seq_len(self, step: StepConfig, limit: int) -> int:
+        """Longest sequence that fits with all else as in `step` (0 when none does), to 64 tokens or 2 %."""
+        low, high = 0, limit // 64
+        at = max(min(step.seq_len // 64, high), 1)
+        while high - low > low // 50:
+            bytes_here = self.quick_bytes(step.model_copy(update={"seq_len": at * 64}))
+            if bytes_here <= self.budget_bytes:
+                low = at
+            else:
+                high = at - 1
+            at = self._next_guess(step, at, bytes_here, low, high)
+        return low * 64
+
+    def _next_guess(self, step: StepConfig, at: int, bytes_here: int, low: int, high: int) -> int:
+        """Where the budget would be met if memory were affine in tokens; at least a tenth of the way inside."""
+        floor = self.quick_bytes(step.model_copy(update={"seq_len": 64}))
+        slope = max((bytes_here - floor) / max(at - 1, 1), 1.0)
+        guess = int(1 + (self.budget_bytes - floor) / slope)
+        inside = (high - low) // 10
+        if high - low <= max(low // 50, 1):  # within 2 % is close enough
+            return high
+        return max(low + 1 + inside, min(guess, high - inside))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A step and its full trace."""
+
+    step: StepConfig
+    estimate: MemoryEstimate
+
+
+def rungs(
+    base: StepConfig, pinned: dict[str, Any], optimizer: str | None, backend: Backend
+) -> Iterator[StepConfig]:
+    """The ladder with the user's levers and optimizer fixed, without repetitions."""
+    seen: set[str] = set()
+    for row in _LADDER:
+        wanted = dict(row)
+        chosen = optimizer or (wanted.pop("optimizer", "adamw") if backend == "cuda" else "adamw")
+        wanted.pop("optimizer", None)
+        levers = Levers(**{**base.levers.model_dump(), **wanted, **pinned})
+        step = base.model_copy(update={"levers": levers, "optimizer": chosen})
+        if step.model_dump_json() not in seen:
+            seen.add(step.model_dump_json())
+            yield step
+
+
+def micro_batches(effective_batch: int) -> list[int]:
+    """Powers of two that divide the effective batch, up to 16, and the whole batch when it is small."""
+    sizes = {n for n in (1, 2, 4, 8, 16) if effective_batch % n == 0}
+    return sorted(sizes | ({effective_batch} if effective_batch <= 16 else set()))
+
+
+def split(step: StepConfig, micro_batch: int) -> StepConfig:
+    """The same effective batch in micro-batches of another size."""
+    whole = step.micro_batch * step.accumulation
+    return step.model_copy(update={"micro_batch": micro_batch, "accumulation": whole // micro_batch})
+
+
+def describe(step: StepConfig) -> str:
+    checkpointing = "recompute" if step.levers.gradient_checkpointing else "keep all activations"
+    return f"{step.micro_batch} x {step.seq_len} tokens, {checkpointing}, {step.optimizer}"

@@ -1,0 +1,53 @@
+"""The time model: how long a step takes, from arithmetic and launch counts. Modelled, never measured."""
+
+from __future__ import annotations
+
+from lowvram.engine.config import StepConfig
+from lowvram.hardware import Hardware
+
+# Sustained 16-bit training throughput, FLOP/s: about 40 % of the data sheet's dense tensor figure.
+_GPU_FLOPS: tuple[tuple[str, float], ...] = (
+    ("5090", 84e12),
+    ("5080", 45e12),
+    ("5070", 25e12),
+    ("4090", 66e12),
+    ("4080", 39e12),
+    ("4070", 23e12),
+    ("4060", 12e12),
+    ("3090", 28e12),
+    ("3080", 24e12),
+    ("3070", 16e12),
+    ("3060", 10e12),
+    ("A6000", 60e12),
+    ("T4", 20e12),
+    ("H100", 390e12),
+    ("H200", 390e12),
+    ("A100", 125e12),
+)
+_UNKNOWN_GPU_FLOPS = 12e12
+_CPU_CORE_FLOPS = 8e10  # one AVX-512 core with bf16; half of it without
+_LAUNCH_SECONDS_PER_LAYER = 1.5e-3  # kernels of one layer, forward and backward, at batch 1
+
+
+def flops_per_second(hardware: Hardware) -> float:
+    """Sustained arithmetic rate of the device."""
+    if hardware.backend == "cpu":
+        return _CPU_CORE_FLOPS * hardware.cpu_count * (1.0 if hardware.bf16 else 0.5)
+    return next((rate for name, rate in _GPU_FLOPS if name in hardware.name), _UNKNOWN_GPU_FLOPS)
+
+
+def seconds_per_step(
+    step: StepConfig, hardware: Hardware, *, n_parameters: int, n_layers: int, tokens_per_example: float
+) -> float:
+    """Seconds of one optimizer step.
+
+    2ND forward and 2ND for the activations' gradients (frozen weights need no gradient of their own), 2ND
+    more when the forward is recomputed; the head's share of smaller chunks and 8-bit updates is a few percent.
+    """
+    passes = 6 if step.levers.gradient_checkpointing else 4
+    tokens = step.micro_batch * step.accumulation * min(tokens_per_example, step.seq_len)
+    arithmetic = passes * n_parameters * tokens / flops_per_second(hardware)
+    chunks = 1.0 + 0.02 * (256 / step.levers.loss_chunk_tokens)
+    launches = step.accumulation * n_layers * _LAUNCH_SECONDS_PER_LAYER
+    update = 1.0 if step.optimizer == "adamw" else 1.02
+    return arithmetic * chunks * update + launches

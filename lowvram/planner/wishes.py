@@ -1,0 +1,86 @@
+"""Wishes: what the user asked for; the planner obeys each or refuses, and never bends one."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import ValidationError
+
+from lowvram.engine.config import BasePrecision, Levers, OptimizerName
+from lowvram.errors import ConfigError
+from lowvram.frozen import Frozen
+
+_ALL_OFF: dict[str, Any] = {
+    "double_quantization": False,
+    "gradient_checkpointing": False,
+    "loss_chunk_tokens": 1 << 20,
+}
+_ALL_ON: dict[str, Any] = {
+    "double_quantization": True,
+    "gradient_checkpointing": True,
+    "loss_chunk_tokens": 64,
+}
+
+
+class Wishes(Frozen):
+    """None means: decide for me."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    targets: str | None = None
+    seq_len: int | None = None
+    batch: int | None = None
+    precision: BasePrecision | None = None
+    optimizer: OptimizerName | None = None
+    levers: str = "default"
+    epochs: float | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    seed: int = 0
+
+    def pinned_levers(self) -> dict[str, Any]:
+        """Levers that the user fixed: `none`, `all`, or `name=value,name=value`.
+
+        Raises:
+            ConfigError: an unknown lever (with the nearest name) or a value it cannot take.
+        """
+        named = {"default": {}, "none": _ALL_OFF, "all": _ALL_ON}
+        if self.levers in named:
+            return named[self.levers]
+        pinned: dict[str, Any] = {}
+        for part in self.levers.split(","):
+            name, _, value = (piece.strip() for piece in part.partition("="))
+            if name not in Levers.model_fields:
+                near = difflib.get_close_matches(name, list(Levers.model_fields), n=1, cutoff=0.3)
+                raise ConfigError(
+                    f"There is no lever '{name}'.",
+                    f"Did you mean {near[0]}?" if near else f"Use {', '.join(Levers.model_fields)}.",
+                )
+            pinned[name] = value or "on"
+        try:
+            return {name: getattr(Levers.model_validate(pinned), name) for name in pinned}
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                f"--levers {first['loc'][0]}={first['input']}: {first['msg']}.",
+                "Write it like --levers gradient_checkpointing=off,loss_chunk_tokens=256.",
+            ) from error
+
+
+def wishes_from(**flags: Any) -> Wishes:
+    """Wishes from command line flags.
+
+    Raises:
+        ConfigError: every flag that is out of range, in one message.
+    """
+    positive = ("rank", "alpha", "seq_len", "batch", "epochs", "steps", "learning_rate")
+    bad = [f"--{n.replace('_', '-')} {flags[n]}" for n in positive if (flags.get(n) or 1) <= 0]
+    if bad:
+        raise ConfigError(f"Must be above zero: {', '.join(bad)}.", "Leave a flag out to let lowvram decide.")
+    try:
+        return Wishes(**{k: v for k, v in flags.items() if v is not None})
+    except ValidationError as error:
+        lines = [f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("; ".join(lines), "See lowvram plan --help.") from error

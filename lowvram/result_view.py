@@ -1,0 +1,27 @@
+"""Shows what a finished run achieved and what to type next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lowvram.training.result import RunResult
+from lowvram.units import format_bytes, format_count, format_seconds
+
+
+def show_result(result: RunResult, folder: Path, console: Console) -> None:
+    """Print losses before and after, speed, the adapter's place and the next commands."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    change = f"{100 * result.improvement:.1f} % lower" if result.improvement > 0 else "not lower"
+    before, after = result.held_out_loss_before, result.held_out_loss_after
+    table.add_row("held-out loss", f"{before:.4f} before, [bold]{after:.4f}[/] after ({change})")
+    table.add_row("trained", f"{result.steps} steps, {format_count(result.tokens)} tokens")
+    table.add_row("time", f"{format_seconds(result.seconds)}, {result.tokens_per_second:.0f} tokens/s")
+    table.add_row("adapter", f"{escape(str(folder / 'adapter'))} ({format_bytes(result.adapter_bytes)})")
+    console.print(table)
+    console.print(f"Next: lowvram merge {escape(str(folder))}", soft_wrap=True)

@@ -1,0 +1,356 @@
+"""Checkpoints: everything that resuming needs, whole on disk or not there, checked before it is trusted.
+
+    checkpoints/step-000060/
+      adapter.safetensors     the adapter's weights, under their own names
+      optimizer.safetensors   every other tensor, under its place: optimizer/state/0/exp_avg, rng/torch
+      state.json              every other value, with a reference where a tensor belongs
+      manifest.json           size and sha256 of the three; written last
+
+Nothing is pickled, so a checkpoint from a stranger can do no more than be wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lowvram.errors import ConfigError, DoesNotFitError
+from lowvram.frozen import Frozen
+from lowvram.units import format_bytes
+
+FORMAT = 1
+ADAPTER = "adapter.safetensors"
+TENSORS = "optimizer.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"
+FILES = (ADAPTER, TENSORS, STATE)
+
+_NAME = re.compile(r"step-(\d{6,})")
+# A step that is saved again sets its first checkpoint aside until the new one is in place.
+_SET_ASIDE = re.compile(r"\.step-(\d{6,})\.old")
+_UNFINISHED = re.compile(r"\.step-\d{6,}\.tmp")
+# safetensors says it in words only: ENOSPC, EDQUOT on Linux and on macOS, ERROR_DISK_FULL on Windows.
+_DISK_FULL = re.compile(r"os error (28|122|69|112)\)")
+
+
+@dataclass
+class CheckpointState:
+    """All that the loop needs to go on as if it had never stopped. Tensors are on the CPU once loaded."""
+
+    step: int  # finished optimizer steps
+    epoch: int
+    step_in_epoch: int  # the data cursor
+    plan_sha256: str
+    adapter: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]  # torch.optim.Optimizer.state_dict()
+    scheduler: dict[str, Any]
+    rng: dict[str, Any]  # collect_rng()
+    extra: dict[str, Any]
+
+
+class _File(Frozen):
+    size: int
+    sha256: str
+
+
+class _Manifest(Frozen):
+    format: int
+    files: dict[str, _File]
+
+
+def collect_rng() -> dict[str, Any]:
+    """The state of every random generator that training draws from."""
+    numpy: Any = np.random.get_state(legacy=False)
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
+    rng = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        rng["cuda"] = torch.cuda.get_rng_state_all()
+    return rng
+
+
+def restore_rng(rng: Mapping[str, Any]) -> None:
+    """Sets every generator back. A machine with fewer GPUs than the one that saved uses the first states."""
+    random.setstate(rng["python"])
+    key = np.array(rng["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**rng["numpy"], "state": {**rng["numpy"]["state"], "key": key}})
+    torch.set_rng_state(rng["torch"])
+    if torch.cuda.is_available():
+        for device, state in zip(range(torch.cuda.device_count()), rng.get("cuda", []), strict=False):
+            torch.cuda.set_rng_state(state, device)
+
+
+def save(folder: Path, state: CheckpointState, keep: int = 2) -> Path:
+    """Writes `folder`/step-000123, then removes what is older than the newest `keep`.
+
+    A kill at any moment leaves the earlier checkpoints, and this one whole or not at all. Checkpoints of
+    later steps are removed: the run has gone back behind them, and resuming from one would undo that.
+
+    Raises:
+        DoesNotFitError: the disk is full; the earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _sync_folder(folder.parent)
+    _remove_unfinished(folder)
+    path = folder / f"step-{state.step:06d}"
+    temporary = _hidden(path, "tmp")
+    try:
+        temporary.mkdir()
+        _write(temporary, state)
+        _put_in_place(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_disk_full(error):
+            raise _disk_full(folder, state) from error
+        raise
+    _prune(folder, state.step, max(1, keep))
+    return path
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all as they were written, and why newer ones were passed over."""
+    notes: list[str] = []
+    for path in _checkpoints(folder):
+        damage = _damage(path)
+        if damage is None:
+            return path, notes
+        notes.append(f"{path.name} is damaged: {damage}")
+    return None, notes
+
+
+def load(path: Path) -> CheckpointState:
+    """Reads the checkpoint at `path`, exactly as it was saved.
+
+    Raises:
+        ConfigError: it is not whole.
+    """
+    damage = _damage(path)
+    if damage is not None:
+        raise ConfigError(f"{path} is damaged: {damage}.", f"lowvram resume {path.parent.parent}")
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    tensors = _read_tensors(path / TENSORS)
+    return CheckpointState(adapter=_read_tensors(path / ADAPTER), **_decode(state, tensors))
+
+
+# Writing
+
+
+def _write(folder: Path, state: CheckpointState) -> None:
+    if torch.cuda.is_initialized():
+        # A paged optimizer's state lies in managed memory that looks like the CPU's: reading it does not
+        # wait for the GPU's last step.
+        torch.cuda.synchronize()
+    values = {name: value for name, value in vars(state).items() if name != "adapter"}
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(_encode(values, "", tensors))
+    save_file(_own_memory(state.adapter), folder / ADAPTER)
+    save_file(_own_memory(tensors), folder / TENSORS)
+    (folder / STATE).write_text(text, encoding="utf-8")
+    for name in FILES:
+        _sync_file(folder / name)
+    files = {name: _describe(folder / name) for name in FILES}
+    manifest = _Manifest(format=FORMAT, files=files)
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+    _sync_file(folder / MANIFEST)
+    _sync_folder(folder)
+
+
+def _own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """CPU tensors that share no storage, as safetensors asks: a view or a tied tensor is copied."""
+    result: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    aside = _hidden(path, "old")
+    if path.exists():
+        # No system renames over a folder with files in it. `newest` knows the name of the one set aside,
+        # so that a kill between the two renames loses nothing.
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    temporary.rename(path)
+    _sync_folder(path.parent)
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    done = [path for path in _checkpoints(folder) if path.name.startswith("step-")]
+    kept = [path for path in done if _step(path) <= step][:keep]
+    for path in _checkpoints(folder):
+        if path not in kept:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint. Under its own name it is never there in part. A file that is in use, as
+    Windows has them, stays: the next save tries again."""
+    doomed = _hidden(path, "tmp") if path.name.startswith("step-") else path
+    with suppress(OSError):
+        path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as handle:  # Windows syncs only what is open for writing
+        os.fsync(handle.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes the names in `path` survive a power cut. Windows cannot open a folder, and needs no such call."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    return isinstance(error, SafetensorError) and _DISK_FULL.search(str(error)) is not None
+
+
+def _disk_full(folder: Path, state: CheckpointState) -> DoesNotFitError:
+    tensors: dict[str, torch.Tensor] = {}
+    _encode(vars(state), "", tensors)
+    needed = format_bytes(sum(tensor.nbytes for tensor in tensors.values()))
+    free = format_bytes(shutil.disk_usage(folder).free)
+    return DoesNotFitError(
+        f"The disk is full: the checkpoint of step {state.step} needs {needed}, {folder} has {free} free. "
+        "The earlier checkpoints are whole.",
+        f"Free some space, then: lowvram resume {folder.parent}",
+    )
+
+
+# Reading
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first; of the same step, the one in place before the one set aside."""
+    if not folder.is_dir():
+        return []
+    names = [path for path in folder.iterdir() if _matches(path) and path.is_dir()]
+    return sorted(names, key=lambda path: (_step(path), path.name), reverse=True)
+
+
+def _matches(path: Path) -> re.Match[str] | None:
+    return _NAME.fullmatch(path.name) or _SET_ASIDE.fullmatch(path.name)
+
+
+def _step(path: Path) -> int:
+    match = _matches(path)
+    return int(match.group(1)) if match else -1
+
+
+def _hidden(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{ending}")
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint at `path`, None when it is whole."""
+    try:
+        manifest = _Manifest.model_validate_json((path / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError):
+        return f"{MANIFEST} cannot be read"
+    if manifest.format != FORMAT:
+        return f"{MANIFEST} is of format {manifest.format}, this lowvram reads format {FORMAT}"
+    if set(manifest.files) != set(FILES):
+        return f"{MANIFEST} lists other files"
+    problems = (_file_damage(path / name, entry) for name, entry in manifest.files.items())
+    return next((problem for problem in problems if problem), None)
+
+
+def _file_damage(path: Path, expected: _File) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"{path.name} has {size} bytes instead of {expected.size}"
+        return None if _describe(path) == expected else f"{path.name} has a wrong hash"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+
+
+def _describe(path: Path) -> _File:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return _File(size=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Copies of the tensors: as safetensors gives them they may be views of the file, which is pruned later."""
+    with safe_open(path, framework="pt", device="cpu") as handle:
+        return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+
+
+# Values as JSON. {"a": (1, None), 0: tensor} becomes
+# {"dict": [["a", {"tuple": [1, null]}], [0, {"tensor": "0"}]]}: JSON alone would make a list of the tuple
+# and text of the key 0, and an optimizer's `state` has such keys.
+
+
+def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON; its tensors go to `tensors`."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        while place in tensors:  # the keys 0 and "0" have the same place
+            place += "'"
+        tensors[place] = value
+        return {"tensor": place}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(item, _join(place, index), tensors) for index, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    if isinstance(value, Mapping) and all(isinstance(key, (str, int)) for key in value):
+        return {"dict": [[key, _encode(item, _join(place, key), tensors)] for key, item in value.items()]}
+    raise TypeError(f"a checkpoint cannot hold the {type(value).__name__} at {place or 'its top'}")
+
+
+def _join(place: str, key: object) -> str:
+    return f"{place}/{key}" if place else str(key)
+
+
+def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_decode(item, tensors) for item in content)
+    return {key: _decode(item, tensors) for key, item in content}

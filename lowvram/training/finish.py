@@ -1,0 +1,78 @@
+"""The two ends of a run: the untrained model's held-out loss, and the adapter, result and receipt."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from lowvram.frozen import write_atomically
+from lowvram.training.result import Receipt, RunResult
+
+if TYPE_CHECKING:
+    from lowvram.training.loop import Run
+
+_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def held_out_before(run: Run) -> float:
+    """Loss of the untrained adapter (B is zero: the base model), measured once and kept over resumes."""
+    if run.loss_before is not None:
+        return run.loss_before
+    run.view.note(f"Measuring the untrained model on {len(run.data.held_out)} held-out examples")
+    loss = run.held_out_loss()
+    run.view.note(f"Held-out loss before training: {loss:.4f}")
+    return loss
+
+
+def finish(run: Run) -> RunResult:
+    """Save the adapter in plain peft format, result.json and receipt.json."""
+    adapter_bytes = save_adapter(run)
+    after = run.loss_after if run.loss_after is not None else run.held_out_loss()
+    assert run.loss_before is not None
+    result = RunResult(
+        model=run.plan.model,
+        data=str(run.plan.data),
+        steps=run.step,
+        held_out_loss_before=run.loss_before,
+        held_out_loss_after=after,
+        trained_tokens=run.trained_tokens,
+        tokens=run.tokens,
+        seconds=run.seconds,
+        tokens_per_second=run.tokens / max(run.seconds, 1e-9),
+        adapter_bytes=adapter_bytes,
+        stop_reason="finished",
+    )
+    write_atomically(run.folder.result_file, result.model_dump_json(indent=2))
+    write_atomically(run.folder.receipt_file, _receipt(run).model_dump_json(indent=2))
+    return result
+
+
+def save_adapter(run: Run) -> int:
+    """Write RUN/adapter whole or not at all; returns its bytes.
+
+    peft would look up the base model's embedding size on the hub to decide what to save; the adapter has no
+    embedding, so it is told not to.
+    """
+    temporary = run.folder.path / ".adapter.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    run.model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+    run.source.tokenizer.save_pretrained(str(temporary))
+    shutil.rmtree(run.folder.adapter, ignore_errors=True)
+    temporary.replace(run.folder.adapter)
+    return sum(f.stat().st_size for f in run.folder.adapter.glob("adapter_model*.safetensors"))
+
+
+def _receipt(run: Run) -> Receipt:
+    estimate = run.plan.estimate
+    return Receipt(
+        device=run.plan.device.name,
+        backend=run.plan.device.backend,
+        predicted_peak_allocated_bytes=estimate.peak_allocated_bytes,
+        predicted_peak_reserved_bytes=estimate.peak_reserved_bytes,
+        budget_bytes=run.plan.budget_bytes,
+        measured_peak_allocated_bytes=run.monitor.peak_allocated_bytes,
+        measured_peak_bytes=run.monitor.peak_bytes,
+        measured_load_peak_bytes=run.load_peak_bytes,
+        versions={name: version(name) for name in _VERSIONS},
+    )

@@ -1,0 +1,316 @@
+"""The run folder: where each file of a run lies, one process at a time, and metrics that survive a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from lowvram.errors import ConfigError, DoesNotFitError
+from lowvram.frozen import write_atomically
+from lowvram.training.metrics import StepRecord
+from lowvram.units import format_bytes
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+LOCK = ".lock"
+SHOWN_NAMES = 5
+# What the systems answer when another process has the lock.
+_HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+_DATA_ENDINGS = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", ".bz2", ".xz"}
+
+
+class RunFolder:
+    """One run on disk. `create` for a new one, `open` for one that is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def receipt_file(self) -> Path:
+        return self.path / "receipt.json"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @classmethod
+    def create(cls, path: Path) -> RunFolder:
+        """A new, empty run folder at `path`, with its parents.
+
+        Raises:
+            ConfigError: a run or foreign files are there, or nothing can be written there.
+        """
+        run = cls(path)
+        try:
+            run._require_unused()
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path) as handle:  # permission bits alone do not tell
+                handle.write(b"\0")
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return run
+
+    @classmethod
+    def refuse_used(cls, path: Path) -> None:
+        """Say early, before hours of planning, what `create` would say.
+
+        Raises:
+            ConfigError: a run or foreign files are at `path`.
+        """
+        try:
+            cls(path)._require_unused()
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """The run at `path`.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        run = cls(path)
+        try:
+            if run._holds_run():
+                return run
+            found = _contents(path)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be read: {error.strerror}.", "Check its permissions."
+            ) from error
+        raise ConfigError(f"{path} holds no run: {found}.", _which_run(path))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder for this process. The system lets go of it when the process ends, however it does.
+
+        Raises:
+            ConfigError: another process has it.
+        """
+        try:
+            handle = (self.path / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        with handle:
+            self._take(handle)
+            handle.truncate(0)  # "a" writes at the end, wherever reading left off
+            handle.write(str(os.getpid()))
+            handle.flush()
+            try:
+                yield
+            finally:
+                # The file stays: a process that was about to lock it would lock a file without a name.
+                _unlock(handle)
+
+    def append_metrics(self, record: StepRecord) -> None:
+        """Adds one line to metrics.jsonl. It has left this process when the call returns."""
+        with self.metrics_file.open("a", encoding="utf-8", newline="\n") as handle:
+            handle.write(_as_line(record))
+            handle.flush()
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Removes the lines that a run resumed at `step` will write again, and what a crash left torn."""
+        if not self.metrics_file.exists():
+            return
+        records = [record for _, record in self._lines() if record is not None and record.step <= step]
+        write_atomically(self.metrics_file, "".join(_as_line(record) for record in records))
+
+    def read_metrics(self) -> list[StepRecord]:
+        """Every step's record. A last line that a crash cut short is left out.
+
+        Raises:
+            ConfigError: another line is no record.
+        """
+        lines = self._lines() if self.metrics_file.exists() else []
+        torn = next((number for number, record in lines[:-1] if record is None), None)
+        if torn is not None:
+            raise ConfigError(f"{self.metrics_file}:{torn} is not the record of a step.", "Delete that line.")
+        return [record for _, record in lines if record is not None]
+
+    def _lines(self) -> list[tuple[int, StepRecord | None]]:
+        # What a power cut leaves in the last block need not be text.
+        text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
+        lines = enumerate(text.split("\n"), start=1)
+        return [(number, _parse(line)) for number, line in lines if line.strip()]
+
+    def _holds_run(self) -> bool:
+        return any(part.exists() for part in (self.plan_file, self.checkpoints, self.adapter))
+
+    def _require_unused(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file, not a folder.", "Give another --output.")
+        if self._holds_run():
+            remedy = f"lowvram resume {self.path}, or give another --output"
+            raise ConfigError(f"{self.path} already holds a run.", remedy)
+        if self.path.is_dir() and _names(self.path):
+            found = f"{self.path} holds files of something else: {_contents(self.path)}."
+            raise ConfigError(found, "Give another --output.")
+
+    def _take(self, handle: IO[str]) -> None:
+        try:
+            _lock(handle)
+        except OSError as error:
+            if error.errno not in _HELD:
+                raise ConfigError(
+                    f"{self.path} cannot be locked against a second process: {error.strerror}.",
+                    "Give an --output on a local disk.",
+                ) from error
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            raise ConfigError(
+                f"another lowvram process (pid {owner}) is training in {self.path}.",
+                "Wait for it, stop it, or give another --output.",
+            ) from error
+
+
+def default_path(root: Path, model: str, data: str) -> Path:
+    """`root`/runs/{model}-{data}, with -2, -3 and so on when it is taken.
+
+    >>> default_path(Path("."), "Qwen/Qwen2.5-0.5B", "data/train.jsonl")  # doctest: +SKIP
+    PosixPath('runs/Qwen2.5-0.5B-train')
+    """
+    name = f"{_leaf(model) or 'model'}-{_without_endings(_leaf(data)) or 'data'}"
+    path = root / "runs" / name
+    number = 1
+    while os.path.lexists(path):
+        number += 1
+        path = path.with_name(f"{name}-{number}")
+    return path
+
+
+def require_disk(folder: Path, needed_bytes: int) -> None:
+    """Checks that `folder`, which need not exist yet, has room.
+
+    Raises:
+        DoesNotFitError: it has less than `needed_bytes`.
+    """
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        raise DoesNotFitError(
+            f"The run needs {format_bytes(needed_bytes)} of disk, {folder} has {format_bytes(free)} free.",
+            f"Free {format_bytes(needed_bytes - free)}, or give an --output on another disk.",
+        )
+
+
+if sys.platform == "win32":
+    # Windows locks bytes, and nobody else may read those: one far behind the pid leaves it readable.
+    _FAR = 1 << 30
+
+    def _lock(handle: IO[str]) -> None:
+        os.lseek(handle.fileno(), _FAR, os.SEEK_SET)
+        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+
+    def _unlock(handle: IO[str]) -> None:
+        os.lseek(handle.fileno(), _FAR, os.SEEK_SET)
+        msvcrt.locking(handle.fileno(), msvcrt.LK_UNLCK, 1)
+
+else:
+
+    def _lock(handle: IO[str]) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _unlock(handle: IO[str]) -> None:
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def _as_line(record: StepRecord) -> str:
+    """JSON has no NaN. As text it is still JSON, and StepRecord reads it back as the number."""
+    values = record.model_dump()
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values[name] = str(value)
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def _parse(line: str) -> StepRecord | None:
+    try:
+        return StepRecord.model_validate_json(line)
+    except ValueError:
+        return None
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    reason = "it is read-only" if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else error.strerror
+    return ConfigError(
+        f"Nothing can be written to {path}: {reason}.", "Give an --output that you can write to."
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in `folder` besides the lock, which is left behind by a run that never began."""
+    return sorted(
+        path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name != LOCK
+    )
+
+
+def _contents(path: Path) -> str:
+    if not path.is_dir():
+        return "it is a file" if path.exists() else "there is no such folder"
+    names = _names(path)
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more if names else "it is empty"
+
+
+def _which_run(path: Path) -> str:
+    """The runs in, beside and above `path`: who asks for one often names its parent or its adapter."""
+    if RunFolder(path.parent)._holds_run():
+        return f"Give the run itself: {path.parent}"
+    for folder in (path, path.parent):
+        runs = (
+            sorted(item for item in folder.iterdir() if RunFolder(item)._holds_run())
+            if folder.is_dir()
+            else []
+        )
+        if runs:
+            return "Give one of these: " + ", ".join(str(run) for run in runs[:SHOWN_NAMES])
+    return "Give the folder that a training run wrote, such as runs/NAME."
+
+
+def _leaf(name: str) -> str:
+    """The last part of a path or of a hub's name, with the characters that every file system takes."""
+    parts = [part for part in re.split(r"[\\/]", name) if part]
+    leaf = parts[-1] if parts else ""
+    if leaf in (".", ".."):
+        leaf = Path(name).resolve().name
+    return re.sub(r"[^\w.-]+", "-", leaf).strip("-.")
+
+
+def _without_endings(name: str) -> str:
+    """`train.jsonl.gz` as `train`. Only known endings go: squad-v1.1 is a name."""
+    while (cut := Path(name)).suffix.lower() in _DATA_ENDINGS:
+        name = cut.stem
+    return name
