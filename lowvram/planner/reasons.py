@@ -46,7 +46,7 @@ def _batch(step: StepConfig) -> str:
     whole = step.micro_batch * step.accumulation
     if step.accumulation == 1:
         return f"{whole} examples an update in one forward pass: they fit together"
-    return f"{whole} examples an update as {step.accumulation} passes of {step.micro_batch}: the most that fits"
+    return f"{whole} examples an update as {step.accumulation} passes of {step.micro_batch}: the fastest that fits"
 
 
 def _levers(step: StepConfig, wishes: Wishes) -> list[str]:

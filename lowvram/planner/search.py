@@ -67,22 +67,23 @@ class Search:
     def fastest(self, base: StepConfig, pinned: dict[str, Any], optimizer: str | None) -> Found | None:
         """The candidate with the least predicted time whose full trace is within the budget.
 
-        A rung that could not beat the best found so far, even at its largest micro-batch, is not traced.
+        A rung that could not beat the best found so far, even at its best micro-batch, is not traced.
         """
         best: Found | None = None
         for rung in rungs(base, pinned, optimizer, self.backend):
             sizes = micro_batches(rung.micro_batch * rung.accumulation)
-            if best is None or self.seconds(split(rung, sizes[-1])) < self.seconds(best.step):
-                found = self._largest_micro_batch(rung, sizes)
+            at_best = min(self.seconds(split(rung, size)) for size in sizes)
+            if best is None or at_best < self.seconds(best.step):
+                found = self._best_micro_batch(rung, sizes)
                 if found and (best is None or self.seconds(found.step) < self.seconds(best.step)):
                     best = found
         return best
 
-    def _largest_micro_batch(self, rung: StepConfig, sizes: list[int]) -> Found | None:
-        """The rung at the largest micro-batch that fits; None when not even one sequence does."""
+    def _best_micro_batch(self, rung: StepConfig, sizes: list[int]) -> Found | None:
+        """The rung at the fastest micro-batch that fits; None when not even one sequence does."""
         if not self._fits(split(rung, 1)):
             return None
-        for size in reversed(sizes):
+        for size in sorted(sizes, key=lambda n: self.seconds(split(rung, n))):
             if size > 1 and not self._plausible(rung, size):
                 continue
             step = split(rung, size)

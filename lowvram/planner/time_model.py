@@ -25,8 +25,10 @@ _GPU_FLOPS: tuple[tuple[str, float], ...] = (
     ("A100", 125e12),
 )
 _UNKNOWN_GPU_FLOPS = 12e12
-_CPU_CORE_FLOPS = 8e10  # one AVX-512 core with bf16; half of it without
-_LAUNCH_SECONDS_PER_LAYER = 1.5e-3  # kernels of one layer, forward and backward, at batch 1
+_CPU_CORE_FLOPS = 6e10  # one AVX-512 core with bf16 (AMD EPYC, this project's CI); half of it without
+_LAUNCH_SECONDS_PER_LAYER = {"cpu": 0.5e-3}  # dispatch of one layer's operators, forward and backward
+_GPU_LAUNCH_SECONDS_PER_LAYER = 1.5e-3
+_PADDING_PER_ROW = 0.008  # of the tokens, for each further row in a micro-batch: GSM8K rows, sorted windows
 
 
 def flops_per_second(hardware: Hardware) -> float:
@@ -48,6 +50,8 @@ def seconds_per_step(
     tokens = step.micro_batch * step.accumulation * min(tokens_per_example, step.seq_len)
     arithmetic = passes * n_parameters * tokens / flops_per_second(hardware)
     chunks = 1.0 + 0.02 * (256 / step.levers.loss_chunk_tokens)
-    launches = step.accumulation * n_layers * _LAUNCH_SECONDS_PER_LAYER
+    per_layer = _LAUNCH_SECONDS_PER_LAYER.get(hardware.backend, _GPU_LAUNCH_SECONDS_PER_LAYER)
+    launches = step.accumulation * n_layers * per_layer
     update = 1.0 if step.optimizer == "adamw" else 1.02
-    return arithmetic * chunks * update + launches
+    padding = 1.0 + _PADDING_PER_ROW * (step.micro_batch - 1)
+    return arithmetic * chunks * update * padding + launches

@@ -1,0 +1,1 @@
+"""The demo: a small real model, a bundled data set, the whole pipeline."""

@@ -1,0 +1,112 @@
+"""`lowvram demo`: fetch, plan, train, answer before and after, merge; interrupted, it continues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.text import Text
+
+from lowvram import hardware, pipeline
+from lowvram.demo.model import demo_model
+from lowvram.engine.generate import greedy_answers
+from lowvram.engine.source import ModelSource
+from lowvram.frozen import write_atomically
+from lowvram.merge_command import merge_run
+from lowvram.plan_view import show_plan
+from lowvram.planner.profiles import profile_for
+from lowvram.planner.wishes import Wishes
+from lowvram.result_view import show_result
+from lowvram.training.loop import Run
+from lowvram.training.result import RunResult
+
+_HERE = Path(__file__).parent
+DATA = _HERE / "answers.jsonl"
+_EPOCHS = 3.0
+_ANSWER_TOKENS = 80
+
+
+def run_demo(output: Path, steps: int | None, console: Console) -> None:
+    """The whole pipeline; a run that is there is continued, a finished one is shown again."""
+    answers = _Answers(output)
+    if (output / "plan.yaml").is_file() and not (output / "result.json").is_file():
+        console.print(f"Continuing the demo in {escape(str(output))}")
+        result = pipeline.resume(output, console, before=answers.before, after=answers.after)
+    elif (output / "result.json").is_file():
+        text = (output / "result.json").read_text(encoding="utf-8")
+        result = RunResult.model_validate_json(text)
+    else:
+        result = _first_run(output, steps, console, answers)
+    show_result(result, output, console)
+    answers.show(console)
+    if not (output / "merged").exists():
+        merge_run(output, None, console)
+    _next(output, console)
+
+
+def _first_run(output: Path, steps: int | None, console: Console, answers: _Answers) -> RunResult:
+    source = ModelSource(demo_model(lambda text: console.print(f"[dim]{escape(text)}")))
+    here = hardware.probe()
+    wishes = Wishes(epochs=_EPOCHS, steps=steps)
+    with console.status("planning: running the training step on fake tensors"):
+        planned = pipeline.plan_for(source, str(DATA), here, profile_for(here), wishes, lambda _: None)
+    show_plan(planned.plan, console)
+    return pipeline.start(planned, output, console, before=answers.before, after=answers.after)
+
+
+class _Answers:
+    """The model's answers to three questions that are not in the data, before and after."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "answers.json"
+        self._prompts: list[str] = json.loads((_HERE / "prompts.json").read_text(encoding="utf-8"))
+
+    def before(self, run: Run) -> None:
+        if run.step == 0:
+            self._ask(run, "before")
+
+    def after(self, run: Run) -> None:
+        self._ask(run, "after")
+
+    def _ask(self, run: Run, when: str) -> None:
+        run.view.note(f"Asking {len(self._prompts)} questions {when} training")
+        answers = greedy_answers(
+            run.model,
+            run.source.tokenizer,
+            self._prompts,
+            max_new_tokens=_ANSWER_TOKENS,
+            device=str(run.device),
+        )
+        write_atomically(self._file, json.dumps(self._read() | {when: answers}, indent=2, ensure_ascii=False))
+
+    def _read(self) -> dict[str, Any]:
+        if not self._file.is_file():
+            return {}
+        known: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+        return known
+
+    def show(self, console: Console) -> None:
+        """Before and after side by side."""
+        answers = self._read()
+        width = max(30, (console.width - 4) // 2)
+        for index, prompt in enumerate(self._prompts):
+            console.print(f"\n[bold]{escape(prompt)}")
+            panels = [
+                Panel(Text(answers[when][index].strip()), title=when, width=width, border_style=color)
+                for when, color in (("before", "dim"), ("after", "green"))
+                if when in answers
+            ]
+            console.print(Columns(panels))
+
+
+def _next(output: Path, console: Console) -> None:
+    console.print("\n[bold]What you can do now")
+    console.print(f"  {escape(str(output / 'adapter'))}: load it with peft.PeftModel.from_pretrained")
+    console.print(f"  {escape(str(output / 'merged'))}: load it with plain transformers")
+    console.print("  lowvram plan --model Qwen/Qwen2-7B --vram 8GB")
+    console.print("  lowvram auto --model YOUR_MODEL --data YOUR.jsonl")
