@@ -41,7 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, logits_of: LogitsOf, chunk: int
     ) -> torch.Tensor:  # hidden [N, H], targets [N] -> []
         grad = torch.empty_like(hidden)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for start in range(0, hidden.shape[0], chunk):
             part = hidden[start : start + chunk].detach().requires_grad_()
             with torch.enable_grad():
@@ -59,13 +59,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(exact), targets, reduction="sum")
 
 
 def summed_cross_entropy(
     hidden: torch.Tensor, targets: torch.Tensor, logits_of: LogitsOf, chunk_tokens: int
 ) -> torch.Tensor:
-    """Sum over N tokens of -log p(target), float32.
+    """Sum over N tokens of -log p(target), in float32 or better.
 
     Args:
         hidden: [N, H] last hidden states of the positions that are trained.
@@ -76,7 +77,7 @@ def summed_cross_entropy(
     if torch.is_grad_enabled():
         loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, targets, logits_of, chunk_tokens)
         return loss
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = logits_of(hidden[start : start + chunk_tokens])
         total += _summed_loss(part, targets[start : start + chunk_tokens])

@@ -79,7 +79,7 @@ def collect_rng() -> dict[str, Any]:
     numpy: Any = np.random.get_state(legacy=False)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
     rng = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
+    if _cuda_in_use():
         rng["cuda"] = torch.cuda.get_rng_state_all()
     return rng
 
@@ -93,6 +93,10 @@ def restore_rng(rng: Mapping[str, Any]) -> None:
     if torch.cuda.is_available():
         for device, state in zip(range(torch.cuda.device_count()), rng.get("cuda", []), strict=False):
             torch.cuda.set_rng_state(state, device)
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def save(folder: Path, state: CheckpointState, keep: int = 2) -> Path:
@@ -143,19 +147,17 @@ def load(path: Path) -> CheckpointState:
     if damage is not None:
         raise ConfigError(f"{path} is damaged: {damage}.", f"lowvram resume {path.parent.parent}")
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    tensors = _read_tensors(path / TENSORS)
-    return CheckpointState(adapter=_read_tensors(path / ADAPTER), **_decode(state, tensors))
+    values = _decode(state, _read_tensors(path / TENSORS))
+    adapter = _read_tensors(path / ADAPTER)
+    values["adapter"] = {name: adapter[name] for name in values["adapter"]}
+    return CheckpointState(**values)
 
 
 # Writing
 
 
 def _write(folder: Path, state: CheckpointState) -> None:
-    if torch.cuda.is_initialized():
-        # A paged optimizer's state lies in managed memory that looks like the CPU's: reading it does not
-        # wait for the GPU's last step.
-        torch.cuda.synchronize()
-    values = {name: value for name, value in vars(state).items() if name != "adapter"}
+    values = {**vars(state), "adapter": list(state.adapter)}  # safetensors sorts them: keep their order
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_encode(values, "", tensors))
     save_file(_own_memory(state.adapter), folder / ADAPTER)
@@ -312,7 +314,7 @@ def _describe(path: Path) -> _File:
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Copies of the tensors: as safetensors gives them they may be views of the file, which is pruned later."""
+    """Copies: as safetensors gives the tensors they may be views of the file, which is pruned later."""
     with safe_open(path, framework="pt", device="cpu") as handle:
         return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
 

@@ -36,7 +36,7 @@ def make_view(console: Console, title: str) -> View:
 
 
 class LineView:
-    """`step 12/60  loss 1.2345  lr 1.8e-04  412 tok/s  mem 0.61/0.64 GiB peak, predicted 0.65  ETA 3 min 5 s`"""
+    """`step 12/60  loss 1.2345  lr 1.8e-04  412 tok/s  mem 0.61/0.64 GiB peak, predicted 0.65  ETA 5 s`"""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
@@ -80,13 +80,13 @@ class LiveView:
     def step(self, record: StepRecord) -> None:
         self._losses.add(record.loss)
         if record.held_out_loss is not None:
-            self._held_out = Text(
-                f"  held-out {record.held_out_loss:.4f} at step {record.step}", style="cyan"
-            )
+            held_out = f"  held-out {record.held_out_loss:.4f} at step {record.step}"
+            self._held_out = Text(held_out, style="not bold cyan")
         self._live.update(self._panel(record))
 
     def note(self, text: str) -> None:
-        self._console.print(Text(_printable(text)))
+        # rich prints it above the panel; unbroken, so that a command in it can be copied
+        self._console.print(Text(_printable(text)), soft_wrap=True)
 
     def stop(self) -> None:
         self._live.stop()
@@ -95,7 +95,7 @@ class LiveView:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold cyan", no_wrap=True)
         table.add_column()
-        table.add_row("progress", ProgressBar(record.total_steps, record.step, width=BAR_WIDTH))
+        table.add_row("progress", ProgressBar(max(1, record.total_steps), record.step, width=BAR_WIDTH))
         table.add_row("", _progress(record))
         table.add_row("loss", self._loss(record))
         rate = f"{record.learning_rate:.2e}   {record.tokens_per_second:,.0f} tokens/s"

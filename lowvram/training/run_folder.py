@@ -106,12 +106,10 @@ class RunFolder:
         try:
             if run._holds_run():
                 return run
-            found = _contents(path)
+            found, remedy = _contents(path), _which_run(path)
         except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be read: {error.strerror}.", "Check its permissions."
-            ) from error
-        raise ConfigError(f"{path} holds no run: {found}.", _which_run(path))
+            found, remedy = f"it cannot be read, {error.strerror}", "Check its permissions."
+        raise ConfigError(f"{path} holds no run: {found}.", remedy)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -197,13 +195,13 @@ class RunFolder:
 
 
 def default_path(root: Path, model: str, data: str) -> Path:
-    """`root`/runs/{model}-{data}, with -2, -3 and so on when it is taken.
+    """`root`/{model}-{data}, with -2, -3 and so on when it is taken.
 
-    >>> default_path(Path("."), "Qwen/Qwen2.5-0.5B", "data/train.jsonl")  # doctest: +SKIP
+    >>> default_path(Path("runs"), "Qwen/Qwen2.5-0.5B", "data/train.jsonl")  # doctest: +SKIP
     PosixPath('runs/Qwen2.5-0.5B-train')
     """
     name = f"{_leaf(model) or 'model'}-{_without_endings(_leaf(data)) or 'data'}"
-    path = root / "runs" / name
+    path = root / name
     number = 1
     while os.path.lexists(path):
         number += 1
@@ -264,17 +262,15 @@ def _parse(line: str) -> StepRecord | None:
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:
-    reason = "it is read-only" if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else error.strerror
-    return ConfigError(
-        f"Nothing can be written to {path}: {reason}.", "Give an --output that you can write to."
-    )
+    read_only = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    reason = "it is read-only for you" if read_only else error.strerror
+    return ConfigError(f"{path} cannot be written to: {reason}.", "Give an --output that you can write to.")
 
 
 def _names(folder: Path) -> list[str]:
     """What is in `folder` besides the lock, which is left behind by a run that never began."""
-    return sorted(
-        path.name + ("/" if path.is_dir() else "") for path in folder.iterdir() if path.name != LOCK
-    )
+    names = (path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
+    return sorted(name for name in names if name != LOCK)
 
 
 def _contents(path: Path) -> str:
@@ -290,13 +286,10 @@ def _which_run(path: Path) -> str:
     if RunFolder(path.parent)._holds_run():
         return f"Give the run itself: {path.parent}"
     for folder in (path, path.parent):
-        runs = (
-            sorted(item for item in folder.iterdir() if RunFolder(item)._holds_run())
-            if folder.is_dir()
-            else []
-        )
+        items = sorted(folder.iterdir()) if folder.is_dir() else []
+        runs = [str(item) for item in items if RunFolder(item)._holds_run()]
         if runs:
-            return "Give one of these: " + ", ".join(str(run) for run in runs[:SHOWN_NAMES])
+            return "Give one of these: " + ", ".join(runs[:SHOWN_NAMES])
     return "Give the folder that a training run wrote, such as runs/NAME."
 
 

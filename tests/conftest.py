@@ -1,0 +1,90 @@
+"""Shared fixtures: tiny real architectures, the real SmolLM2, and the switch for slow tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|bitsandbytes")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests take the PyPI road; the hub road is tested by name
+
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k-test.jsonl"
+QWEN2_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture
+def config_only(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    """A model folder that holds a config.json and nothing else."""
+
+    def make(config: dict[str, object]) -> Path:
+        folder = tmp_path / str(config["model_type"])
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The real SmolLM2-135M-Instruct, fetched and converted once into lowvram's cache."""
+    from lowvram.demo.model import demo_model
+
+    return Path(demo_model(print))
+
+
+@pytest.fixture(scope="session")
+def lowvram() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the real command line in a process of its own."""
+
+    def run(*args: object, cwd: Path | None = None, timeout: int = 1800) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from lowvram.cli import main; main()", *map(str, args)]
+        environment = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment, check=False
+        )
+
+    return run

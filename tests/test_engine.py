@@ -1,0 +1,194 @@
+"""The engine's step against plain transformers + peft, in float64 on tiny real architectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from lowvram.data.tokens import Example
+from lowvram.engine.adapters import add_adapters, resolve_targets, trainable
+from lowvram.engine.attention import register
+from lowvram.engine.batch import collate
+from lowvram.engine.config import Levers, StepConfig
+from lowvram.engine.loss import summed_cross_entropy
+from lowvram.engine.model import linear_names, load, skeleton
+from lowvram.engine.optimizer import make_optimizer
+from lowvram.engine.source import ModelSource
+from lowvram.engine.step import SummedLoss, evaluate, train_step
+from lowvram.errors import ConfigError
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
+    "mistral with a window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),
+}
+
+
+def _examples(lengths: tuple[int, ...], seed: int = 0) -> list[Example]:
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for n in lengths:
+        ids = torch.randint(0, 97, (n,), generator=g).tolist()
+        trained = [0] * (n // 3) + [1] * (n - n // 3)
+        made.append(Example(tuple(ids), tuple(trained), "test:1"))
+    return made
+
+
+def _step(**changes: Any) -> StepConfig:
+    base = {"base_precision": "fp32", "compute_dtype": "fp32", "rank": 3, "alpha": 7, "dropout": 0.0}
+    return StepConfig(**{**base, "target_modules": ("q_proj", "v_proj", "down_proj"), **changes})
+
+
+def _pair(kind: str, step: StepConfig) -> tuple[Any, Any]:
+    """Our model and the plain transformers + peft one, in float64, with the same weights and B not zero."""
+    torch.manual_seed(0)
+    plain = MODELS[kind]().double()
+    ours = MODELS[kind]().double()
+    ours.load_state_dict(plain.state_dict())
+    ours.set_attn_implementation(register())
+    plain.set_attn_implementation("eager")
+    config = LoraConfig(
+        r=step.rank, lora_alpha=step.alpha, use_rslora=step.use_rslora, target_modules=list(step.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    reference, model = get_peft_model(plain, config).double(), add_adapters(ours, step).double()
+    for name, parameter in trainable(reference).items():
+        torch.nn.init.normal_(parameter, std=0.2)
+        trainable(model)[name].data.copy_(parameter.data)
+    return model.train(), reference.train()
+
+
+def _plain_loss(model: Any, examples: list[Example]) -> torch.Tensor:
+    """Mean over all trained tokens of all examples, one example at a time, by transformers' own logits."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for example in examples:
+        ids = torch.tensor([list(example.input_ids)])
+        labels = torch.tensor([i if t else -100 for i, t in zip(example.input_ids, example.trained, strict=True)])
+        logits = model(input_ids=ids).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+        count += int((labels[1:] != -100).sum())
+    return total / count
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("chunk", [16, 4096])
+@pytest.mark.parametrize("lengths", [((9, 17, 4), (12,)), ((21,),)])
+def test_loss_and_gradients_equal_plain_transformers(
+    kind: str, checkpointing: bool, chunk: int, lengths: tuple[tuple[int, ...], ...]
+) -> None:
+    step = _step(levers=Levers(gradient_checkpointing=checkpointing, loss_chunk_tokens=chunk), use_rslora=chunk > 99)
+    model, reference = _pair(kind, step)
+    micro_batches = [_examples(part, seed) for seed, part in enumerate(lengths)]
+    gradients: dict[str, torch.Tensor] = {}
+
+    class Keep(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            gradients.update({n: p.grad.clone() for n, p in trainable(model).items() if p.grad is not None})
+
+    loss_of = SummedLoss(model, step)
+    result = train_step(
+        loss_of, Keep(trainable(model).values()), [collate(m, 0) for m in micro_batches], max_grad_norm=1e9
+    )
+    expected = _plain_loss(reference, [e for m in micro_batches for e in m])
+    expected.backward()
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    for name, parameter in trainable(reference).items():
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 1e-6
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_window_is_obeyed() -> None:
+    """Without the window the loss differs: the mask is really built."""
+    model, reference = _pair("mistral with a window", _step())
+    reference.get_base_model().config.sliding_window = None
+    examples = _examples((30,))
+    batch = collate(examples, 0)
+    ours = SummedLoss(model, _step())(batch.input_ids, batch.positions, batch.targets) / batch.trained_tokens
+    assert abs(ours.item() - _plain_loss(reference, examples).item()) > 1e-4
+
+
+@pytest.mark.parametrize("chunk", [16, 17, 1000])
+def test_chunked_loss_equals_full_loss(chunk: int) -> None:
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False).double().requires_grad_(False)
+    hidden = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 50, (37,))
+    summed_cross_entropy(hidden, targets, head, chunk).backward()
+    assert hidden.grad is not None
+    ours, hidden.grad = hidden.grad.clone(), None
+    full = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    full.backward()
+    torch.testing.assert_close(ours, hidden.grad, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        assert float(summed_cross_entropy(hidden, targets, head, chunk)) == pytest.approx(full.item(), rel=1e-9)
+
+
+def test_collate_positions_and_targets() -> None:
+    a, b = Example((5, 6, 7), (0, 1, 1), "x:1"), Example((8, 9), (0, 1), "x:2")
+    batch = collate([a, b], pad_token_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch.positions.tolist() == [0, 1, 3]
+    assert batch.targets.tolist() == [6, 7, 9]
+
+
+def test_padding_changes_nothing() -> None:
+    model, _ = _pair("llama", _step())
+    loss_of = SummedLoss(model, _step())
+    together = evaluate(loss_of, [collate(_examples((5, 19)), 96)], "cpu")
+    apart = evaluate(loss_of, [collate([e], 0) for e in _examples((5, 19))], "cpu")
+    assert together == pytest.approx(apart, rel=1e-9)
+
+
+def test_targets() -> None:
+    model = MODELS["llama"]()
+    assert resolve_targets(model, "all-linear") == tuple(linear_names(model))
+    assert "lm_head" not in resolve_targets(model, "all-linear")
+    assert resolve_targets(model, "qv") == ("q_proj", "v_proj")
+    assert resolve_targets(model, "up_proj, down_proj") == ("up_proj", "down_proj")
+    with pytest.raises(ConfigError, match=r"no linear layer called query.*q_proj"):
+        resolve_targets(model, "query")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_nf4_step_trains_every_adapter(smollm: Path, optimizer: str) -> None:
+    """On the real model in NF4: the loss falls, every B gets a gradient, and evaluation does not harm the base."""
+    source = ModelSource(str(smollm))
+    step = StepConfig(rank=4, dropout=0.0, target_modules=("q_proj", "down_proj"), optimizer=optimizer)  # type: ignore[arg-type]
+    model = add_adapters(load(source, step, "cpu"), step).train()
+    loss_of = SummedLoss(model, step)
+    adapter = make_optimizer(trainable(model).values(), step, 5e-3)
+    batch = collate(_examples((40, 33)), 0)
+    before = evaluate(loss_of, [batch], "cpu")
+    for _ in range(3):
+        result = train_step(loss_of, adapter, [batch], max_grad_norm=1.0)
+    after = evaluate(loss_of, [batch], "cpu")
+    assert float(result.loss) < before
+    assert after < before - 0.5
+    assert all(bool(p.abs().max() > 0) for n, p in trainable(model).items() if "lora_B" in n)
+    assert all(p.dtype == torch.float32 for p in trainable(model).values())
+
+
+def test_skeleton_has_the_loaded_model_s_parameters(smollm: Path) -> None:
+    """Names, 4-bit layers and dtypes of the traced model are those of the trained one."""
+    source, step = ModelSource(str(smollm)), StepConfig(target_modules=("q_proj",))
+    loaded, traced = load(source, step, "cpu"), skeleton(source.config, step)
+    kinds = [{n: type(m).__name__ for n, m in model.named_modules()} for model in (loaded, traced)]
+    assert kinds[0] == kinds[1]
+    dtypes = [{n: p.dtype for n, p in m.named_parameters() if p.dtype != torch.uint8} for m in (loaded, traced)]
+    assert dtypes[0].items() <= dtypes[1].items()
