@@ -44,7 +44,9 @@ BatchSize = Annotated[int | None, typer.Option("--batch", help="Examples in one 
 Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, bf16, fp16 or fp32.")]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
 LeverText = Annotated[str, typer.Option("--levers", help="default, none, all, or name=value,name=value.")]
-ProfileName = Annotated[str | None, typer.Option("--profile", help="8gb, 12gb, 16gb, 24gb, cpu or a YAML file.")]
+ProfileName = Annotated[
+    str | None, typer.Option("--profile", help="8gb, 12gb, 16gb, 24gb, cpu or a YAML file.")
+]
 Seed = Annotated[int, typer.Option(help="Of the data order, dropout and adapter.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")]
@@ -119,7 +121,9 @@ def plan(
         planned = _planned(flags)
     except LowvramError as error:
         if as_json and error.exit_code == 3:
-            typer.echo(json.dumps({"fits": False, "model": model, "message": error.message, "nearest": error.remedy}))
+            typer.echo(
+                json.dumps({"fits": False, "model": model, "message": error.message, "nearest": error.remedy})
+            )
         raise
     _show(planned, as_json)
     if output is not None:
@@ -186,7 +190,9 @@ def train(
 
     _quiet_libraries()
     if not plan_file.is_file():
-        raise ConfigError(f"There is no plan '{plan_file}'.", "Make one: lowvram plan --model M --data D -o plan.yaml")
+        raise ConfigError(
+            f"There is no plan '{plan_file}'.", "Make one: lowvram plan --model M --data D -o plan.yaml"
+        )
     if output is not None:
         RunFolder.refuse_used(output)
     saved = Plan.from_yaml(plan_file)
@@ -226,7 +232,9 @@ def merge(
 @data_app.command("check")
 def data_check(
     data: Annotated[str, typer.Argument(help="JSONL, JSON, CSV, parquet or a hub data set id.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Count tokens with its tokenizer.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Count tokens with its tokenizer.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show format, counts and lengths, and the first example as the model sees it."""
@@ -325,7 +333,9 @@ def main() -> None:
         app()
     except LowvramError as error:
         console = Console(stderr=True, highlight=False)
-        console.print(f"[bold red]{'Stopped' if error.exit_code > 128 else 'Error'}:[/] {escape(error.message)}")
+        console.print(
+            f"[bold red]{'Stopped' if error.exit_code > 128 else 'Error'}:[/] {escape(error.message)}"
+        )
         if error.remedy:
             console.print(f"[bold]What to do:[/] {escape(error.remedy)}")
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""`lowvram data check`: format, counts, token lengths, and the first example with its trained tokens coloured."""
+"""`lowvram data check`: format, counts, lengths, and the first example with its trained tokens coloured."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Driver(Frozen):
 def read_driver() -> Driver:
     """The driver and all its cards now. Never raises: whatever fails becomes a problem."""
     try:
-        import pynvml as nvml  # type: ignore[import-untyped]
+        import pynvml as nvml
 
         nvml.nvmlInit()
     except ImportError:

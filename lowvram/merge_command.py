@@ -26,11 +26,14 @@ def merge_run(run: Path, output: Path | None, console: Console) -> MergeResult:
     config_file = adapter / "adapter_config.json"
     if not config_file.is_file():
         raise ConfigError(
-            f"'{run}' holds no finished adapter.", f"Finish it first: lowvram resume {run}, or check the path."
+            f"'{run}' holds no finished adapter.",
+            f"Finish it first: lowvram resume {run}, or check the path.",
         )
     base = json.loads(config_file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
-        raise ConfigError(f"{config_file} does not name its base model.", "Add base_model_name_or_path to it.")
+        raise ConfigError(
+            f"{config_file} does not name its base model.", "Add base_model_name_or_path to it."
+        )
     target = output or run / "merged"
     with Progress(TextColumn("merging"), BarColumn(), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("merging", total=None)

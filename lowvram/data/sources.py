@@ -218,7 +218,7 @@ def _csv_records(name: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _dataset_rows(name: str, *args: str, **options: Any) -> Iterator[Row]:
-    from datasets import load_dataset  # type: ignore[import-untyped]
+    from datasets import load_dataset
 
     try:
         rows: Iterable[dict[str, Any]] = load_dataset(*args, split="train", **options)

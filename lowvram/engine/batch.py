@@ -25,7 +25,9 @@ class Batch:
         return int(self.targets.shape[0])
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets)))
+        return Batch(
+            *(t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets))
+        )
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:

@@ -16,13 +16,16 @@ OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 class Levers(Frozen):
     """Switches that trade time for memory; each one is visible to the memory trace."""
 
-    double_quantization: bool = Field(True, description="quantise NF4's block scales as well (0.37 bit/weight)")
+    double_quantization: bool = Field(
+        True, description="quantise NF4's block scales as well (0.37 bit/weight)"
+    )
     gradient_checkpointing: bool = Field(True, description="keep one activation a layer, recompute the rest")
     loss_chunk_tokens: int = Field(
         1024, ge=16, description="trained tokens whose logits exist at one time; the full logits never do"
     )
     expandable_segments: bool = Field(
-        False, description="the CUDA allocator grows its segments instead of adding fixed ones: less is wasted"
+        False,
+        description="the CUDA allocator grows its segments instead of adding fixed ones: less is wasted",
     )
 
 
@@ -33,7 +36,9 @@ class StepConfig(Frozen):
     base_precision: BasePrecision = "nf4"
     compute_dtype: ComputeDtype = "bf16"
     rank: int = Field(8, ge=1, description="LoRA rank r")
-    alpha: float = Field(16, gt=0, description="LoRA alpha; the update is scaled by alpha/r, or alpha/sqrt(r)")
+    alpha: float = Field(
+        16, gt=0, description="LoRA alpha; the update is scaled by alpha/r, or alpha/sqrt(r)"
+    )
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     bias: Literal["none"] = Field("none", description="which bias vectors train")
     use_rslora: bool = Field(False, description="scale by alpha/sqrt(r) (arXiv 2312.03732)")

@@ -75,7 +75,9 @@ def summed_cross_entropy(
         chunk_tokens: how many rows of logits exist at one time.
     """
     if torch.is_grad_enabled():
-        loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, targets, logits_of, chunk_tokens)
+        loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, targets, logits_of, chunk_tokens
+        )
         return loss
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for start in range(0, hidden.shape[0], chunk_tokens):

@@ -25,7 +25,9 @@ def storage_dtype(base_precision: BasePrecision, compute_dtype: str) -> torch.dt
     return DTYPES[compute_dtype if base_precision == "nf4" else base_precision]
 
 
-def skeleton(config: PretrainedConfig, step: StepConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(
+    config: PretrainedConfig, step: StepConfig, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model on the meta device with NF4 linears in place: every shape and dtype, not a byte of weights.
 
     Raises:
@@ -57,7 +59,7 @@ def unquantized_modules(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if module is head]
 
 
-def linear_names(model: nn.Module) -> list[str]:
+def linear_names(model: Any) -> list[str]:
     """Last name parts of all linear layers but the head, in order of appearance: q_proj, k_proj, ..."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = (n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
@@ -137,6 +139,7 @@ def _keep_nf4_layout(model: nn.Module) -> None:
     On a CPU with AVX512-BF16 its Linear4bit converts the weights in place to an inference-only layout the
     first time it runs outside training; the next backward would read them wrongly.
     """
-    for module in model.modules():
+    modules: Any = model.modules()
+    for module in modules:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False

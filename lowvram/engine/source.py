@@ -79,7 +79,7 @@ class ModelSource:
         return sum(sizes) or None
 
     def require_weights(self) -> None:
-        """Refuse a local folder whose safetensors are absent, truncated or pickled, before anything is loaded.
+        """Refuse a local folder whose safetensors are absent, truncated or pickled, before loading.
 
         Raises:
             ConfigError: names the file.

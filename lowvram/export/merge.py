@@ -77,7 +77,9 @@ def merge_adapter(
     folder = _base_folder(base)
     sources = [(shard, name, entry) for shard in local_shards(folder) for name, entry in _entries(shard)]
     if not sources:
-        raise ConfigError(f"'{folder}' has no *.safetensors file.", "Point the adapter at a safetensors base.")
+        raise ConfigError(
+            f"'{folder}' has no *.safetensors file.", "Point the adapter at a safetensors base."
+        )
     _require_match(deltas, {name: tuple(entry["shape"]) for _, name, entry in sources})
     n_bytes = sum(_n_bytes(entry) for _, _, entry in sources)
     _require_disk(output, n_bytes)
@@ -100,7 +102,11 @@ def read_adapter(adapter: Path) -> dict[str, _Delta]:
     """
     config_file, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
     if not config_file.is_file() or not weights.is_file():
-        pickled = " (adapter_model.bin is pickled and is not read)" if (adapter / "adapter_model.bin").is_file() else ""
+        pickled = (
+            " (adapter_model.bin is pickled and is not read)"
+            if (adapter / "adapter_model.bin").is_file()
+            else ""
+        )
         raise ConfigError(
             f"'{adapter}' holds no adapter_config.json with adapter_model.safetensors{pickled}.",
             "Give a finished run, or a folder that peft's save_pretrained wrote.",
@@ -117,7 +123,9 @@ def read_adapter(adapter: Path) -> dict[str, _Delta]:
             raise ConfigError(f"'{weights}' holds more than LoRA weights: {other[:3]}.", _BY_PEFT)
         return {
             f"{name.removeprefix(_PEFT_PREFIX)}.weight": _Delta(
-                tensors.get_tensor(f"{name}.lora_A.weight"), tensors.get_tensor(f"{name}.lora_B.weight"), scaling
+                tensors.get_tensor(f"{name}.lora_A.weight"),
+                tensors.get_tensor(f"{name}.lora_B.weight"),
+                scaling,
             )
             for name in names
         }
@@ -185,7 +193,8 @@ def _require_disk(output: Path, n_bytes: int) -> None:
     free, needed = shutil.disk_usage(existing).free, int(1.05 * n_bytes)
     if free < needed:
         raise DoesNotFitError(
-            f"The merged model needs {format_bytes(needed)} of disk at '{existing}'; {format_bytes(free)} is free.",
+            f"The merged model needs {format_bytes(needed)} of disk at '{existing}'; "
+            f"{format_bytes(free)} is free.",
             "Free some, or give an --output on another disk.",
         )
 
@@ -251,7 +260,9 @@ def _write_tensor(
         _copy_bytes(handle, shard, entry)
         return
     if entry["dtype"] not in _DTYPES:
-        raise ConfigError(f"'{name}' is stored as {entry['dtype']}, not in 16 or 32 bits.", "Use the 16-bit base.")
+        raise ConfigError(
+            f"'{name}' is stored as {entry['dtype']}, not in 16 or 32 bits.", "Use the 16-bit base."
+        )
     with safe_open(shard, framework="pt") as tensors:
         merged = delta.added_to(tensors.get_tensor(name)).contiguous()
     handle.write(merged.view(torch.uint8).numpy().data)

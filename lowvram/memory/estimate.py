@@ -79,7 +79,7 @@ def quick_reserved_bytes(
     Memory is affine in the number of identical layers for one moment of the step, but another moment may
     become the peak, so the peak of each moment is extended by itself. `estimate` is the judge.
     """
-    n_layers = config.get_text_config().num_hidden_layers
+    n_layers = int(config.get_text_config().num_hidden_layers)
     workspace = cublas_bytes(capability) if backend == "cuda" else 0
     if n_layers <= 3:
         trace = trace_step(config, step, backend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -11,9 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.engine.adapters import add_adapters
+from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
 from lowvram.engine.model import NESTED_BLOCK, NF4_BLOCK, skeleton
-from lowvram.engine.batch import Batch
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,7 +54,7 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
-def _fake_nf4_weight(module: nn.Module) -> None:
+def _fake_nf4_weight(module: Any) -> None:
     """Packed weight, scales and (double quantisation) scales of scales, as bitsandbytes stores them."""
     from bitsandbytes.functional import QuantState
 
@@ -70,7 +70,7 @@ def _fake_nf4_weight(module: nn.Module) -> None:
             blocksize=NESTED_BLOCK,
             dtype=torch.float32,
         )
-    packed = nn.Parameter(torch.empty(((n_weights + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
+    packed: Any = nn.Parameter(torch.empty(((n_weights + 1) // 2, 1), dtype=torch.uint8), requires_grad=False)
     packed.quant_state = QuantState(
         absmax=torch.empty(n_blocks, dtype=torch.uint8 if nested else torch.float32),
         shape=old.shape,

@@ -56,7 +56,7 @@ def _run(
 ) -> None:
     def backward(loss: torch.Tensor) -> None:
         with recorder.during("backward"):
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def clip(parameters: object, max_norm: float) -> torch.Tensor:
         with recorder.during("clip"):
@@ -104,7 +104,7 @@ def _label_gradients(recorder: Recorder, parameters: dict[str, nn.Parameter]) ->
         recorder.label(parameter.grad, "gradients")
 
     for parameter in parameters.values():
-        parameter.register_post_accumulate_grad_hook(hook)
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _create_optimizer_state(

@@ -54,14 +54,14 @@ class Trace:
         self.events.append(-(index + 1))
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator's outputs and follows each new storage until it is released.
 
     Storages on the host (`exclude`) and views cost nothing. `phase` is set by the caller.
     """
 
     def __init__(self, backend: Backend, rounding: int = ALLOC_ROUNDING) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.phase = "load"
         self.module = ""
@@ -138,4 +138,4 @@ class Recorder(TorchDispatchMode):
 
 
 def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -147,14 +147,17 @@ def _refusal(
     overhead = search.hardware.total_bytes - search.budget_bytes
     size = math.ceil((needed + overhead) / GiB)
     return DoesNotFitError(
-        message, f"The nearest plan that fits is on a {size} GB card (--vram {size}GB), or take a smaller model."
+        message,
+        f"The nearest plan that fits is on a {size} GB card (--vram {size}GB), or take a smaller model.",
     )
 
 
 def _n_trainable(shape: Any, step: StepConfig) -> int:
     """r * (in + out) for every targeted linear layer."""
     layers = (
-        m for n, m in shape.named_modules() if n.rsplit(".", 1)[-1] in step.target_modules and hasattr(m, "in_features")
+        m
+        for n, m in shape.named_modules()
+        if n.rsplit(".", 1)[-1] in step.target_modules and hasattr(m, "in_features")
     )
     return sum(step.rank * (m.in_features + m.out_features) for m in layers)
 

@@ -44,7 +44,9 @@ class Plan(StepConfig):
     save_every: int = Field(1, ge=1, description="optimizer steps between checkpoints")
     seed: int = Field(0, ge=0)
     device: PlannedDevice
-    budget_bytes: int = Field(description="device memory the step may reserve: card - context - held - margin")
+    budget_bytes: int = Field(
+        description="device memory the step may reserve: card - context - held - margin"
+    )
     estimate: MemoryEstimate = Field(description="predicted by running this step on fake tensors")
     largest_seq_len: int = Field(description="longest sequence that fits with all else as planned")
     host_ram_bytes: int = Field(description="host memory while loading and training")

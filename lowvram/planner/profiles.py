@@ -54,9 +54,9 @@ def load_profile(name_or_file: str) -> Profile:
     for folder in _FOLDERS:
         shipped = folder / f"{name_or_file}.yaml"
         if shipped.is_file():
-            return parse_yaml(Profile, shipped)
+            return Profile.model_validate(parse_yaml(Profile, shipped))
     if Path(name_or_file).is_file():
-        return parse_yaml(Profile, Path(name_or_file))
+        return Profile.model_validate(parse_yaml(Profile, Path(name_or_file)))
     names = sorted(p.stem for folder in _FOLDERS for p in folder.glob("*.yaml"))
     raise ConfigError(f"There is no profile '{name_or_file}'.", f"Use {', '.join(names)} or a YAML file.")
 

@@ -35,7 +35,9 @@ def _adapter(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
 
 def _length(step: StepConfig, wishes: Wishes, stats: DataStats | None) -> str:
     if stats is None:
-        return f"{step.seq_len} tokens: " + ("as you asked" if wishes.seq_len else "no data given, the profile's")
+        return f"{step.seq_len} tokens: " + (
+            "as you asked" if wishes.seq_len else "no data given, the profile's"
+        )
     cut = stats.n_longer_than(step.seq_len)
     if cut:
         return f"{step.seq_len} tokens: about {cut} of {stats.n_examples} examples are longer and will be cut"
@@ -46,7 +48,8 @@ def _batch(step: StepConfig) -> str:
     whole = step.micro_batch * step.accumulation
     if step.accumulation == 1:
         return f"{whole} examples an update in one forward pass: they fit together"
-    return f"{whole} examples an update as {step.accumulation} passes of {step.micro_batch}: the fastest that fits"
+    passes = f"{step.accumulation} passes of {step.micro_batch}"
+    return f"{whole} examples an update as {passes}: the fastest that fits"
 
 
 def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
@@ -68,5 +71,7 @@ def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
     if step.base_precision == "nf4":
         lines.append(why("double_quantization", "on, 0.37 bits a weight for about 1 % of the time"))
     if step.optimizer != "adamw":
-        lines.append(f"{step.optimizer}: " + ("as you asked" if wishes.optimizer else "its state is 4x smaller"))
+        lines.append(
+            f"{step.optimizer}: " + ("as you asked" if wishes.optimizer else "its state is 4x smaller")
+        )
     return lines

@@ -1,4 +1,4 @@
-"""Search: the fastest candidate that fits, judged by a full trace; or a refusal with the nearest that would."""
+"""Search: the fastest candidate that fits, judged by a full trace of the step."""
 
 from __future__ import annotations
 
@@ -55,9 +55,7 @@ class Search:
         key = step.model_dump_json()
         if key not in self._quick:
             self.say(f"tracing {describe(step)}")
-            self._quick[key] = quick_reserved_bytes(
-                self.config, step, self.backend, self.hardware.capability
-            )
+            self._quick[key] = quick_reserved_bytes(self.config, step, self.backend, self.hardware.capability)
         return self._quick[key]
 
     def judge(self, step: StepConfig) -> MemoryEstimate:
@@ -115,7 +113,7 @@ class Search:
         return low * 64
 
     def _next_guess(self, step: StepConfig, at: int, bytes_here: int, low: int, high: int) -> int:
-        """Where the budget would be met if memory were affine in tokens; at least a tenth of the way inside."""
+        """Where the budget would be met if memory were affine in tokens, a tenth of the way inside."""
         floor = self.quick_bytes(step.model_copy(update={"seq_len": 64}))
         slope = max((bytes_here - floor) / max(at - 1, 1), 1.0)
         guess = int(1 + (self.budget_bytes - floor) / slope)

@@ -44,7 +44,7 @@ def seconds_per_step(
     """Seconds of one optimizer step.
 
     2ND forward and 2ND for the activations' gradients (frozen weights need no gradient of their own), 2ND
-    more when the forward is recomputed; the head's share of smaller chunks and 8-bit updates is a few percent.
+    more when the forward is recomputed; smaller loss chunks and 8-bit updates add a few percent.
     """
     passes = 6 if step.levers.gradient_checkpointing else 4
     tokens = step.micro_batch * step.accumulation * min(tokens_per_example, step.seq_len)

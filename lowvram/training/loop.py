@@ -58,7 +58,8 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     def held_out_loss(self) -> float:
         return evaluate(self.loss_of, self.data.held_out_batches(), self.device)
@@ -131,7 +132,18 @@ def _set_up(
     load_peak = monitor.peak_bytes
     monitor.restart_peak()
     return Run(
-        plan, folder, source, view, accelerator, monitor, model, loss_of, optimizer, scheduler, data, load_peak
+        plan,
+        folder,
+        source,
+        view,
+        accelerator,
+        monitor,
+        model,
+        loss_of,
+        optimizer,
+        scheduler,
+        data,
+        load_peak,
     )
 
 

@@ -1,0 +1,107 @@
+"""Data: shapes, refusals with file and line, exact masks on the real tokenizer, split and order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowvram.data.conversations import Conversation, Message, load_conversations
+from lowvram.data.order import batches_of_epoch
+from lowvram.data.split import split_held_out
+from lowvram.data.tokens import cut, tokenize
+from lowvram.engine.source import ModelSource
+from lowvram.errors import DataError
+
+ROWS = {
+    "messages": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]},
+    "alpaca": {"instruction": "hi", "input": "", "output": "yo"},
+    "prompt-completion": {"prompt": "hi", "completion": "yo"},
+    "question-answer": {"question": "hi", "answer": "yo"},
+    "text": {"text": "hi yo"},
+}
+
+
+def _file(folder: Path, *lines: str) -> str:
+    path = folder / "train.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_every_shape_is_known(tmp_path: Path, shape: str) -> None:
+    data = load_conversations(_file(tmp_path, json.dumps(ROWS[shape])))
+    assert data.shape == shape
+    conversation = data.conversations[0]
+    if shape == "text":
+        assert conversation.text == "hi yo"
+    else:
+        assert [(m.role, m.content) for m in conversation.messages] == [("user", "hi"), ("assistant", "yo")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([""], "train.jsonl"),
+        ([json.dumps(ROWS["question-answer"])] * 6 + ["{not json"], "train.jsonl:7"),
+        ([json.dumps({"foo": 1})], "train.jsonl:1"),
+        ([json.dumps(ROWS["alpaca"]), json.dumps(ROWS["text"])], "train.jsonl:2"),
+        ([json.dumps(ROWS["text"]), "[1]"], "train.jsonl:2"),
+    ],
+    ids=["empty", "not JSON on line 7", "unknown shape", "mixed", "not an object"],
+)
+def test_bad_files_are_refused_with_file_and_line(tmp_path: Path, lines: list[str], says: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_conversations(_file(tmp_path, *lines))
+    assert says in caught.value.message
+    assert caught.value.remedy
+
+
+@settings(max_examples=40, deadline=None)
+@given(turns=st.lists(st.text(min_size=1, max_size=40).filter(str.strip), min_size=2, max_size=6))
+def test_trained_tokens_are_exactly_the_assistant_turns(smollm: Path, turns: list[str]) -> None:
+    """On the real template, with any unicode: they decode to every answer plus its end of turn."""
+    tokenizer = ModelSource(str(smollm)).tokenizer
+    turns = turns[: len(turns) // 2 * 2]
+    roles = ("user", "assistant")
+    messages = tuple(Message(role=roles[i % 2], content=text) for i, text in enumerate(turns))  # type: ignore[arg-type]
+    (example,) = tokenize([Conversation(messages=messages, where="x:1")], tokenizer)
+    trained = [i for i, t in zip(example.input_ids, example.trained, strict=True) if t]
+    assert tokenizer.decode(trained) == "".join(f"{text}<|im_end|>" for text in turns[1::2])
+    assert example.input_ids[-1] == tokenizer.eos_token_id or not example.trained[-1]
+
+
+def test_cut_keeps_the_beginning(smollm: Path) -> None:
+    tokenizer = ModelSource(str(smollm)).tokenizer
+    messages = (Message(role="user", content="hi"), Message(role="assistant", content="one two three four"))
+    (example,) = tokenize([Conversation(messages=messages, where="x:1")], tokenizer)
+    shorter = cut(example, len(example.input_ids) - 3)
+    assert shorter is not None
+    assert tuple(shorter.input_ids) == tuple(example.input_ids[:-3])
+    assert cut(example, 3) is None
+
+
+def test_split_is_by_content() -> None:
+    rows = [Conversation(text=f"row {i % 90}", where=f"x:{i}") for i in range(100)]
+    train, held = split_held_out(rows, 0.1)
+    assert sorted(train + held) == list(range(100))
+    assert 5 <= len(held) <= 10
+    assert not {rows[i].text for i in train} & {rows[i].text for i in held}
+    back = list(reversed(rows))
+    assert {back[i].text for i in split_held_out(back, 0.1)[1]} == {rows[i].text for i in held}
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=90), st.integers(1, 4), st.integers(1, 4))
+def test_order_is_whole_and_deterministic(lengths: list[int], micro_batch: int, accumulation: int) -> None:
+    def order(epoch: int) -> list[list[list[int]]]:
+        return batches_of_epoch(
+            lengths, micro_batch=micro_batch, accumulation=accumulation, seed=1, epoch=epoch
+        )
+
+    assert order(0) == order(0)
+    assert sorted(i for step in order(1) for batch in step for i in batch) == list(range(len(lengths)))
+    assert max(lengths) in {lengths[i] for batch in order(0)[0] for i in batch}

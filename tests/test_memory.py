@@ -1,0 +1,154 @@
+"""The traced step against the really executed one, and the allocator's invariants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, Qwen2Config
+
+from lowvram.engine.adapters import add_adapters, trainable
+from lowvram.engine.batch import Batch
+from lowvram.engine.config import Levers, StepConfig
+from lowvram.engine.model import load
+from lowvram.engine.optimizer import make_optimizer
+from lowvram.engine.source import ModelSource
+from lowvram.engine.step import SummedLoss, train_step
+from lowvram.memory.allocator import CachingAllocator, replay_reserved
+from lowvram.memory.estimate import estimate, peak_of, quick_reserved_bytes
+from lowvram.memory.run import trace_step
+from lowvram.units import GiB, MiB
+from tests.conftest import LLAMA_8B, QWEN2_7B
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WEIGHTS = {"base_weights", "embeddings", "head", "adapters", "optimizer_state"}
+
+
+def _really_allocated(source: ModelSource, step: StepConfig) -> int:
+    """Peak bytes that torch's profiler sees the step allocate, beyond weights and optimizer state."""
+    model = add_adapters(load(source, step, "cpu"), step).train()
+    loss_of, parameters = SummedLoss(model, step), trainable(model)
+    optimizer = make_optimizer(parameters.values(), step, 1e-4)
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    rows, trained = step.micro_batch, step.micro_batch * (step.seq_len - 1)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        batches = [
+            Batch(
+                torch.randint(5, 40000, (rows, step.seq_len)),
+                torch.arange(trained),
+                torch.randint(5, 40000, (trained,)),
+            )
+            for _ in range(min(step.accumulation, 2))
+        ]
+        train_step(loss_of, optimizer, batches, max_grad_norm=1.0)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accumulation": 1, "levers": Levers(gradient_checkpointing=False, loss_chunk_tokens=64)},
+        {"accumulation": 2, "levers": Levers(loss_chunk_tokens=100), "rank": 32},
+        {"base_precision": "bf16", "micro_batch": 2, "levers": Levers(loss_chunk_tokens=256)},
+    ],
+)
+def test_trace_equals_the_executed_step(smollm: Path, changes: dict[str, Any]) -> None:
+    """Within 1 % of what the real step allocates on CPU, and never more than 0.5 % under it."""
+    step = StepConfig(**{"seq_len": 256, "rank": 8, "target_modules": ALL, **changes})
+    source = ModelSource(str(smollm))
+    trace = trace_step(source.config, step, "cpu")
+    held = sum(a.n_bytes for a in trace.allocations if a.component in WEIGHTS)
+    given_first = sum(  # gradients that the trace puts there and two real micro-batches make
+        a.n_bytes for a in trace.allocations if a.component == "gradients" and a.phase == "load"
+    )
+    assert given_first >= 0
+    predicted, measured = peak_of(trace)[0], held + _really_allocated(source, step)
+    assert -0.005 < predicted / measured - 1 < 0.01, (predicted, measured)
+
+
+def test_components_sum_to_the_peak() -> None:
+    config = Qwen2Config(
+        **{k: v for k, v in QWEN2_7B.items() if k != "architectures"} | {"num_hidden_layers": 4}
+    )
+    found = estimate(config, StepConfig(seq_len=512, target_modules=ALL))
+    assert sum(found.components_bytes.values()) == found.peak_allocated_bytes
+    assert found.components_bytes["embeddings"] == 152064 * 3584 * 2
+    weights = 4 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert found.components_bytes["base_weights"] == pytest.approx(weights * 4.127 / 8, rel=0.01)
+    assert found.peak_reserved_bytes >= found.peak_allocated_bytes
+    assert found.peak_moment.startswith(("forward", "backward"))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_quick_equals_full(checkpointing: bool) -> None:
+    config = LlamaConfig(
+        **{k: v for k, v in LLAMA_8B.items() if k != "architectures"} | {"num_hidden_layers": 8}
+    )
+    levers = Levers(gradient_checkpointing=checkpointing, loss_chunk_tokens=256, expandable_segments=True)
+    step = StepConfig(seq_len=1024, target_modules=ALL, levers=levers)
+    full = estimate(config, step).peak_reserved_bytes
+    assert quick_reserved_bytes(config, step) == pytest.approx(full, rel=0.02)
+
+
+@pytest.mark.slow
+def test_published_qlora_peak_of_llama_8b() -> None:
+    """torchtune's README: Llama-3.1-8B QLoRA (r=8 on q, v, o and the MLP) peaks at 7.4 GiB on an RTX 4090.
+
+    Its recipe trains 2 x up to 4k tokens with its own NF4 and loss chunks, so only the scale can agree: 15 %.
+    """
+    config = LlamaConfig(**{k: v for k, v in LLAMA_8B.items() if k != "architectures"})
+    step = StepConfig(
+        seq_len=2048,
+        rank=8,
+        target_modules=("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    )
+    assert estimate(config, step).peak_allocated_bytes == pytest.approx(7.4 * GiB, rel=0.15)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60 * MiB), min_size=1, max_size=60), st.data())
+def test_allocator_invariants(sizes: list[int], data: st.DataObject) -> None:
+    """Reserved covers what lives, whatever the order of frees; expandable segments round to pages only."""
+    events: list[int] = []
+    alive: list[int] = []
+    live = peak = 0
+    for index, size in enumerate(sizes, 1):
+        events.append(index)
+        alive.append(index)
+        live += size
+        peak = max(peak, live)
+        if data.draw(st.booleans()):
+            gone = alive.pop(data.draw(st.integers(0, len(alive) - 1)))
+            events.append(-gone)
+            live -= sizes[gone - 1]
+    for expandable in (False, True):
+        assert replay_reserved(events, sizes, expandable) >= peak
+
+
+def test_allocator_reuses_and_rounds() -> None:
+    allocator = CachingAllocator()
+    block = allocator.allocate(1000)
+    assert allocator.reserved_bytes == 2 * MiB
+    allocator.allocate(1000)
+    assert allocator.reserved_bytes == 2 * MiB
+    large = allocator.allocate(15 * MiB + 1)
+    assert allocator.reserved_bytes == 18 * MiB
+    allocator.release(large)
+    allocator.allocate(14 * MiB)
+    assert allocator.reserved_bytes == 18 * MiB
+    allocator.release(block)
+    allocator.allocate(2 * MiB)
+    assert allocator.reserved_bytes == 18 * MiB  # from the rest of the 16 MiB segment

@@ -1,0 +1,90 @@
+"""Plans: what fits and what does not, wishes, and the YAML contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lowvram import hardware
+from lowvram.engine.source import ModelSource
+from lowvram.errors import ConfigError, DoesNotFitError
+from lowvram.planner.build import make_plan
+from lowvram.planner.plan import Plan
+from lowvram.planner.profiles import load_profile, profile_for
+from lowvram.planner.wishes import Wishes, wishes_from
+from lowvram.units import GiB
+from tests.conftest import QWEN2_7B
+
+SMALL = {
+    **QWEN2_7B,
+    "num_hidden_layers": 4,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+}
+SMALL |= {"num_key_value_heads": 2}
+Config = Callable[[dict[str, object]], Path]
+
+
+def _card(gib: int) -> hardware.Hardware:
+    return hardware.card_of_size(gib * GiB, hardware.probe())
+
+
+@pytest.mark.slow
+def test_qwen2_7b_fits_8_gb(config_only: Config) -> None:
+    """The reference row: 7B at rank 4, 2,048 tokens, desktop card."""
+    card = _card(8)
+    plan = make_plan(ModelSource(str(config_only(QWEN2_7B))), card, profile_for(card), Wishes())
+    assert plan.fits
+    assert (plan.rank, plan.seq_len, plan.profile) == (4, 2048, "8gb")
+    assert plan.n_parameters == 7_615_616_512
+    assert plan.n_trainable == 28 * 4 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert plan.estimate.peak_reserved_bytes <= 8 * GiB - card.context_bytes - card.held_bytes
+
+
+def test_refuses_with_the_nearest_plan_that_fits(config_only: Config) -> None:
+    source, card = ModelSource(str(config_only(SMALL))), _card(3)
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(source, card, load_profile("8gb"), Wishes(seq_len=32768, batch=1))
+    assert "budget" in caught.value.message
+    nearest = int(caught.value.remedy.rsplit(" ", 1)[1])
+    assert 64 <= nearest < 32768
+    assert make_plan(source, card, load_profile("8gb"), Wishes(seq_len=nearest, batch=1)).fits
+
+
+def test_wishes_are_kept_and_yaml_round_trips(config_only: Config, tmp_path: Path) -> None:
+    wishes = Wishes(rank=7, alpha=9, targets="qv", seq_len=128, batch=6, optimizer="adamw8bit", seed=3)
+    plan = make_plan(ModelSource(str(config_only(SMALL))), _card(24), load_profile("24gb"), wishes)
+    assert (plan.rank, plan.alpha, plan.target_modules, plan.seq_len) == (7, 9, ("q_proj", "v_proj"), 128)
+    assert (plan.micro_batch * plan.accumulation, plan.optimizer, plan.seed) == (6, "adamw8bit", 3)
+    file = tmp_path / "plan.yaml"
+    file.write_text(plan.to_yaml(), encoding="utf-8")
+    assert Plan.from_yaml(file) == plan
+    assert Plan.from_yaml(file).sha256 == plan.sha256
+    file.write_text(plan.to_yaml().replace("\nrank:", "\nrnak:"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean rank"):
+        Plan.from_yaml(file)
+
+
+@pytest.mark.parametrize("name", ["8gb", "12gb", "16gb", "24gb", "cpu"])
+def test_every_shipped_profile_is_valid(name: str) -> None:
+    assert load_profile(name).name == name
+
+
+def test_bad_wishes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--rank -1, --seq-len 0"):
+        wishes_from(rank=-1, seq_len=0)
+    with pytest.raises(ConfigError, match="no lever 'checkpointing'") as caught:
+        wishes_from(levers="checkpointing=on").pinned_levers()
+    assert "gradient_checkpointing" in caught.value.remedy
+    with pytest.raises(ConfigError, match="There is no profile"):
+        load_profile("9gb")
+
+
+def test_levers_are_pinned(config_only: Config) -> None:
+    wishes = wishes_from(levers="gradient_checkpointing=on,loss_chunk_tokens=128", seq_len=64, batch=1)
+    plan = make_plan(ModelSource(str(config_only(SMALL))), _card(24), load_profile("24gb"), wishes)
+    assert plan.levers.gradient_checkpointing
+    assert plan.levers.loss_chunk_tokens == 128
