@@ -27,7 +27,8 @@ def test_wheel_installed_elsewhere_plans(
         archive.extractall(site)
     assert {"lowvram/profiles/8gb.yaml", "lowvram/demo/answers.jsonl", "lowvram/py.typed"} <= names
     folder = config_only({**QWEN2_7B, "num_hidden_layers": 3})
-    code = f"import lowvram; assert lowvram.__file__.startswith({str(site)!r}); from lowvram.cli import main; main()"
+    check = f"import lowvram; assert lowvram.__file__.startswith({str(site)!r}); "
+    code = check + "from lowvram.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "plan", "--model", str(folder), "--vram", "8GB", "--json"],
         capture_output=True,
