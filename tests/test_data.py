@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lowvram.data.conversations import Conversation, Message, load_conversations
@@ -67,6 +67,8 @@ def test_trained_tokens_are_exactly_the_assistant_turns(smollm: Path, turns: lis
     """On the real template, with any unicode: they decode to every answer plus its end of turn."""
     tokenizer = ModelSource(str(smollm)).tokenizer
     turns = turns[: len(turns) // 2 * 2]
+    # its vocabulary lacks a few bytes of rare planes: such text does not survive tokenising, mask or no mask
+    assume(all(tokenizer.decode(tokenizer(text)["input_ids"]) == text for text in turns))
     roles = ("user", "assistant")
     messages = tuple(Message(role=roles[i % 2], content=text) for i, text in enumerate(turns))  # type: ignore[arg-type]
     (example,) = tokenize([Conversation(messages=messages, where="x:1")], tokenizer)

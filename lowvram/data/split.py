@@ -49,5 +49,6 @@ def _choose(groups: list[list[int]], wanted: int, at_least: int) -> set[int]:
             held.update(group)
     if not held and at_least:
         # Every row has copies: the smallest group is still held out whole.
-        held.update(min(groups, key=list.__len__))
+        smallest: list[int] = min(groups, key=len)
+        held.update(smallest)
     return held

@@ -112,6 +112,16 @@ class Search:
             at = self._next_guess(step, at, bytes_here, low, high)
         return low * 64
 
+    def proven_seq_len(self, step: StepConfig, limit: int) -> int:
+        """`largest_seq_len`, taken back in steps of 3 % until a full trace agrees."""
+        seq_len = self.largest_seq_len(step, limit)
+        while seq_len:
+            judged = self.judge(step.model_copy(update={"seq_len": seq_len}))
+            if judged.peak_reserved_bytes <= self.budget_bytes:
+                break
+            seq_len = int(0.97 * seq_len) // 64 * 64
+        return seq_len
+
     def _next_guess(self, step: StepConfig, at: int, bytes_here: int, low: int, high: int) -> int:
         """Where the budget would be met if memory were affine in tokens, a tenth of the way inside."""
         floor = self.quick_bytes(step.model_copy(update={"seq_len": 64}))

@@ -76,7 +76,7 @@ def wishes_from(**flags: Any) -> Wishes:
         ConfigError: every flag that is out of range, in one message.
     """
     positive = ("rank", "alpha", "seq_len", "batch", "epochs", "steps", "learning_rate")
-    bad = [f"--{n.replace('_', '-')} {flags[n]}" for n in positive if (flags.get(n) or 1) <= 0]
+    bad = [f"--{n.replace('_', '-')} {flags[n]}" for n in positive if _at_most_zero(flags.get(n))]
     if bad:
         raise ConfigError(f"Must be above zero: {', '.join(bad)}.", "Leave a flag out to let lowvram decide.")
     try:
@@ -84,3 +84,7 @@ def wishes_from(**flags: Any) -> Wishes:
     except ValidationError as error:
         lines = [f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors()]
         raise ConfigError("; ".join(lines), "See lowvram plan --help.") from error
+
+
+def _at_most_zero(value: float | None) -> bool:
+    return value is not None and value <= 0
