@@ -77,10 +77,20 @@ def start(
     """
     require_trackers(log_with)
     planned.source.require_weights()
+    RunFolder.refuse_used(output)
+    require_disk(output, run_bytes(planned.plan))
+    _require_download_room(planned.source)
     folder = RunFolder.create(output)
-    require_disk(folder.path, run_bytes(planned.plan))
     write_atomically(folder.plan_file, planned.plan.to_yaml())
     return _train(planned, folder, console, log_with, before, after)
+
+
+def _require_download_room(source: ModelSource) -> None:
+    """Refuse a model whose weights the disk with the hub's cache cannot take, before they are fetched."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if needed := source.download_bytes():
+        require_disk(Path(HF_HUB_CACHE), needed, f"Downloading {source.name}", "set HF_HOME to another disk")
 
 
 def resume(

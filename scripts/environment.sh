@@ -22,24 +22,28 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
 fi
 
+# A terminal sees pip's progress bars; a log gets errors only.
+install() { if [ -t 1 ]; then "$venv/bin/python" -m pip install "$@"; else "$venv/bin/python" -m pip install -qq "$@"; fi; }
+
 stamp="$venv/.lowvram-installed"
 wanted="$(cat "$root/pyproject.toml" "$root/scripts/environment.sh" | cksum) $extra"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     if [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null || [ -e /dev/dxg ]; then
       echo "An NVIDIA driver is present: installing torch with CUDA (several GB)"
-      "$venv/bin/python" -m pip install --quiet torch
+      install torch
     elif [ "$(uname -s)" = Darwin ]; then
-      "$venv/bin/python" -m pip install --quiet torch
+      echo "Installing torch for macOS"
+      install torch
     else
-      echo "No NVIDIA driver: installing the CPU build of torch"
-      # The CPU build has a name of its own, so that pip can never take gigabytes of CUDA instead; it lies on
-      # PyTorch's own index, or on the local disk where pip is set up to look.
-      "$venv/bin/python" -m pip install --quiet "torch==2.13.0+cpu" 2>/dev/null ||
-        "$venv/bin/python" -m pip install --quiet "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
+      echo "No NVIDIA driver: installing the CPU build of torch (200 MB)"
+      # The CPU build has a name of its own, so that pip can never take gigabytes of CUDA instead. It lies on
+      # PyTorch's own index, or where this machine's pip looks; there the first, silent try finds it.
+      "$venv/bin/python" -m pip install -qq "torch==2.13.0+cpu" 2>/dev/null ||
+        install "torch==2.13.0+cpu" --index-url https://download.pytorch.org/whl/cpu
     fi
   fi
-  echo "Installing lowvram${extra:+ with [$extra]}"
-  "$venv/bin/python" -m pip install --quiet --editable "$root${extra:+[$extra]}"
+  echo "Installing lowvram${extra:+ with [$extra]}: a minute or two"
+  install --editable "$root${extra:+[$extra]}"
   echo "$wanted" >"$stamp"
 fi

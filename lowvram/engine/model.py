@@ -25,10 +25,11 @@ def storage_dtype(base_precision: BasePrecision, compute_dtype: str) -> torch.dt
     return DTYPES[compute_dtype if base_precision == "nf4" else base_precision]
 
 
-def skeleton(
-    config: PretrainedConfig, step: StepConfig, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
     """The model on the meta device with NF4 linears in place: every shape and dtype, not a byte of weights.
+
+    A config whose class is the model's own code was loaded with the user's --trust-remote-code; its model
+    is then built from that code as well.
 
     Raises:
         ConfigError: transformers has no causal language model for this config.
@@ -41,7 +42,7 @@ def skeleton(
                 config,
                 dtype=storage_dtype(step.base_precision, step.compute_dtype),
                 attn_implementation=register(),
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=type(config).__module__.startswith("transformers_modules."),
             )
     except (ValueError, ImportError) as error:
         raise ConfigError(

@@ -63,20 +63,20 @@ class ModelSource:
                 "Copy tokenizer.json and tokenizer_config.json into the model's folder.",
             ) from error
 
-    def weight_bytes(self) -> int | None:
-        """Bytes of the safetensors files, None when that cannot be known without a download."""
+    def download_bytes(self) -> int | None:
+        """Bytes of weights that training would fetch first: 0 for a folder, None when the hub won't say."""
         if self.is_local:
-            files = list(Path(self.name).glob("*.safetensors"))
-            return sum(f.stat().st_size for f in files) if files else None
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+            return 0
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
         try:
-            info = HfApi().model_info(self.name, files_metadata=True, timeout=10)
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError):
+            files = snapshot_download(
+                self.name, allow_patterns="model*.safetensors", dry_run=True, etag_timeout=10
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError):
             return None
-        sizes = [s.size or 0 for s in info.siblings or [] if s.rfilename.endswith(".safetensors")]
-        return sum(sizes) or None
+        return sum(file.file_size or 0 for file in files if file.will_download)
 
     def require_weights(self) -> None:
         """Refuse a local folder whose safetensors are absent, truncated or pickled, before loading.

@@ -29,7 +29,7 @@ from lowvram.training.metrics import StepRecord
 from lowvram.training.monitor import MemoryMonitor
 from lowvram.training.result import RunResult
 from lowvram.training.run_folder import RunFolder
-from lowvram.training.signals import StopRequest, stop_on_signal
+from lowvram.training.signals import Interrupted, StopRequest, stop_on_signal
 from lowvram.units import format_bytes
 
 
@@ -86,17 +86,25 @@ def train(
         ConfigError: the loss is not finite, or a checkpoint belongs to another plan.
     """
     view.start()
+    monitor = MemoryMonitor(plan.device.backend)
     try:
-        with stop_on_signal() as stop, folder.lock():
-            run = _set_up(plan, folder, source, prepared, view, log_with)
+        with stop_on_signal(view.note) as stop, folder.lock():
+            run = _set_up(plan, folder, source, prepared, view, monitor, log_with)
             _resume(run)
             before(run)
             run.loss_before = held_out_before(run)
-            _steps(run, stop)
+            with stop.deferred():
+                _steps(run, stop)
             result = finish(run)
             after(run)
             run.accelerator.end_training()
             return result
+    except Interrupted as interrupt:
+        raise StoppedError(
+            "Stopped at once; what the last checkpoint holds is safe.",
+            f"Continue with: lowvram resume {folder.path}",
+            interrupt.signal_number,
+        ) from interrupt
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"The device ran out of memory: predicted {format_bytes(plan.estimate.peak_reserved_bytes)}, "
@@ -104,6 +112,7 @@ def train(
             f"Close other programs on the GPU, then: lowvram resume {folder.path}",
         ) from error
     finally:
+        monitor.stop()
         view.stop()
 
 
@@ -113,10 +122,10 @@ def _set_up(
     source: ModelSource,
     prepared: PreparedData,
     view: View,
+    monitor: MemoryMonitor,
     log_with: tuple[str, ...],
 ) -> Run:
     accelerator = _accelerator(plan, folder, log_with)
-    monitor = MemoryMonitor(str(accelerator.device))
     monitor.start()
     set_seed(plan.seed)
     tokenizer = source.tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import psutil
 import torch
@@ -16,8 +17,9 @@ class MemoryMonitor:
     The resident bytes also count what Python and the libraries add while training (tens of MB).
     """
 
-    def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
+    def __init__(self, backend: str) -> None:
+        allocators = {"cuda": torch.cuda, "rocm": torch.cuda, "xpu": torch.xpu}
+        self._allocator: Any = allocators.get(backend)  # None: no counters, the process is measured
         self._process = psutil.Process()
         self._baseline = self._peak = 0
         self._stop = threading.Event()
@@ -25,8 +27,8 @@ class MemoryMonitor:
 
     def start(self) -> None:
         """Begin, before the model is loaded."""
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+        if self._allocator:
+            self._allocator.reset_peak_memory_stats()
             return
         self._baseline = self._peak = self._process.memory_info().rss
         self._thread.start()
@@ -38,28 +40,28 @@ class MemoryMonitor:
 
     def restart_peak(self) -> None:
         """Forget the peak so far: loading is over, stepping begins."""
-        if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+        if self._allocator:
+            self._allocator.reset_peak_memory_stats()
         else:
             self._peak = self._process.memory_info().rss
 
     @property
     def now_bytes(self) -> int:
-        if self._cuda:
-            return int(torch.cuda.memory_reserved())
+        if self._allocator:
+            return int(self._allocator.memory_reserved())
         return max(self._process.memory_info().rss - self._baseline, 0)
 
     @property
     def peak_bytes(self) -> int:
-        if self._cuda:
-            return int(torch.cuda.max_memory_reserved())
+        if self._allocator:
+            return int(self._allocator.max_memory_reserved())
         self._peak = max(self._peak, self._process.memory_info().rss)
         return max(self._peak - self._baseline, 0)
 
     @property
     def peak_allocated_bytes(self) -> int | None:
         """The allocator's allocated peak; None on a CPU, which has no such counter."""
-        return int(torch.cuda.max_memory_allocated()) if self._cuda else None
+        return int(self._allocator.max_memory_allocated()) if self._allocator else None
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_SECONDS):

@@ -209,8 +209,13 @@ def default_path(root: Path, model: str, data: str) -> Path:
     return path
 
 
-def require_disk(folder: Path, needed_bytes: int) -> None:
-    """Checks that `folder`, which need not exist yet, has room.
+def require_disk(
+    folder: Path,
+    needed_bytes: int,
+    what: str = "The run",
+    elsewhere: str = "give an --output on another disk",
+) -> None:
+    """Checks that `folder`, which need not exist yet, has room for `what`.
 
     Raises:
         DoesNotFitError: it has less than `needed_bytes`.
@@ -219,8 +224,8 @@ def require_disk(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise DoesNotFitError(
-            f"The run needs {format_bytes(needed_bytes)} of disk, {folder} has {format_bytes(free)} free.",
-            f"Free {format_bytes(needed_bytes - free)}, or give an --output on another disk.",
+            f"{what} needs {format_bytes(needed_bytes)} of disk, {folder} has {format_bytes(free)} free.",
+            f"Free {format_bytes(needed_bytes - free)}, or {elsewhere}.",
         )
 
 

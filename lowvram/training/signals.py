@@ -1,36 +1,64 @@
-"""Signals: SIGINT and SIGTERM let the running step finish and be saved; a second one ends at once."""
+"""Signals: SIGINT and SIGTERM let a running step finish and be saved; at any other time they end at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the run where it stands: nothing is half done, or it was asked for twice."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.signal_number = signal_number
+
+
 class StopRequest:
-    """Which signal asked to stop, if any."""
+    """Which signal asked to stop, if any. `deferred`: it is only noted, the loop looks after each step."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._deferred = False
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While this lasts, the first signal waits for the loop; a second one ends at once."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def receive(self, number: int) -> bool:
+        """Note the signal; False when it may not wait."""
+        waits = self._deferred and self.signal_number is None
+        self.signal_number = number
+        return waits
+
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a request; restore the old handlers at the end."""
+def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into requests or `Interrupted`; restore the old handlers at the end.
+
+    Args:
+        say: tells the user that the signal was heard, since a step may take a minute.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # only the main thread may install handlers
         return
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if request:
-            raise KeyboardInterrupt
-        request.signal_number = number
+        if not request.receive(number):
+            raise Interrupted(number)
+        say("Stopping: finishing this step and saving. Once more stops at once and loses the step.")
 
     old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
