@@ -102,7 +102,7 @@ def _json_lines(name: str) -> Iterator[Row]:
             continue
         where = f"{name}:{number}"
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip("\r\n"))  # else an error at the end is one of the next line
         except (ValueError, RecursionError) as error:
             raise _not_json(where, error, line) from error
         yield where, _checked(where, value, line)
