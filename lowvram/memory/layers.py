@@ -33,7 +33,7 @@ class NotRepeatable(Exception):  # noqa: N818  # not an error: the caller traces
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a model's layers repeat: `n_blocks` of `period` layers, the last one with what is left over."""
+    """How a model's layers repeat: `n_blocks` of `period` layers, the first one with what is left over."""
 
     n_layers: int
     period: int
@@ -48,7 +48,8 @@ class Blocks:
 
     def block_of(self, layer: int) -> int:
         """Of a traced layer: 0 to 3."""
-        return layer if layer == OUTSIDE else min(layer // self.period, _LAST)
+        left_over = self.n_layers % self.period
+        return layer if layer == OUTSIDE else max(layer - left_over, 0) // self.period
 
 
 def blocks_of(config: PretrainedConfig) -> Blocks | None:
