@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, Qwen2Config
 
 from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.batch import Batch
@@ -19,12 +19,27 @@ from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss, train_step
 from lowvram.memory.allocator import CachingAllocator, replay_reserved
-from lowvram.memory.estimate import estimate, peak_of, quick_reserved_bytes
+from lowvram.memory.estimate import estimate, peak_of
+from lowvram.memory.layers import blocks_of, extend, with_layers
 from lowvram.memory.run import trace_step
+from lowvram.memory.trace import Trace
 from lowvram.units import GiB, MiB
 from tests.conftest import LLAMA_8B, QWEN2_7B
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 11,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
+_MORE: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 300},
+    "gemma3_text": {"num_hidden_layers": 32, "head_dim": 16, "sliding_window": 64},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2},
+}
 WEIGHTS = {"base_weights", "embeddings", "head", "adapters", "optimizer_state"}
 
 
@@ -92,15 +107,39 @@ def test_components_sum_to_the_peak() -> None:
     assert found.peak_moment.startswith(("forward", "backward"))
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_quick_equals_full(checkpointing: bool) -> None:
-    config = LlamaConfig(
-        **{k: v for k, v in LLAMA_8B.items() if k != "architectures"} | {"num_hidden_layers": 8}
-    )
-    levers = Levers(gradient_checkpointing=checkpointing, loss_chunk_tokens=256, expandable_segments=True)
-    step = StepConfig(seq_len=1024, target_modules=ALL, levers=levers)
-    full = estimate(config, step).peak_reserved_bytes
-    assert quick_reserved_bytes(config, step) == pytest.approx(full, rel=0.02)
+def _outcome(trace: Trace) -> tuple[int, int, int, int]:
+    """Peak, its place among the events, and what stays reserved with either allocator."""
+    sizes = [a.n_bytes for a in trace.allocations]
+    return (*peak_of(trace), *(replay_reserved(trace.events, sizes, expandable) for expandable in (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"accumulation": 1, "levers": Levers(gradient_checkpointing=False)}),
+        ("llama", {"optimizer": "adamw8bit", "levers": Levers(loss_chunk_tokens=64)}),
+        ("qwen2", {"micro_batch": 3}),
+        ("mistral", {"seq_len": 1024}),  # beyond its window: with a mask
+        ("gemma3_text", {"seq_len": 256}),  # alternates, 2 layers left over
+        ("qwen3_moe", {"base_precision": "bf16"}),
+    ],
+)
+def test_extended_trace_equals_the_whole_model_s(kind: str, changes: dict[str, Any]) -> None:
+    """From four blocks to all: the same bytes at the same event, in both allocators."""
+    config = AutoConfig.for_model(kind, **{**_SMALL, **_MORE.get(kind, {})})
+    blocks = blocks_of(config)
+    assert blocks is not None
+    assert blocks.traced_layers < blocks.n_layers
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    step = StepConfig(**{"seq_len": 512, "target_modules": targets, **changes})
+    short = trace_step(with_layers(config, blocks.traced_layers), step, "cuda")
+    assert _outcome(extend(short, blocks)) == _outcome(trace_step(config, step, "cuda"))
+
+
+def test_layers_that_differ_are_traced_whole() -> None:
+    config = AutoConfig.for_model("qwen3_moe", **_SMALL, mlp_only_layers=[5])
+    assert blocks_of(config) is None
+    assert blocks_of(AutoConfig.for_model("llama", **_SMALL | {"num_hidden_layers": 4})) is None
 
 
 @pytest.mark.slow

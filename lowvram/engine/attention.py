@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 CAUSAL_ATTENTION = "lowvram_causal"
 
 
-def _mask_for_window_only(
+def mask_for_window_only(
     *, q_length: int, kv_length: int, local_size: int | None = None, **kwargs: Any
 ) -> torch.Tensor | None:
     """None (the kernel's own causal mask) unless a window is shorter than the sequence: [B, 1, T, T]."""
@@ -33,5 +33,5 @@ def _mask_for_window_only(
 def register() -> str:
     """Make the interface known to transformers; returns its name for `attn_implementation`."""
     AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
-    AttentionMaskInterface.register(CAUSAL_ATTENTION, _mask_for_window_only)
+    AttentionMaskInterface.register(CAUSAL_ATTENTION, mask_for_window_only)
     return CAUSAL_ATTENTION

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
 from lowvram.memory.allocator import replay_reserved
-from lowvram.memory.kernels import Backend, cublas_bytes
+from lowvram.memory.kernels import Backend, Capability, cublas_bytes
+from lowvram.memory.layers import NotRepeatable, blocks_of, extend, with_layers
 from lowvram.memory.run import trace_step
 from lowvram.memory.trace import Allocation, Trace
 
@@ -44,7 +45,7 @@ def estimate(
     config: PretrainedConfig,
     step: StepConfig,
     backend: Backend = "cuda",
-    capability: tuple[int, int] | None = None,
+    capability: Capability = None,
 ) -> MemoryEstimate:
     """Trace the whole step and replay it through the allocator.
 
@@ -54,7 +55,7 @@ def estimate(
         backend: whose hidden kernel buffers and allocator to count.
         capability: the GPU's, for the size of cuBLAS's workspaces.
     """
-    trace = trace_step(config, step, backend)
+    trace = trace_all_layers(config, step, backend, capability)
     workspace = cublas_bytes(capability) if backend == "cuda" else 0
     peak_bytes, at = peak_of(trace)
     components = _components_at(trace, at)
@@ -68,63 +69,16 @@ def estimate(
     )
 
 
-def quick_reserved_bytes(
-    config: PretrainedConfig,
-    step: StepConfig,
-    backend: Backend = "cuda",
-    capability: tuple[int, int] | None = None,
-) -> int:
-    """The peak reserved bytes from 2 and 3 layers, extended to all: for the planner's search.
-
-    Memory is affine in the number of identical layers for one moment of the step, but another moment may
-    become the peak, so the peak of each moment is extended by itself. `estimate` is the judge.
-    """
-    n_layers = int(config.get_text_config().num_hidden_layers)
-    workspace = cublas_bytes(capability) if backend == "cuda" else 0
-    if n_layers <= 3:
-        trace = trace_step(config, step, backend)
-        return _reserved(trace, step, backend) + workspace
-    two, three = (trace_step(_with_layers(config, n), step, backend) for n in (2, 3))
-    low, high = _peaks_by_moment(two), _peaks_by_moment(three)
-    allocated = max(high[m] + (n_layers - 3) * (high[m] - low.get(m, high[m])) for m in high)
-    waste = max(_reserved(t, step, backend) - peak_of(t)[0] for t in (two, three))
-    return allocated + waste + workspace
-
-
-def _with_layers(config: PretrainedConfig, n_layers: int) -> PretrainedConfig:
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    text.num_hidden_layers = n_layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:n_layers]
-    return small
-
-
-def _peaks_by_moment(trace: Trace) -> dict[tuple[str, int, str], int]:
-    """Peak bytes of each (phase, micro-batch, outside layers/first/last); inner layers lie between these."""
-    peaks: dict[tuple[str, int, str], int] = {}
-    layers = [_layer_of(a.module) for a in trace.allocations]
-    last = max(layers)
-    live = 0
-    for event in trace.events:
-        index = abs(event) - 1
-        allocation = trace.allocations[index]
-        live += allocation.n_bytes if event > 0 else -allocation.n_bytes
-        place = {-1: "outside", 0: "first", last: "last"}.get(layers[index])
-        if place is None:
-            continue
-        micro_batch = sum(start < allocation.born for start in trace.backward_starts)
-        key = (allocation.phase, micro_batch, place)
-        if event > 0 and live > peaks.get(key, 0):
-            peaks[key] = live
-    return peaks
-
-
-def _layer_of(module: str) -> int:
-    """3 for "...layers.3.mlp.up_proj"; -1 outside the layers."""
-    parts = module.split(".")
-    numbers = [int(p) for p in parts if p.isdigit()]
-    return numbers[0] if numbers else -1
+def trace_all_layers(
+    config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability = None
+) -> Trace:
+    """The whole model's trace: extended from a few layers where they repeat, else of every layer."""
+    blocks = blocks_of(config)
+    if blocks is not None:
+        short = with_layers(config, blocks.traced_layers)
+        with suppress(NotRepeatable):
+            return extend(trace_step(short, step, backend, capability), blocks)
+    return trace_step(config, step, backend, capability)
 
 
 def _reserved(trace: Trace, step: StepConfig, backend: Backend) -> int:

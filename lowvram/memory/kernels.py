@@ -1,30 +1,142 @@
-"""What kernels allocate inside one operator, where no dispatcher can see it."""
+"""The kernels that a device would choose, and what they allocate inside where no dispatcher can see it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from lowvram.engine.attention import mask_for_window_only
 from lowvram.engine.model import NF4_BLOCK
 from lowvram.units import MiB
 
 Backend = Literal["cuda", "cpu"]
+Capability = tuple[int, int] | None
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680  # torch's default :4096:2:16:8 before sm_90
 CUBLAS_WORKSPACE_BYTES_SM90 = 32 * MiB
 CUBLAS_WORKSPACES = 2  # one handle for the forward's thread, one for autograd's
 
 
-def hidden_bytes(func: Any, args: tuple[Any, ...], backend: Backend) -> int:
-    """Bytes that exist only while `func` runs, beyond its inputs and outputs."""
-    name = func.name() if hasattr(func, "name") else str(func)
-    if name == "bitsandbytes::gemm_4bit":
+def choose_kernels(model: Any, backend: Backend, capability: Capability) -> None:
+    """Give the traced model the attention and dropout kernels of `backend`.
+
+    On meta tensors torch would take attention's quadratic path and dropout's three separate operators;
+    a device takes one fused kernel for each.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.set_attn_implementation(_traced_attention(backend, capability))
+    if backend == "cuda":
+        for module in list(base.modules()):
+            for name, child in module.named_children():
+                if type(child) is nn.Dropout and child.p > 0:
+                    setattr(module, name, _FusedDropout(child.p))
+
+
+class _FusedDropout(nn.Dropout):
+    """CUDA's dropout: one kernel that keeps a mask of one byte an element."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # nn.Dropout's own name for it
+        return torch.native_dropout(input, self.p, self.training)[0]
+
+
+def _traced_attention(backend: Backend, capability: Capability) -> str:
+    """Register transformers' own attention function with SDPA replaced by the kernel SDPA would pick."""
+    flash = backend == "cpu" or capability is None or capability >= (8, 0)
+    name = f"lowvram_traced_{backend}_{'fused' if flash else 'turing'}"
+    kernel = _cpu_sdpa if backend == "cpu" else _ampere_sdpa if flash else _turing_sdpa
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _SdpaAs(kernel):
+            return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask_for_window_only)
+    return name
+
+
+class _SdpaAs(TorchFunctionMode):
+    """Within this mode F.scaled_dot_product_attention is `kernel`."""
+
+    def __init__(self, kernel: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self._kernel = kernel
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        chosen = self._kernel if func is F.scaled_dot_product_attention else func
+        return chosen(*args, **(kwargs or {}))
+
+
+Mask = torch.Tensor | None
+
+
+def _cpu_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Mask = None, **options: Any
+) -> torch.Tensor:  # [B, H, T, D]
+    if options.get("dropout_p"):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+    result: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, options["is_causal"], attn_mask=_additive(attn_mask, q), scale=options.get("scale")
+    )[0]
+    return result
+
+
+def _ampere_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Mask = None, **options: Any
+) -> torch.Tensor:  # [B, H, T, D]
+    """FlashAttention-2: no mask, 16 bits, at most 256 wide; it reads grouped heads as they are."""
+    fits = attn_mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
+    if not fits:
+        return _turing_sdpa(q, k, v, attn_mask, **options)
+    result: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, options.get("dropout_p", 0.0), options["is_causal"], scale=options.get("scale")
+    )[0]
+    return result
+
+
+def _turing_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Mask = None, **options: Any
+) -> torch.Tensor:  # [B, H, T, D]
+    """The memory-efficient kernel; it takes a mask but no grouped heads, which fall back to plain math."""
+    if options.get("enable_gqa"):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+    bias = _additive(attn_mask, q)
+    if bias is not None:
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    result: torch.Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, bias, True, options.get("dropout_p", 0.0), options["is_causal"], scale=options.get("scale")
+    )[0]
+    return result
+
+
+def _additive(mask: Mask, like: torch.Tensor) -> Mask:
+    """A boolean mask becomes a float one of the query's dtype before any kernel sees it."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    zero, minus_inf = (torch.zeros((), dtype=like.dtype, device=like.device) for _ in range(2))
+    return torch.where(mask, zero, minus_inf)
+
+
+def hidden_bytes(name: str, args: tuple[Any, ...], backend: Backend) -> int:
+    """Bytes that exist only while the operator `name` runs, beyond its inputs and outputs."""
+    if name == "bitsandbytes.gemm_4bit.default":
         return _dequantized_bytes(args)
-    if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward" and backend == "cuda":
+    if name == "aten._scaled_dot_product_flash_attention_backward.default" and backend == "cuda":
         return _flash_backward_bytes(query=args[1], key=args[2])
     return 0
+
+
+HIDING = {  # the operators for which `hidden_bytes` may not be 0
+    "bitsandbytes.gemm_4bit.default",
+    "aten._scaled_dot_product_flash_attention_backward.default",
+}
 
 
 def _dequantized_bytes(args: tuple[Any, ...]) -> int:
@@ -52,7 +164,7 @@ def _flash_backward_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
     return int(accumulator + expanded)
 
 
-def cublas_bytes(capability: tuple[int, int] | None) -> int:
+def cublas_bytes(capability: Capability) -> int:
     """Workspaces that cuBLAS keeps for the life of the process."""
     per_handle = CUBLAS_WORKSPACE_BYTES_SM90 if capability and capability[0] >= 9 else CUBLAS_WORKSPACE_BYTES
     return CUBLAS_WORKSPACES * per_handle

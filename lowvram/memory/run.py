@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,65 +14,107 @@ from lowvram.engine.adapters import trainable
 from lowvram.engine.config import StepConfig
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.step import SummedLoss, train_step
-from lowvram.memory.fake import fake_batch, fake_model
-from lowvram.memory.kernels import Backend
-from lowvram.memory.trace import ALLOC_ROUNDING, Recorder, Trace
+from lowvram.memory.kernels import Backend, Capability
+from lowvram.memory.recorder import Recorder
+from lowvram.memory.trace import ALLOC_ROUNDING, Trace
+from lowvram.memory.weights import meta_batch, meta_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def trace_step(config: PretrainedConfig, step: StepConfig, backend: Backend) -> Trace:
-    """One optimizer step at the plan's full shape, with optimizer state already there.
+def trace_step(
+    config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability = None
+) -> Trace:
+    """Loading, then one optimizer step at the plan's full shape, with optimizer state already there.
 
     Under accumulation the last micro-batch is traced: it is the worst, since the gradients of those before
     it live through its forward; they are put there first.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' deprecations; the user sees them when training
-        model = fake_model(config, step, mode)
+        model = meta_model(config, step, backend, capability)
         recorder = Recorder(backend, ALLOC_ROUNDING if backend == "cuda" else 1)
         recorder.watch(model, config.get_text_config().vocab_size)
         loss_of = SummedLoss(model, step)
         parameters = trainable(model)
-        optimizer = make_optimizer(parameters.values(), step, learning_rate=1e-4)
-        _label_weights(recorder, model)
-        _label_gradients(recorder, parameters)
-        with mode, recorder:
-            _create_optimizer_state(recorder, optimizer, parameters)
-            if step.accumulation > 1:
-                _create_gradients(recorder, parameters)
-            _run(recorder, loss_of, optimizer, step, mode)
+        record_weights(recorder, model)
+        label_gradients(recorder, parameters)
+        optimizer = OptimizerTwin(recorder, parameters, step)
+        if step.accumulation > 1:
+            create_gradients(recorder, parameters)
+        with recorder, recorder.during("forward"):
+            _run(recorder, loss_of, optimizer, step)
     return recorder.trace
 
 
-def _run(
-    recorder: Recorder,
-    loss_of: SummedLoss,
-    optimizer: torch.optim.Optimizer,
-    step: StepConfig,
-    mode: FakeTensorMode,
-) -> None:
+def _run(recorder: Recorder, loss_of: nn.Module, optimizer: OptimizerTwin, step: StepConfig) -> None:
     def backward(loss: torch.Tensor) -> None:
         with recorder.during("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
 
-    def clip(parameters: object, max_norm: float) -> torch.Tensor:
+    def clip(parameters: Any, max_norm: float) -> torch.Tensor:
         with recorder.during("clip"):
-            return nn.utils.clip_grad_norm_(parameters, max_norm)  # type: ignore[arg-type]
+            recorder.at("")
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    with recorder.during("forward"):
-        batches = [fake_batch(step, mode)]
-        train_step(
-            loss_of, optimizer, batches, max_grad_norm=step.max_grad_norm, backward=backward, clip=clip
-        )
+    batch = meta_batch(step)
+    twin: Any = optimizer
+    train_step(loss_of, twin, [batch], max_grad_norm=step.max_grad_norm, backward=backward, clip=clip)
 
 
-def _label_weights(recorder: Recorder, model: PeftModel) -> None:
-    base = model.get_base_model()
+class OptimizerTwin:
+    """Runs the plan's optimizer on fake twins of the parameters.
+
+    Optimizers look at the device of what they update and refuse the meta device; a fake tensor says that it
+    is on the CPU. Only what the optimizer allocates is recorded, the twins are not.
+    """
+
+    def __init__(self, recorder: Recorder, parameters: Mapping[str, nn.Parameter], step: StepConfig) -> None:
+        self._recorder = recorder
+        self._parameters = parameters
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            self._twins = {n: nn.Parameter(torch.empty(p.shape)) for n, p in parameters.items()}
+        for name, twin in self._twins.items():
+            recorder.exclude(twin)
+            recorder.own(twin, name)
+        self._optimizer = make_optimizer(self._twins.values(), step, learning_rate=1e-4)
+        self._create_state()
+
+    def _create_state(self) -> None:
+        """A first update makes the state, which every later step finds in memory."""
+        with self._recorder:
+            self.step()
+        for state in self._optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    self._recorder.label(value, "optimizer_state")
+        self._recorder.at("")
+
+    def step(self) -> None:
+        with self._recorder.during("optimizer"), self._mode:
+            for twin in self._twins.values():
+                twin.grad = torch.empty_like(twin)
+                self._recorder.exclude(twin.grad)
+            with self._recorder:
+                self._optimizer.step()
+            for twin in self._twins.values():
+                twin.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        assert set_to_none, "lowvram frees gradients"
+        self._recorder.at("")
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+
+def record_weights(recorder: Recorder, model: Any) -> None:
+    """Everything that loading leaves on the device, layer by layer."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        recorder.at(name)
         if parameter.requires_grad:
             component = "adapters"
         elif parameter is embedding:
@@ -84,8 +126,10 @@ def _label_weights(recorder: Recorder, model: PeftModel) -> None:
         recorder.label(parameter, component)
         for tensor in _quantization_tensors(parameter):
             recorder.label(tensor, "base_weights")
-    for buffer in model.buffers():
+    for name, buffer in model.named_buffers():
+        recorder.at(name)
         recorder.label(buffer, "base_weights")
+    recorder.at("")
 
 
 def _quantization_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
@@ -98,7 +142,9 @@ def _quantization_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
     return [t for t in tensors if t is not None]
 
 
-def _label_gradients(recorder: Recorder, parameters: dict[str, nn.Parameter]) -> None:
+def label_gradients(recorder: Recorder, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Tell gradients from other tensors as they are made."""
+
     def hook(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         recorder.label(parameter.grad, "gradients")
@@ -107,21 +153,10 @@ def _label_gradients(recorder: Recorder, parameters: dict[str, nn.Parameter]) ->
         parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def _create_optimizer_state(
-    recorder: Recorder, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
-) -> None:
-    """One update from zero gradients, so that the traced step starts with its state in memory."""
-    with recorder.during("optimizer"):
-        _create_gradients(recorder, parameters)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for state in optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, torch.Tensor):
-                    recorder.label(value, "optimizer_state")
-
-
-def _create_gradients(recorder: Recorder, parameters: dict[str, nn.Parameter]) -> None:
-    for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
+def create_gradients(recorder: Recorder, parameters: Mapping[str, nn.Parameter]) -> None:
+    """The gradients of earlier micro-batches."""
+    for name, parameter in parameters.items():
+        recorder.at(name)
+        parameter.grad = torch.empty_like(parameter)
         recorder.label(parameter.grad, "gradients")
+    recorder.at("")

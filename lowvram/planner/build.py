@@ -136,12 +136,12 @@ def _refusal(
     search: Search, base: StepConfig, pinned: dict[str, Any], optimizer: str | None
 ) -> DoesNotFitError:
     smallest = split(list(rungs(base, pinned, optimizer, search.backend))[-1], 1)
-    needed = search.quick_bytes(smallest)
+    needed = search.reserved_bytes(smallest)
     message = (
         f"{smallest.seq_len} tokens at rank {smallest.rank} need {format_bytes(needed)}, "
         f"the budget is {format_bytes(search.budget_bytes)} of {search.hardware.name}."
     )
-    seq_len = search.proven_seq_len(smallest, smallest.seq_len)
+    seq_len = search.largest_seq_len(smallest, smallest.seq_len)
     if seq_len:
         return DoesNotFitError(message, f"The nearest plan that fits: --seq-len {seq_len}")
     overhead = search.hardware.total_bytes - search.budget_bytes
@@ -183,7 +183,7 @@ def _assemble(
 ) -> Plan:
     step = found.step
     steps = _total_steps(profile, wishes, stats, step.micro_batch * step.accumulation)
-    largest = max(search.proven_seq_len(step, context_limit(source)), step.seq_len)
+    largest = max(search.largest_seq_len(step, context_limit(source)), step.seq_len)
     on_cpu = hardware.backend == "cpu"
     return Plan(
         **{name: getattr(step, name) for name in StepConfig.model_fields},

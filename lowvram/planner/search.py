@@ -1,4 +1,4 @@
-"""Search: the fastest candidate that fits, judged by a full trace of the step."""
+"""Search: the fastest candidate that fits, judged by a trace of its step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.hardware import Hardware
-from lowvram.memory.estimate import MemoryEstimate, estimate, quick_reserved_bytes
+from lowvram.memory.estimate import MemoryEstimate, estimate
 from lowvram.memory.kernels import Backend
 from lowvram.planner.time_model import seconds_per_step
 
@@ -36,7 +36,7 @@ class Search:
     n_parameters: int
     tokens_per_example: float
     say: Say = lambda _: None
-    _quick: dict[str, int] = field(default_factory=dict)
+    _known: dict[str, MemoryEstimate] = field(default_factory=dict)
 
     @property
     def backend(self) -> Backend:
@@ -51,19 +51,18 @@ class Search:
             tokens_per_example=self.tokens_per_example,
         )
 
-    def quick_bytes(self, step: StepConfig) -> int:
+    def estimate(self, step: StepConfig) -> MemoryEstimate:
         key = step.model_dump_json()
-        if key not in self._quick:
+        if key not in self._known:
             self.say(f"tracing {describe(step)}")
-            self._quick[key] = quick_reserved_bytes(self.config, step, self.backend, self.hardware.capability)
-        return self._quick[key]
+            self._known[key] = estimate(self.config, step, self.backend, self.hardware.capability)
+        return self._known[key]
 
-    def judge(self, step: StepConfig) -> MemoryEstimate:
-        self.say(f"tracing the whole step: {describe(step)}")
-        return estimate(self.config, step, self.backend, self.hardware.capability)
+    def reserved_bytes(self, step: StepConfig) -> int:
+        return self.estimate(step).peak_reserved_bytes
 
     def fastest(self, base: StepConfig, pinned: dict[str, Any], optimizer: str | None) -> Found | None:
-        """The candidate with the least predicted time whose full trace is within the budget.
+        """The candidate with the least predicted time whose trace is within the budget.
 
         A rung that could not beat the best found so far, even at its best micro-batch, is not traced.
         """
@@ -86,25 +85,23 @@ class Search:
                 continue
             step = split(rung, size)
             if self._fits(step):
-                judged = self.judge(step)
-                if judged.peak_reserved_bytes <= self.budget_bytes:
-                    return Found(step, judged)
+                return Found(step, self.estimate(step))
         return None
 
     def _plausible(self, rung: StepConfig, size: int) -> bool:
         """Rule a size out by the line through 1 and 2 sequences, which is right within a few percent."""
-        one, two = (self.quick_bytes(split(rung, n)) if size >= n else 0 for n in (1, 2))
+        one, two = (self.reserved_bytes(split(rung, n)) if size >= n else 0 for n in (1, 2))
         return size <= 2 or one + (size - 1) * (two - one) <= 1.1 * self.budget_bytes
 
     def _fits(self, step: StepConfig) -> bool:
-        return self.quick_bytes(step) <= self.budget_bytes
+        return self.reserved_bytes(step) <= self.budget_bytes
 
     def largest_seq_len(self, step: StepConfig, limit: int) -> int:
         """Longest sequence that fits with all else as in `step` (0 when none does), to 64 tokens or 2 %."""
         low, high = 0, limit // 64
         at = max(min(step.seq_len // 64, high), 1)
         while high - low > low // 50:
-            bytes_here = self.quick_bytes(step.model_copy(update={"seq_len": at * 64}))
+            bytes_here = self.reserved_bytes(step.model_copy(update={"seq_len": at * 64}))
             if bytes_here <= self.budget_bytes:
                 low = at
             else:
@@ -112,19 +109,9 @@ class Search:
             at = self._next_guess(step, at, bytes_here, low, high)
         return low * 64
 
-    def proven_seq_len(self, step: StepConfig, limit: int) -> int:
-        """`largest_seq_len`, taken back in steps of 3 % until a full trace agrees."""
-        seq_len = self.largest_seq_len(step, limit)
-        while seq_len:
-            judged = self.judge(step.model_copy(update={"seq_len": seq_len}))
-            if judged.peak_reserved_bytes <= self.budget_bytes:
-                break
-            seq_len = int(0.97 * seq_len) // 64 * 64
-        return seq_len
-
     def _next_guess(self, step: StepConfig, at: int, bytes_here: int, low: int, high: int) -> int:
         """Where the budget would be met if memory were affine in tokens, a tenth of the way inside."""
-        floor = self.quick_bytes(step.model_copy(update={"seq_len": 64}))
+        floor = self.reserved_bytes(step.model_copy(update={"seq_len": 64}))
         slope = max((bytes_here - floor) / max(at - 1, 1), 1.0)
         guess = int(1 + (self.budget_bytes - floor) / slope)
         inside = (high - low) // 10
@@ -135,7 +122,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Found:
-    """A step and its full trace."""
+    """A step and its estimate."""
 
     step: StepConfig
     estimate: MemoryEstimate

@@ -1,0 +1,92 @@
+"""The engine's model on the meta device: every tensor has its shape and a storage, none has bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from lowvram.engine.adapters import add_adapters
+from lowvram.engine.batch import Batch
+from lowvram.engine.config import StepConfig
+from lowvram.engine.model import NESTED_BLOCK, NF4_BLOCK, skeleton
+from lowvram.memory.kernels import Backend, Capability, choose_kernels
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def meta_model(
+    config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability = None
+) -> PeftModel:
+    """The model that would be trained, adapters included, with the kernels of `backend`.
+
+    Meta and not fake tensors: an operator costs about 30 us instead of 500.
+    """
+    import bitsandbytes as bnb
+
+    model = add_adapters(skeleton(config, step), step)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            _quantized_weight(module)
+    _onto_meta(model)
+    choose_kernels(model, backend, capability)
+    return model.train()
+
+
+def _onto_meta(model: nn.Module) -> None:
+    """Adapters and the buffers that a constructor computes are real tensors until here; ties are kept."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                moved = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
+                setattr(module, name, moved)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not buffer.is_meta:
+                setattr(module, name, buffer.to("meta"))
+
+
+def _quantized_weight(module: Any) -> None:
+    """Packed weight, scales and (double quantisation) scales of scales, as bitsandbytes stores them."""
+    from bitsandbytes.functional import QuantState
+
+    old = module.weight
+    n_weights = old.shape[0] * old.shape[1]
+    n_blocks = math.ceil(n_weights / NF4_BLOCK)
+    nested = old.compress_statistics
+    state2 = None
+    if nested:
+        state2 = QuantState(
+            absmax=_empty((math.ceil(n_blocks / NESTED_BLOCK),), torch.float32),
+            code=_empty((256,), torch.float32),
+            blocksize=NESTED_BLOCK,
+            dtype=torch.float32,
+        )
+    packed: Any = nn.Parameter(_empty(((n_weights + 1) // 2, 1), torch.uint8), requires_grad=False)
+    packed.quant_state = QuantState(
+        absmax=_empty((n_blocks,), torch.uint8 if nested else torch.float32),
+        shape=old.shape,
+        code=_empty((16,), torch.float32),
+        blocksize=NF4_BLOCK,
+        quant_type="nf4",
+        dtype=module.compute_dtype,
+        offset=_empty((), torch.float32) if nested else None,
+        state2=state2,
+    )
+    module.weight = packed
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def meta_batch(step: StepConfig) -> Batch:
+    """A micro-batch of the plan's full shape in which every token is trained: the worst case."""
+    rows, length = step.micro_batch, step.seq_len
+    trained = rows * (length - 1)
+    return Batch(
+        _empty((rows, length), torch.int64), _empty((trained,), torch.int64), _empty((trained,), torch.int64)
+    )
