@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +18,7 @@ from rich.markup import escape
 
 from lowvram import __version__
 from lowvram.errors import LowvramError
+from lowvram.units import printable
 
 if TYPE_CHECKING:
     from lowvram.hardware import Hardware
@@ -57,8 +60,8 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder 
 LogWith = Annotated[list[str] | None, typer.Option(help="Tracker: tensorboard, wandb, trackio (repeatable).")]
 
 
-def _console() -> Console:
-    return Console(highlight=False)
+def _console(stderr: bool = False) -> Console:
+    return Console(highlight=False, stderr=stderr)
 
 
 def _quiet_libraries() -> None:
@@ -127,7 +130,7 @@ def plan(
         raise
     _show(planned, as_json)
     if output is not None:
-        _save_plan(planned, output)
+        _save_plan(planned, output, _console(stderr=as_json))
 
 
 @app.command()
@@ -164,13 +167,16 @@ def auto(
         RunFolder.refuse_used(output)
     pipeline.require_trackers(log_with or ())
     planned = _planned(flags)
-    _show(planned, as_json and dry_run)
+    console = _console(stderr=as_json)  # with --json, stdout holds the one object and nothing else
+    _show(planned, as_json and dry_run, console)
     if dry_run:
         return
     if vram is not None:
-        _require_here(planned)
+        _require_here(
+            planned, "Add --dry-run to see the plan only, or leave --vram out to plan for this machine."
+        )
     folder = output or default_path(Path("runs"), model, data)
-    result = pipeline.start(planned, folder, _console(), log_with or ())
+    result = pipeline.start(planned, folder, console, log_with or ())
     _show_result(result, folder, as_json)
 
 
@@ -189,10 +195,6 @@ def train(
     from lowvram.training.run_folder import RunFolder, default_path
 
     _quiet_libraries()
-    if not plan_file.is_file():
-        raise ConfigError(
-            f"There is no plan '{plan_file}'.", "Make one: lowvram plan --model M --data D -o plan.yaml"
-        )
     if output is not None:
         RunFolder.refuse_used(output)
     saved = Plan.from_yaml(plan_file)
@@ -200,7 +202,9 @@ def train(
         raise ConfigError(f"{plan_file} names no data.", "Make the plan with --data FILE.")
     source = ModelSource(saved.model, saved.trust_remote_code)
     planned = pipeline.Planned(source, saved, prepare(saved.data, source, saved.held_out_share))
-    _require_here(planned)
+    _require_here(
+        planned, "Train there, or plan for this machine: lowvram plan --model M --data D -o plan.yaml"
+    )
     _show(planned, False)
     folder = output or default_path(Path("runs"), saved.model, saved.data)
     result = pipeline.start(planned, folder, _console(), log_with or ())
@@ -212,6 +216,7 @@ def resume(run: Annotated[Path, typer.Argument(help="A run folder.")], log_with:
     """Continue an interrupted run from its newest whole checkpoint."""
     from lowvram import pipeline
 
+    _require_writable(run)
     _quiet_libraries()
     result = pipeline.resume(run, _console(), log_with or ())
     _show_result(result, run, False)
@@ -284,7 +289,18 @@ def _hardware(vram: str | None) -> Hardware:
     return hardware.card_of_size(parse_bytes(vram), found) if vram else found
 
 
-def _require_here(planned: Planned) -> None:
+def _require_writable(run: Path) -> None:
+    """The run folder's own refusal advises another --output, which a run that goes on cannot have."""
+    from lowvram.errors import ConfigError
+
+    if run.is_dir() and not os.access(run, os.W_OK):
+        raise ConfigError(
+            f"{run} cannot be written to: it is read-only for you.",
+            f"Copy it to a folder of yours, then: lowvram resume COPY/{run.resolve().name}",
+        )
+
+
+def _require_here(planned: Planned, remedy: str) -> None:
     """A plan for another card may be looked at anywhere and trained only where such a device is."""
     from lowvram import hardware
     from lowvram.errors import ConfigError
@@ -293,27 +309,27 @@ def _require_here(planned: Planned) -> None:
     if here.backend != wanted.backend:
         raise ConfigError(
             f"The plan is for {wanted.name} ({wanted.backend}); this machine trains on {here.backend}.",
-            "Add --dry-run to see the plan only, or leave --vram out to plan for this machine.",
+            remedy,
         )
 
 
-def _show(planned: Planned, as_json: bool) -> None:
+def _show(planned: Planned, as_json: bool, console: Console | None = None) -> None:
     from lowvram import plan_view
 
     if as_json:
         typer.echo(json.dumps(plan_view.plan_json(planned.plan), indent=2))
     else:
-        plan_view.show_plan(planned.plan, _console())
+        plan_view.show_plan(planned.plan, console or _console())
 
 
-def _save_plan(planned: Planned, output: Path) -> None:
+def _save_plan(planned: Planned, output: Path, console: Console) -> None:
     from lowvram.errors import ConfigError
     from lowvram.frozen import write_atomically
 
     if output.exists():
         raise ConfigError(f"'{output}' exists already.", "Give another --output; nothing was overwritten.")
     write_atomically(output, planned.plan.to_yaml())
-    _console().print(f"Saved. Run it with: lowvram train {escape(str(output))}")
+    console.print(f"Saved. Run it with: lowvram train {escape(str(output))}")
 
 
 def _show_result(result: Any, folder: Path, as_json: bool) -> None:
@@ -329,13 +345,30 @@ def main() -> None:
     """Entry point: our errors become one message, its remedy and their exit code."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what came of them is in our message
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs what it raises as well
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a plan with a ? for a bar is better than none
+    try:
+        _run()
+    except KeyboardInterrupt:  # before or while an error is told
+        sys.exit(130)
+
+
+def _run() -> None:
     try:
         app()
     except LowvramError as error:
-        console = Console(stderr=True, highlight=False)
-        console.print(
-            f"[bold red]{'Stopped' if error.exit_code > 128 else 'Error'}:[/] {escape(error.message)}"
-        )
-        if error.remedy:
-            console.print(f"[bold]What to do:[/] {escape(error.remedy)}")
+        _tell(error)
         sys.exit(error.exit_code)
+
+
+def _tell(error: LowvramError) -> None:
+    """Message and remedy on stderr, whole: a second Ctrl-C does not cut them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    console = _console(stderr=True)
+    head = "Stopped" if error.exit_code > 128 else "Error"
+    console.print(f"[bold red]{head}:[/] {escape(printable(error.message))}")
+    if error.remedy:
+        console.print(f"[bold]What to do:[/] {escape(printable(error.remedy))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby, islice
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lowvram.data.conversations import LoadedData, load_conversations
+from lowvram.data.split import split_held_out
 from lowvram.data.tokens import Example
+from lowvram.units import printable
 
 _SHOWN_TOKENS = 400
 
@@ -26,21 +29,33 @@ def check(name: str, model: str | None, as_json: bool, console: Console) -> None
     """
     if model is None:
         data = load_conversations(name)
-        facts: dict[str, Any] = {"data": name, "shape": data.shape, "examples": len(data.conversations)}
+        train, held_out = split_held_out(data.conversations)  # refuses what training would refuse
+        facts = _counts(name, data.shape, len(train), len(held_out))
         first = None
     else:
         facts, first, tokenizer = _with_tokens(name, model)
     if as_json:
-        console.print_json(json.dumps(facts))
+        console.print(json.dumps(facts, indent=2), markup=False, soft_wrap=True)
         return
     table = Table.grid(padding=(0, 2))
     for key, value in facts.items():
-        table.add_row(f"[dim]{key.replace('_', ' ')}", escape(str(value)))
+        table.add_row(f"[dim]{key.replace('_', ' ')}", escape(printable(str(value))))
     console.print(table)
     if first is not None:
+        console.print("[dim]Tokens are those of the examples trained on, without the held-out ones.")
         console.print(Panel(colored(first, tokenizer), title="first example: trained tokens are green"))
     else:
         console.print(_first_text(data))
+
+
+def _counts(name: str, shape: str, trained: int, held_out: int) -> dict[str, Any]:
+    return {
+        "data": name,
+        "shape": shape,
+        "examples": trained + held_out,
+        "examples_trained": trained,
+        "held_out": held_out,
+    }
 
 
 def _with_tokens(name: str, model: str) -> tuple[dict[str, Any], Example, Any]:
@@ -52,11 +67,8 @@ def _with_tokens(name: str, model: str) -> tuple[dict[str, Any], Example, Any]:
     stats = prepared.stats
     quantile = stats.length_quantiles
     return (
-        {
-            "data": name,
-            "shape": stats.shape,
-            "examples": stats.n_examples + stats.n_held_out,
-            "held_out": stats.n_held_out,
+        _counts(name, stats.shape, stats.n_examples, stats.n_held_out)
+        | {
             "chat_template": stats.template,
             "tokens": stats.n_tokens,
             "trained_share": round(stats.trained_share, 4),
@@ -72,8 +84,11 @@ def _with_tokens(name: str, model: str) -> tuple[dict[str, Any], Example, Any]:
 def colored(example: Example, tokenizer: Any) -> Text:
     """The example's tokens as text, those that are trained in green."""
     text = Text()
-    for token, trained in list(zip(example.input_ids, example.trained, strict=True))[:_SHOWN_TOKENS]:
-        text.append(tokenizer.decode([token]), style="green" if trained else "dim")
+    tokens = islice(zip(example.input_ids, example.trained, strict=True), _SHOWN_TOKENS)
+    for trained, run in groupby(tokens, key=lambda token: token[1]):
+        # decoded together: an emoji is several tokens, none of which is a character
+        shown = tokenizer.decode([i for i, _ in run], clean_up_tokenization_spaces=False)
+        text.append(printable(shown), style="green" if trained else "dim")
     if len(example.input_ids) > _SHOWN_TOKENS:
         text.append(f" ... {len(example.input_ids) - _SHOWN_TOKENS} more tokens", style="italic")
     return text
@@ -83,8 +98,9 @@ def _first_text(data: LoadedData) -> Panel:
     conversation = data.conversations[0]
     text = Text()
     if conversation.text is not None:
-        text.append(conversation.text, style="green")
+        text.append(printable(conversation.text), style="green")
     for message in conversation.messages:
         text.append(f"{message.role}: ", style="bold")
-        text.append(message.content + "\n", style="green" if message.role == "assistant" else "dim")
+        shown = printable(message.content) + "\n"
+        text.append(shown, style="green" if message.role == "assistant" else "dim")
     return Panel(text, title="first example: what is trained is green (give --model to count tokens)")

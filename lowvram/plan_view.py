@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console, Group
@@ -15,6 +16,8 @@ from lowvram.planner.plan import Plan
 from lowvram.units import format_bytes, format_count, format_seconds
 
 _BAR_WIDTH = 34
+_SMALLEST_BAR = 12  # narrower, the note on the budget beside the bars would be a word a line
+_AROUND = 10  # columns of the panel's frame and of the table's padding
 _COLORS = ("blue", "cyan", "magenta", "green", "yellow", "red", "bright_blue", "bright_magenta", "bright_red")
 
 
@@ -22,7 +25,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     """Print the plan."""
     console.print(
         Panel(
-            Group(_head(plan), Text(), _memory(plan), Text(), _reasons(plan)),
+            Group(_head(plan), Text(), _memory(plan, console.width), Text(), _reasons(plan)),
             title="lowvram plan",
             title_align="left",
             border_style="green" if plan.fits else "red",
@@ -71,30 +74,46 @@ def _head(plan: Plan) -> Table:
     return table
 
 
-def _memory(plan: Plan) -> Table:
-    estimate = plan.estimate
+def _memory(plan: Plan, width: int) -> Table:
+    """Names, bars and numbers; a narrow console gets no bars, and the budget's note below the table."""
+    bar_width = _bar_width(plan, width)
     table = Table(box=None, padding=(0, 1), title="Predicted memory at the peak", title_justify="left")
-    table.add_column("component")
-    table.add_column("", width=_BAR_WIDTH)
-    table.add_column("bytes", justify="right")
-    largest = max(estimate.components_bytes.values())
-    for index, (name, n_bytes) in enumerate(estimate.components_bytes.items()):
-        bar = "█" * max(1, round(_BAR_WIDTH * n_bytes / largest))
-        color = _COLORS[index % len(_COLORS)]
-        table.add_row(name.replace("_", " "), Text(bar, style=color), format_bytes(n_bytes))
-    table.add_row("[bold]allocated", "", f"[bold]{format_bytes(estimate.peak_allocated_bytes)}")
-    table.add_row("[bold]reserved", "", f"[bold]{format_bytes(estimate.peak_reserved_bytes)}")
-    table.add_row("budget", _budget_note(plan), format_bytes(plan.budget_bytes))
-    table.caption = f"peak: {escape(estimate.peak_moment)}"
+    table.add_column("component", no_wrap=True)
+    if bar_width:
+        table.add_column("", width=bar_width)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for name, bar, n_bytes in _rows(plan, bar_width):
+        table.add_row(name, *([bar] if bar_width else []), n_bytes)
+    note = "" if bar_width else f"budget: {_budget_note(plan)}\n"
+    table.caption = f"{note}peak: {escape(plan.estimate.peak_moment)}"
     table.caption_justify = "left"
     return table
 
 
+def _rows(plan: Plan, bar_width: int) -> Iterator[tuple[str, Text | str, str]]:
+    estimate = plan.estimate
+    largest = max(estimate.components_bytes.values())
+    for index, (name, n_bytes) in enumerate(estimate.components_bytes.items()):
+        bar = Text("█" * max(1, round(bar_width * n_bytes / largest)), style=_COLORS[index % len(_COLORS)])
+        yield name.replace("_", " "), bar, format_bytes(n_bytes)
+    yield "[bold]allocated", "", f"[bold]{format_bytes(estimate.peak_allocated_bytes)}"
+    yield "[bold]reserved", "", f"[bold]{format_bytes(estimate.peak_reserved_bytes)}"
+    yield "budget", f"[dim]{_budget_note(plan)}", format_bytes(plan.budget_bytes)
+
+
+def _bar_width(plan: Plan, width: int) -> int:
+    """What names and numbers leave of the console; 0 when that is too little for bars."""
+    numbers = (*plan.estimate.components_bytes.values(), plan.estimate.peak_reserved_bytes, plan.budget_bytes)
+    used = max(map(len, plan.estimate.components_bytes)) + max(len(format_bytes(n)) for n in numbers)
+    left = min(_BAR_WIDTH, width - used - _AROUND)
+    return left if left >= _SMALLEST_BAR else 0
+
+
 def _budget_note(plan: Plan) -> str:
     if plan.device.backend == "cpu":
-        return "[dim]free host memory - margin"
+        return "free host memory - margin"
     held, context = format_bytes(plan.device.held_bytes), format_bytes(plan.device.context_bytes)
-    return f"[dim]card - {context} context - {held} held"
+    return f"card - {context} context - {held} held"
 
 
 def _reasons(plan: Plan) -> Text:

@@ -1,4 +1,4 @@
-"""Units: bytes, counts and durations as people read and write them."""
+"""Units: bytes, counts, durations and foreign text as people read and write them."""
 
 from __future__ import annotations
 
@@ -55,3 +55,8 @@ def format_seconds(s: float) -> str:
     if s < 48 * 3600:
         return f"{int(s // 3600)} h {int(s % 3600 // 60)} min"
     return f"{s / 86400:.1f} days"
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey: data, a path or an error may carry escape sequences."""
+    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)

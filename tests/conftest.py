@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,24 @@ def config_only(tmp_path: Path) -> Callable[[dict[str, object]], Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def locked() -> Iterator[Path]:
+    """A folder that this process may neither list nor enter, even when the tests run as root."""
+    if sys.platform == "win32":
+        pytest.skip("permissions are another matter there")
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to others
+        folder = Path(name) / "locked"
+        folder.mkdir(mode=0o000)
+        Path(name).chmod(0o755)
+        os.seteuid(user or 65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o700)
 
 
 @pytest.fixture(scope="session")

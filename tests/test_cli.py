@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lowvram import cli, hardware
+from lowvram.errors import ConfigError
 from tests.conftest import QWEN2_7B
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -81,3 +86,95 @@ def test_bad_flags(
     lowvram: Cli, config_only: Callable[[dict[str, object]], Path], flags: tuple[str, str]
 ) -> None:
     _refused(lowvram("plan", "--model", config_only(QWEN2_7B), *flags), 2)
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_a_terminal_without_unicode_loses_characters_only(
+    lowvram: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text(f'{ROW}\n{{"question": "é 😀", "answer": "yo"}}\n' * 2)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = lowvram("data", "check", data)
+    assert done.returncode == 0, done.stderr
+    assert "question-answer" in done.stdout
+    _refused(lowvram("data", "check", "nö.jsonl"), 5, "n?.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("raised", "says"),
+    [("StoppedError('Told whole.', 'type this', 2)", "Told whole."), ("KeyboardInterrupt()", "")],
+)
+def test_ctrl_c_while_an_error_is_told(raised: str, says: str) -> None:
+    done = _python(
+        "import os, signal\n"
+        "from lowvram import cli\n"
+        "from lowvram.errors import StoppedError\n"
+        "def app():\n"
+        f"    raise {raised}\n"
+        "told = cli.Console.print\n"
+        "def interrupted(*args, **options):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    told(*args, **options)\n"
+        "cli.app, cli.Console.print = app, interrupted\n"
+        "cli.main()\n"
+    )
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert says in done.stderr
+
+
+def test_escape_sequences_in_an_error_are_not_obeyed(lowvram: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text("\x1b[31m{oops")
+    done = lowvram("data", "check", data)
+    _refused(done, 5, "train.jsonl:1", "[31m{oops")
+    assert "\x1b" not in done.stderr
+
+
+def test_a_broken_parquet_file_is_one_message(lowvram: Cli, tmp_path: Path) -> None:
+    data = tmp_path / "train.parquet"
+    data.write_bytes(b"not parquet at all")
+    done = lowvram("data", "check", data)
+    _refused(done, 5, "cannot be loaded")
+    assert done.stderr.startswith("Error:")
+
+
+def test_the_hub_client_does_not_count_its_retries() -> None:
+    """Its lines come from loggers below huggingface_hub, at WARNING."""
+    done = _python(
+        "import sys; sys.argv = ['lowvram', '--version']\n"
+        "from lowvram.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "from huggingface_hub.utils import _http\n"
+        "_http.logger.warning('Retrying in 4s'); _http.logger.error('kept')"
+    )
+    assert "Retrying" not in done.stderr
+    assert "kept" in done.stderr
+
+
+def test_json_is_alone_on_stdout(lowvram: Cli, smollm: Path, tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(ROW.replace("hi", f"hi {i}") + "\n" for i in range(4)))
+    short = ("--steps", "1", "--batch", "1", "--rank", "2", "--targets", "qv", "--seq-len", "64")
+    common = ("--model", smollm, "--data", data, "--json", *short)
+    done = lowvram("auto", *common, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 1
+    assert "lowvram plan" in done.stderr
+    assert "step 1/1" in done.stderr
+    done = lowvram("plan", *common, "--output", tmp_path / "plan.yaml")
+    assert json.loads(done.stdout)["fits"] is True
+    assert "Saved" in done.stderr
+
+
+def test_remedies_name_only_flags_that_the_command_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match="read-only") as caught:
+        cli.resume(tmp_path)
+    assert "--" not in caught.value.remedy

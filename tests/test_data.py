@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from lowvram import data_view
 from lowvram.data.conversations import Conversation, Message, load_conversations
 from lowvram.data.order import batches_of_epoch
 from lowvram.data.split import split_held_out
@@ -107,3 +110,32 @@ def test_order_is_whole_and_deterministic(lengths: list[int], micro_batch: int, 
     assert order(0) == order(0)
     assert sorted(i for step in order(1) for batch in step for i in batch) == list(range(len(lengths)))
     assert max(lengths) in {lengths[i] for batch in order(0)[0] for i in batch}
+
+
+def _checked(data: str, model: Path | None, as_json: bool = False) -> str:
+    console = Console(file=io.StringIO(), width=120, record=True)
+    data_view.check(data, str(model) if model else None, as_json, console)
+    return console.export_text()
+
+
+ANSWERS = [{"question": f"ask {i}", "answer": "👩🏽 ʕ•ᴥ•ʔ \x1b[31mred \x1b]0;title\x07"} for i in range(20)]
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_check_counts_and_shows_whole_and_harmless_characters(
+    smollm: Path, tmp_path: Path, with_model: bool
+) -> None:
+    file, model = _file(tmp_path, *map(json.dumps, ANSWERS)), smollm if with_model else None
+    facts = json.loads(_checked(file, model, as_json=True))
+    assert (facts["examples"], facts["examples_trained"], facts["held_out"]) == (20, 19, 1)
+    text = _checked(file, model)
+    assert "👩🏽 ʕ•ᴥ•ʔ" in text
+    assert "�" not in text
+    assert not {"\x1b", "\x07"} & set(text)
+    assert ("examples trained on" in text) == with_model
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_check_refuses_what_training_refuses(tmp_path: Path, rows: int) -> None:
+    with pytest.raises(DataError, match="at least 2 examples that differ"):
+        _checked(_file(tmp_path, *[json.dumps(ANSWERS[0])] * rows), None)

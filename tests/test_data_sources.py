@@ -135,6 +135,7 @@ def test_an_empty_file(tmp_path: Path, name: str, content: str) -> None:
     [
         ("a.jsonl", '{"a": 1}\n\n{"a" 1}\n', 3, "not JSON, column 6: Expecting ':' delimiter"),
         ("a.jsonl", '{"a": "cut\n', 1, "not JSON, column 7"),
+        ("a.jsonl", '{"a": 1\r\n', 1, "not JSON, column 8"),
         ("a.jsonl", "[" * 100_000, 1, "not JSON, column 1: nested too deeply"),
         ("a.jsonl", '{"a": 1}\n[1, 2]\n', 2, "a list, not an object. The line starts: [1, 2]"),
         ("a.jsonl", '"text"\n', 1, "a str, not an object"),
@@ -178,3 +179,21 @@ def test_an_unknown_extension_lists_the_known_ones(tmp_path: Path) -> None:
 def test_an_emoji_written_as_a_whole_pair_is_read(tmp_path: Path) -> None:
     path = _write(tmp_path, "a.jsonl", json.dumps({"a": "😀"}))
     assert _rows(path) == [("a.jsonl:1", {"a": "😀"})]
+
+
+@pytest.mark.parametrize("inside", ["", "a.jsonl"])
+def test_a_place_without_permission_is_bad_data(locked: Path, inside: str) -> None:
+    error = _error(str(locked / inside))
+    assert error.message == f"{locked / inside}: cannot be read (Permission denied)."
+    assert "permissions" in error.remedy
+
+
+def test_no_name_is_no_folder() -> None:
+    assert "empty" in _error("").message
+
+
+@pytest.mark.parametrize(("suffix", "command"), [(".gz", "gunzip -k"), (".zst", "unzstd"), (".ZIP", "unzip")])
+def test_a_compressed_file_is_told_how_to_unpack_it(tmp_path: Path, suffix: str, command: str) -> None:
+    path = _write(tmp_path, f"my rows.jsonl{suffix}", b"\x1f\x8b")
+    assert f"{command} '{path}'" in _error(path).remedy
+    assert "no such file" in _error(f"missing{suffix}").message  # and not looked for on the hub

@@ -5,11 +5,15 @@ from __future__ import annotations
 import io
 import math
 import re
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 from rich.console import Console
 
+from lowvram.engine.step import StepResult
+from lowvram.training import loop
 from lowvram.training.live import BAR_WIDTH, HISTORY, LineView, LiveView, LossHistory, make_view, memory_bar
 from lowvram.training.metrics import StepRecord
 from lowvram.units import GiB, MiB
@@ -212,3 +216,24 @@ def test_the_loss_curve_covers_the_whole_run(count: int) -> None:
     assert curve[0] == "█"
     assert curve[-1] == "▁"
     assert list(curve) == sorted(curve, reverse=True)
+
+
+def test_the_epoch_is_a_true_fraction() -> None:
+    """After 3 steps of 4 an epoch 0.75 is done; after 6, one and a half."""
+    seen: list[float] = []
+    estimate = SimpleNamespace(peak_reserved_bytes=1)
+    plan = SimpleNamespace(total_steps=9, evaluate_every=100, estimate=estimate, budget_bytes=1)
+    run = SimpleNamespace(
+        plan=plan,
+        data=SimpleNamespace(steps_per_epoch=4),
+        tokens=1,
+        seconds=1.0,
+        monitor=SimpleNamespace(now_bytes=1, peak_bytes=1),
+        folder=SimpleNamespace(append_metrics=lambda shown: seen.append(shown.epoch)),
+        view=SimpleNamespace(step=lambda _: None),
+        accelerator=SimpleNamespace(log=lambda *_, **__: None),
+    )
+    for run.step in (3, 6):
+        result = StepResult(torch.tensor(1.0), torch.tensor(1.0), 1)
+        loop._report(cast(loop.Run, run), result, 0.1, 1.0, [])
+    assert seen == [0.75, 1.5]

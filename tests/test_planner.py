@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from lowvram import hardware
+from lowvram import hardware, plan_view
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.planner.build import make_plan
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import load_profile, profile_for
 from lowvram.planner.wishes import Wishes, wishes_from
-from lowvram.units import GiB
+from lowvram.units import GiB, format_bytes
 from tests.conftest import QWEN2_7B
 
 SMALL = {
@@ -88,3 +90,48 @@ def test_levers_are_pinned(config_only: Config) -> None:
     plan = make_plan(ModelSource(str(config_only(SMALL))), _card(24), load_profile("24gb"), wishes)
     assert plan.levers.gradient_checkpointing
     assert plan.levers.loss_chunk_tokens == 128
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "holds nothing"),
+        ("- a\n", "holds a list"),
+        ("text", "holds a str"),
+        ("a: [", "cannot be read as YAML"),
+        (None, "There is no "),
+    ],
+)
+def test_a_file_that_is_no_plan_is_told_from_a_broken_one(
+    tmp_path: Path, content: str | None, says: str
+) -> None:
+    file = tmp_path / "plan.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=says) as caught:
+        Plan.from_yaml(file)
+    assert ("Repair" in caught.value.remedy) == (content == "a: [")
+
+
+def test_yaml_without_permission(locked: Path) -> None:
+    for read in (lambda: load_profile(str(locked / "p.yaml")), lambda: Plan.from_yaml(locked / "p.yaml")):
+        with pytest.raises(ConfigError, match=r"p\.yaml cannot be read \(Permission denied\)"):
+            read()
+
+
+def test_names_and_numbers_are_shown_at_any_width(config_only: Config) -> None:
+    wishes = wishes_from(seq_len=64, batch=1)
+    plan = make_plan(ModelSource(str(config_only(SMALL))), _card(24), load_profile("24gb"), wishes)
+    for width in (40, 56, 80, 200):
+        console = Console(width=width, record=True, quiet=False, file=io.StringIO())
+        plan_view.show_plan(plan, console)
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        assert ("██" in text) == (width > 40)
+        assert "context" in text
+        rows = {**plan.estimate.components_bytes, "budget": plan.budget_bytes}
+        for name, n_bytes in rows.items():
+            line = next(
+                line for line in text.splitlines() if line.startswith(f"│  {name.replace('_', ' ')} ")
+            )
+            assert format_bytes(n_bytes) in line

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowvram.errors import ConfigError
-from lowvram.units import GiB, MiB, format_bytes, format_count, format_seconds, parse_bytes
+from lowvram.units import GiB, MiB, format_bytes, format_count, format_seconds, parse_bytes, printable
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,8 @@ def test_formats() -> None:
     assert format_count(7_620_000_000) == "7.62B"
     assert format_seconds(245) == "4 min 5 s"
     assert format_seconds(2.5) == "2.5 s"
+
+
+def test_printable_keeps_text_and_takes_what_a_terminal_obeys() -> None:
+    assert printable("né 😀\n[31m") == "né 😀\n[31m"
+    assert printable("a\x1b[31m\x1b]0;title\x07\tb") == "a [31m ]0;title  b"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +15,7 @@ from lowvram.errors import DataError
 Row = tuple[str, dict[str, Any]]
 
 _KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_UNPACK = {".gz": "gunzip -k", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zst": "unzstd", ".zip": "unzip"}
 _HUB_ID = re.compile(r"^(?:[\w-][\w.-]*/)?[\w-][\w.-]*(?::[\w.-]+)?$")
 _FORMATS = "Give a .jsonl, .json, .csv or .parquet file, or a Hugging Face dataset id such as owner/name."
 _BOM = b"\xef\xbb\xbf"
@@ -29,11 +31,16 @@ def read_rows(name: str) -> Iterator[Row]:
     Raises:
         DataError: nothing readable there, or a row that is no object; the message starts with the place.
     """
+    if not name:
+        raise DataError("the name of the data is empty.", _FORMATS)
     path = Path(name)
-    if path.is_dir():
-        raise DataError(f"{name}: is a folder, not a data file.", _files_inside(path))
-    rows = _file_rows(name) if path.exists() else _hub_rows(name)
-    return _not_empty(name, rows)
+    try:
+        if path.is_dir():
+            raise DataError(f"{name}: is a folder, not a data file.", _files_inside(path))
+        is_file = path.exists()
+    except OSError as error:  # a folder that may not be entered or listed
+        raise _unreadable(name, error) from error
+    return _not_empty(name, _file_rows(name) if is_file else _hub_rows(name))
 
 
 def _file_rows(name: str) -> Iterator[Row]:
@@ -46,11 +53,14 @@ def _file_rows(name: str) -> Iterator[Row]:
         return _csv_rows(name)
     if suffix == ".parquet":
         return _dataset_rows(name, "parquet", data_files=name, streaming=True)
+    if suffix in _UNPACK:
+        unpack = f"{_UNPACK[suffix]} {shlex.quote(name)}"
+        raise DataError(f"{name}: is compressed.", f"Run: {unpack}, then give the unpacked file.")
     raise DataError(f"{name}: unknown extension '{suffix}'.", _FORMATS)
 
 
 def _hub_rows(name: str) -> Iterator[Row]:
-    is_path = Path(name).suffix.lower() in _KNOWN or not _HUB_ID.match(name)
+    is_path = Path(name).suffix.lower() in (*_KNOWN, *_UNPACK) or not _HUB_ID.match(name)
     if is_path:
         raise DataError(f"{name}: no such file (looked in {Path.cwd()}).", "Give the path of your data file.")
     dataset, _, config = name.partition(":")
@@ -91,9 +101,12 @@ def _open_binary(name: str) -> BinaryIO:
     try:
         return open(name, "rb")
     except OSError as error:
-        raise DataError(
-            f"{name}: cannot be read ({error.strerror}).", "Check the file's permissions."
-        ) from error
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: OSError) -> DataError:
+    remedy = "Check its permissions, and those of the folders above it."
+    return DataError(f"{name}: cannot be read ({error.strerror}).", remedy)
 
 
 def _json_lines(name: str) -> Iterator[Row]:

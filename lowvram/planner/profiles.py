@@ -16,6 +16,7 @@ from lowvram.units import GiB
 
 _SIZES = ((10, "8gb"), (14, "12gb"), (20, "16gb"))  # up to this many GiB -> profile; larger cards: 24gb
 _FOLDERS = (Path(__file__).parents[1] / "profiles", Path(__file__).parents[2] / "profiles")
+_NEW_PLAN = "Make one: lowvram plan --model M --data D -o plan.yaml"
 
 
 class Profile(Frozen):
@@ -55,10 +56,17 @@ def load_profile(name_or_file: str) -> Profile:
         shipped = folder / f"{name_or_file}.yaml"
         if shipped.is_file():
             return Profile.model_validate(parse_yaml(Profile, shipped))
-    if Path(name_or_file).is_file():
+    if _is_there(Path(name_or_file)):
         return Profile.model_validate(parse_yaml(Profile, Path(name_or_file)))
     names = sorted(p.stem for folder in _FOLDERS for p in folder.glob("*.yaml"))
     raise ConfigError(f"There is no profile '{name_or_file}'.", f"Use {', '.join(names)} or a YAML file.")
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a folder that may not be entered: reading the file says so
+        return True
 
 
 def parse_yaml(model: type[Any], file: Path) -> Any:
@@ -67,15 +75,29 @@ def parse_yaml(model: type[Any], file: Path) -> Any:
     Raises:
         ConfigError: every unknown key (with the nearest known one) and every bad value, in one message.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{file} cannot be read as YAML: {error}", "Repair the file.") from error
+    content = _read_yaml(file)
+    if not isinstance(content, dict):
+        remedy = "Start from a copy of profiles/8gb.yaml." if model is Profile else _NEW_PLAN
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ConfigError(f"{file} holds {found}, not lines of KEY: VALUE.", remedy)
     try:
         return model.model_validate(content)
     except ValidationError as error:
         lines = [_explain(e, model) for e in error.errors()]
         raise ConfigError(f"{file} is not valid:\n  " + "\n  ".join(lines), "Edit those lines.") from error
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no {file}.", _NEW_PLAN) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error.strerror}).", "Check the path and its permissions."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as YAML: {error}", "Repair the file.") from error
 
 
 def _explain(error: Any, model: type[Any]) -> str:

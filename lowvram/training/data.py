@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from lowvram.data.conversations import load_conversations
 from lowvram.data.order import batches_of_epoch
@@ -57,11 +58,14 @@ class TrainingData:
             epoch=epoch,
         )
 
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return len(self.steps_of_epoch(0))
+
     def steps_from(self, step: int) -> Iterator[tuple[int, list[list[Example]]]]:
         """(epoch, micro-batches of examples) of every optimizer step after `step`, to the plan's last."""
-        per_epoch = len(self.steps_of_epoch(0))
         for number in range(step, self.plan.total_steps):
-            epoch, at = divmod(number, per_epoch)
+            epoch, at = divmod(number, self.steps_per_epoch)
             if at == 0 or number == step:
                 order = self.steps_of_epoch(epoch)
             yield epoch, [[self.train[i] for i in micro_batch] for micro_batch in order[at]]

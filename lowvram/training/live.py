@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowvram.training.metrics import StepRecord
-from lowvram.units import GiB, format_bytes, format_seconds
+from lowvram.units import GiB, format_bytes, format_seconds, printable
 
 BAR_WIDTH = 40
 HISTORY = 40  # characters of the loss curve
@@ -57,7 +57,7 @@ class LineView:
 
     def note(self, text: str) -> None:
         # A line that the console broke at its width could not be searched for.
-        self._console.print(Text(_printable(text)), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
 
     def stop(self) -> None:
         pass
@@ -68,7 +68,7 @@ class LiveView:
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
-        self._title = Text(_printable(title), style="bold")
+        self._title = Text(printable(title), style="bold")
         self._losses = LossHistory()
         self._held_out: Text | None = None
         waiting = Group(self._title, Text("  The first step is under way.", style="dim"))
@@ -86,7 +86,7 @@ class LiveView:
 
     def note(self, text: str) -> None:
         # rich prints it above the panel; unbroken, so that a command in it can be copied
-        self._console.print(Text(_printable(text)), soft_wrap=True)
+        self._console.print(Text(printable(text)), soft_wrap=True)
 
     def stop(self) -> None:
         self._live.stop()
@@ -209,8 +209,3 @@ def _gib(n: int) -> str:
 
 def _duration(seconds: float) -> str:
     return format_seconds(seconds) if math.isfinite(seconds) else "?"
-
-
-def _printable(text: str) -> str:
-    """`text` without what a terminal would obey: an error message may quote a model's output."""
-    return "".join(char if char.isprintable() or char == "\n" else " " for char in text)

@@ -227,7 +227,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
         run.seconds += seconds
         run.tokens += sum(len(e.input_ids) for examples in micro_batches for e in examples)
         run.trained_tokens += result.trained_tokens
-        _report(run, epoch, result, learning_rate, seconds, micro_batches)
+        _report(run, result, learning_rate, seconds, micro_batches)
         if stop or run.step % run.plan.save_every == 0 or run.step == run.plan.total_steps:
             _save(run, epoch)
             saved_at = run.step
@@ -254,7 +254,6 @@ def _require_finite(run: Run, loss: float, grad_norm: float, saved_at: int) -> N
 
 def _report(
     run: Run,
-    epoch: int,
     result: StepResult,
     learning_rate: float,
     seconds: float,
@@ -268,7 +267,7 @@ def _report(
     record = StepRecord(
         step=run.step,
         total_steps=plan.total_steps,
-        epoch=epoch,
+        epoch=run.step / run.data.steps_per_epoch,
         loss=float(result.loss),
         learning_rate=learning_rate,
         grad_norm=float(result.grad_norm),
@@ -294,7 +293,7 @@ def _save(run: Run, epoch: int) -> None:
         checkpoint.CheckpointState(
             step=run.step,
             epoch=epoch,
-            step_in_epoch=run.step % len(run.data.steps_of_epoch(0)),
+            step_in_epoch=run.step % run.data.steps_per_epoch,
             plan_sha256=run.plan.sha256,
             adapter={name: p.detach() for name, p in trainable(run.model).items()},
             optimizer=run.optimizer.state_dict(),

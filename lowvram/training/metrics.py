@@ -10,7 +10,7 @@ class StepRecord(Frozen):
 
     step: int  # 1-based, after the update
     total_steps: int
-    epoch: float
+    epoch: float  # passes over the data, finished after the update
     loss: float  # mean over the step's trained tokens
     learning_rate: float
     grad_norm: float
