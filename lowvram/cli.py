@@ -119,7 +119,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Predict what training would need: no GPU, no weights. Exit code 3 when it does not fit."""
+    from lowvram.frozen import require_new_file
+
     flags = dict(locals())
+    if output is not None:
+        require_new_file(output)
     try:
         planned = _planned(flags)
     except LowvramError as error:
@@ -160,22 +164,24 @@ def auto(
 ) -> None:
     """Probe, check the data, plan, train, save the adapter."""
     from lowvram import pipeline
-    from lowvram.training.run_folder import RunFolder, default_path
+    from lowvram.engine.source import ModelSource
+    from lowvram.training.run_folder import default_path
 
     flags = dict(locals())
-    if output is not None and not dry_run:
-        RunFolder.refuse_used(output)
-    pipeline.require_trackers(log_with or ())
+    folder = output or default_path(Path("runs"), model, data)
+    if not dry_run:
+        _quiet_libraries()
+        if vram is not None:
+            pipeline.require_here(
+                _hardware(vram),
+                "Add --dry-run to see the plan only, or leave --vram out to plan for this machine.",
+            )
+        pipeline.preflight(ModelSource(model, trust_remote_code), folder, log_with or ())
     planned = _planned(flags)
     console = _console(stderr=as_json)  # with --json, stdout holds the one object and nothing else
     _show(planned, as_json and dry_run, console)
     if dry_run:
         return
-    if vram is not None:
-        _require_here(
-            planned, "Add --dry-run to see the plan only, or leave --vram out to plan for this machine."
-        )
-    folder = output or default_path(Path("runs"), model, data)
     result = pipeline.start(planned, folder, console, log_with or ())
     _show_result(result, folder, as_json)
 
@@ -188,25 +194,16 @@ def train(
 ) -> None:
     """Run a saved plan unchanged."""
     from lowvram import pipeline
-    from lowvram.engine.source import ModelSource
-    from lowvram.errors import ConfigError
     from lowvram.planner.plan import Plan
-    from lowvram.training.data import prepare
     from lowvram.training.run_folder import RunFolder, default_path
 
     _quiet_libraries()
     if output is not None:
         RunFolder.refuse_used(output)
     saved = Plan.from_yaml(plan_file)
-    if saved.data is None:
-        raise ConfigError(f"{plan_file} names no data.", "Make the plan with --data FILE.")
-    source = ModelSource(saved.model, saved.trust_remote_code)
-    planned = pipeline.Planned(source, saved, prepare(saved.data, source, saved.held_out_share))
-    _require_here(
-        planned, "Train there, or plan for this machine: lowvram plan --model M --data D -o plan.yaml"
-    )
+    planned = pipeline.from_saved(saved, f"lowvram train {plan_file}")
     _show(planned, False)
-    folder = output or default_path(Path("runs"), saved.model, saved.data)
+    folder = output or default_path(Path("runs"), saved.model, str(saved.data))
     result = pipeline.start(planned, folder, _console(), log_with or ())
     _show_result(result, folder, False)
 
@@ -226,12 +223,13 @@ def resume(run: Annotated[Path, typer.Argument(help="A run folder.")], log_with:
 def merge(
     run: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/merged.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model, if it moved since the training.")] = None,
 ) -> None:
     """Merge the adapter into the original 16-bit weights, in bounded memory."""
     from lowvram import merge_command
 
     _quiet_libraries()
-    merge_command.merge_run(run, output, _console())
+    merge_command.merge_run(run, output, _console(), base)
 
 
 @data_app.command("check")
@@ -300,19 +298,6 @@ def _require_writable(run: Path) -> None:
         )
 
 
-def _require_here(planned: Planned, remedy: str) -> None:
-    """A plan for another card may be looked at anywhere and trained only where such a device is."""
-    from lowvram import hardware
-    from lowvram.errors import ConfigError
-
-    here, wanted = hardware.probe(), planned.plan.device
-    if here.backend != wanted.backend:
-        raise ConfigError(
-            f"The plan is for {wanted.name} ({wanted.backend}); this machine trains on {here.backend}.",
-            remedy,
-        )
-
-
 def _show(planned: Planned, as_json: bool, console: Console | None = None) -> None:
     from lowvram import plan_view
 
@@ -323,12 +308,12 @@ def _show(planned: Planned, as_json: bool, console: Console | None = None) -> No
 
 
 def _save_plan(planned: Planned, output: Path, console: Console) -> None:
-    from lowvram.errors import ConfigError
-    from lowvram.frozen import write_atomically
+    from lowvram.errors import refusals_of_the_system
+    from lowvram.frozen import require_new_file, write_atomically
 
-    if output.exists():
-        raise ConfigError(f"'{output}' exists already.", "Give another --output; nothing was overwritten.")
-    write_atomically(output, planned.plan.to_yaml())
+    require_new_file(output)  # once more: planning takes a while
+    with refusals_of_the_system(f"'{output}' cannot be written", "Give another --output."):
+        write_atomically(output, planned.plan.to_yaml())
     console.print(f"Saved. Run it with: lowvram train {escape(str(output))}")
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class LowvramError(Exception):
     """What went wrong, with its numbers, and in `remedy` the next thing to type.
@@ -47,3 +51,22 @@ class StoppedError(LowvramError):
     def __init__(self, message: str, remedy: str, signal_number: int) -> None:
         super().__init__(message, remedy)
         self.exit_code = 128 + signal_number
+
+
+_NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
+@contextmanager
+def refusals_of_the_system(what: str, remedy: str) -> Iterator[None]:
+    """Say what the system would not let us do (no permission, no such folder, no room) as one of our errors.
+
+    Raises:
+        DoesNotFitError: the disk or the quota is full.
+        ConfigError: anything else that the system refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        kind = DoesNotFitError if error.errno in _NO_ROOM else ConfigError
+        named = f": {error.filename}" if error.filename else ""
+        raise kind(f"{what}: {error.strerror or error}{named}.", remedy) from error

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+
+from lowvram.errors import ConfigError, refusals_of_the_system
 
 
 class Frozen(BaseModel):
     """An immutable pydantic model; an unknown key is an error, never ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+
+def require_new_file(path: Path) -> None:
+    """Refuse a `path` that is there already or cannot be written, before the work whose result it will hold.
+
+    Raises:
+        ConfigError: something is there, or its folder is missing or takes no file.
+    """
+    with refusals_of_the_system(f"'{path}' cannot be written", "Give an --output in a folder of yours."):
+        if os.path.lexists(path):
+            raise ConfigError(f"'{path}' exists already.", "Give another --output; nothing was overwritten.")
+        if not path.parent.exists():
+            raise ConfigError(f"There is no folder '{path.parent}'.", f"Make it: mkdir -p {path.parent}")
+        tempfile.TemporaryFile(dir=path.parent).close()  # permission bits alone do not tell
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from lowvram.engine.source import ModelSource
-from lowvram.errors import ConfigError
+from lowvram import hardware as machine
+from lowvram.engine.source import ModelSource, absolute
+from lowvram.errors import ConfigError, refusals_of_the_system
 from lowvram.frozen import write_atomically
 from lowvram.hardware import Hardware
 from lowvram.planner.build import make_plan
-from lowvram.planner.plan import Plan
+from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.profiles import Profile
 from lowvram.planner.search import Say
 from lowvram.planner.wishes import Wishes
@@ -52,7 +53,73 @@ def plan_for(
         say(f"reading {data}")
         prepared = prepare(data, source)
     stats = prepared.stats if prepared else None
-    return Planned(source, make_plan(source, hardware, profile, wishes, stats, say), prepared)
+    return Planned(
+        source, _anywhere(make_plan(source, hardware, profile, wishes, stats, say), source), prepared
+    )
+
+
+def _anywhere(plan: Plan, source: ModelSource) -> Plan:
+    """The plan with absolute names of a local model and data file, so that it runs from every directory."""
+    is_file = plan.data is not None and Path(plan.data).is_file()
+    data = absolute(str(plan.data)) if is_file else plan.data
+    return plan.model_copy(update={"model": source.name, "data": data})
+
+
+def preflight(source: ModelSource, output: Path, log_with: Iterable[str] = ()) -> None:
+    """Refuse before the search what would be refused after it, as far as that needs no plan.
+
+    Raises:
+        ConfigError: the model is not whole, the output is in use or unwritable, or a tracker is missing.
+        DoesNotFitError: too little disk for the download or for any run.
+    """
+    require_trackers(log_with)
+    _ = source.config
+    source.require_weights()
+    RunFolder.refuse_used(output)
+    require_disk(output, _RUN_FILES_BYTES)
+    _require_download_room(source)
+
+
+def require_here(wanted: Hardware | PlannedDevice, remedy: str) -> None:
+    """A plan for another device may be looked at anywhere and trained only where such a device is.
+
+    Raises:
+        ConfigError: this machine trains on something else.
+    """
+    here = machine.probe()
+    if here.backend != wanted.backend:
+        raise ConfigError(
+            f"The plan is for {wanted.name} ({wanted.backend}); this machine trains on {here.backend}.",
+            remedy,
+        )
+
+
+def from_saved(plan: Plan, again: str) -> Planned:
+    """A saved plan with its model and data, read after the checks that need neither.
+
+    Args:
+        again: the command to type when what is missing is back.
+
+    Raises:
+        ConfigError: no data, another device, or a model that is not there or not whole.
+        DataError: the data cannot be used.
+    """
+    if plan.data is None:
+        raise ConfigError(
+            "The plan names no data.", "Restore its data: line, or make a plan with --data FILE."
+        )
+    require_here(
+        plan.device,
+        f"Continue where such a device is, or plan for this machine: "
+        f"lowvram auto --model {plan.model} --data {plan.data}",
+    )
+    source = ModelSource(plan.model, plan.trust_remote_code)
+    if Path(plan.model).is_absolute() and not source.is_local:
+        raise ConfigError(
+            f"The model's folder '{plan.model}' is gone.", f"Move it back or link to it, then: {again}"
+        )
+    source.require_weights()
+    return Planned(source, plan, prepare(plan.data, source, plan.held_out_share))
 
 
 def run_bytes(plan: Plan) -> int:
@@ -75,13 +142,12 @@ def start(
         ConfigError: the folder holds a run already.
         DoesNotFitError: too little disk.
     """
-    require_trackers(log_with)
-    planned.source.require_weights()
-    RunFolder.refuse_used(output)
+    preflight(planned.source, output, log_with)
+    planned = replace(planned, plan=_anywhere(planned.plan, planned.source))
     require_disk(output, run_bytes(planned.plan))
-    _require_download_room(planned.source)
     folder = RunFolder.create(output)
-    write_atomically(folder.plan_file, planned.plan.to_yaml())
+    with refusals_of_the_system(f"{folder.plan_file} cannot be written", "Give another --output."):
+        write_atomically(folder.plan_file, planned.plan.to_yaml())
     return _train(planned, folder, console, log_with, before, after)
 
 
@@ -107,13 +173,10 @@ def resume(
     """
     require_trackers(log_with)
     folder = RunFolder.open(run)
-    if folder.result_file.is_file():
+    folder.require_sound()
+    if folder.finished():
         raise ConfigError(f"The run in {run} is finished.", f"Merge it with: lowvram merge {run}")
-    plan = Plan.from_yaml(folder.plan_file)
-    source = ModelSource(plan.model, plan.trust_remote_code)
-    source.require_weights()
-    assert plan.data is not None, "a run's plan names its data"
-    planned = Planned(source, plan, prepare(plan.data, source, plan.held_out_share))
+    planned = from_saved(Plan.from_yaml(folder.plan_file), f"lowvram resume {run}")
     return _train(planned, folder, console, log_with, before, after)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram import cli, hardware
+from lowvram import cli
 from lowvram.errors import ConfigError
 from tests.conftest import QWEN2_7B
 

@@ -24,6 +24,7 @@ from lowvram.planner.wishes import Wishes
 from lowvram.result_view import show_result
 from lowvram.training.loop import Run
 from lowvram.training.result import RunResult
+from lowvram.training.run_folder import RunFolder
 
 _HERE = Path(__file__).parent
 DATA = _HERE / "answers.jsonl"
@@ -34,14 +35,12 @@ _ANSWER_TOKENS = 80
 def run_demo(output: Path, steps: int | None, console: Console) -> None:
     """The whole pipeline; a run that is there is continued, a finished one is shown again."""
     answers = _Answers(output)
-    if (output / "plan.yaml").is_file() and not (output / "result.json").is_file():
+    finished = RunFolder(output).finished()
+    if finished is None and (output / "plan.yaml").is_file():
         console.print(f"Continuing the demo in {escape(str(output))}")
         result = pipeline.resume(output, console, before=answers.before, after=answers.after)
-    elif (output / "result.json").is_file():
-        text = (output / "result.json").read_text(encoding="utf-8")
-        result = RunResult.model_validate_json(text)
     else:
-        result = _first_run(output, steps, console, answers)
+        result = finished or _first_run(output, steps, console, answers)
     show_result(result, output, console)
     answers.show(console)
     if not (output / "merged").exists():

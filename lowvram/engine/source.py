@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram.errors import ConfigError
+from lowvram.errors import ConfigError, refusals_of_the_system
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -18,14 +20,27 @@ if TYPE_CHECKING:
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit for its JSON header
+_UNREADABLE = "Check its permissions, and those of the folders above it."
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model by folder or hub id. Remote code is run only when `trust_remote_code` was asked for."""
+    """A model by folder or hub id. Remote code is run only when `trust_remote_code` was asked for.
+
+    The name of a folder that is there becomes absolute, so that what keeps it (plan, adapter) means the same
+    model from every directory.
+
+    Raises:
+        ConfigError: the system does not let us look there.
+    """
 
     name: str
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        with self._readable():
+            if Path(self.name).expanduser().is_dir():
+                object.__setattr__(self, "name", absolute(self.name))  # frozen for everybody else
 
     @property
     def is_local(self) -> bool:
@@ -51,13 +66,16 @@ class ModelSource:
         """The model's tokenizer.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is none, or no such model.
         """
         from transformers import AutoTokenizer
 
+        self._refuse_no_folder()
         try:
             return AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
+            if not self.is_local:
+                _ = self.config  # refuses when the whole model is missing, not its tokenizer
             raise ConfigError(
                 f"'{self.name}' has no tokenizer that transformers can load: {_first_line(error)}",
                 "Copy tokenizer.json and tokenizer_config.json into the model's folder.",
@@ -82,23 +100,37 @@ class ModelSource:
         """Refuse a local folder whose safetensors are absent, truncated or pickled, before loading.
 
         Raises:
-            ConfigError: names the file.
+            ConfigError: names the file. One that may not be read counts as well.
         """
         if not self.is_local:
             return
         folder = Path(self.name)
-        files = list(local_shards(folder))
-        if not files:
-            pickled = sorted(p.name for p in folder.glob("*.bin"))
-            detail = f" (only pickled weights: {pickled[0]})" if pickled else ""
-            raise ConfigError(
-                f"'{folder}' has no *.safetensors file{detail}.",
-                "Point --model at a folder with safetensors weights; lowvram never unpickles a model.",
-            )
-        for file in files:
-            read_safetensors_header(file)
+        with self._readable():
+            files = list(local_shards(folder))
+            if not files:
+                pickled = sorted(p.name for p in folder.glob("*.bin"))
+                detail = f" (only pickled weights: {pickled[0]})" if pickled else ""
+                raise ConfigError(
+                    f"'{folder}' has no *.safetensors file{detail}.",
+                    "Point --model at a folder with safetensors weights; lowvram never unpickles a model.",
+                )
+            for file in files:
+                read_safetensors_header(file)
+
+    def _readable(self) -> AbstractContextManager[None]:
+        return refusals_of_the_system(f"The model '{self.name}' cannot be read", _UNREADABLE)
 
     def _refuse_bad_folder(self) -> None:
+        self._refuse_no_folder()
+        with self._readable():
+            whole = not self.is_local or (Path(self.name) / "config.json").is_file()
+        if not whole:
+            raise ConfigError(
+                f"The folder '{self.name}' has no config.json.",
+                "Give the folder that from_pretrained would load (config.json, tokenizer, *.safetensors).",
+            )
+
+    def _refuse_no_folder(self) -> None:
         path = Path(self.name).expanduser()
         if path.is_file():
             raise ConfigError(
@@ -111,11 +143,12 @@ class ModelSource:
                 f"There is no folder '{self.name}'.",
                 "Check the path, or give a hub id such as Qwen/Qwen2-7B.",
             )
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise ConfigError(
-                f"The folder '{self.name}' has no config.json.",
-                "Give the folder that from_pretrained would load (config.json, tokenizer, *.safetensors).",
-            )
+
+
+def absolute(name: str) -> str:
+    """`name` from the root. A link keeps its own name: the hub's cache links to files without an ending."""
+    path = Path(name).expanduser()
+    return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
 
 
 def local_shards(folder: Path) -> Iterator[Path]:
@@ -167,7 +200,8 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    """Without the opening of a list whose items stand on the lines below."""
+    return re.sub(r"( from one of)?:\s*$", "", str(error).strip().split("\n")[0])
 
 
 def _why_not(name: str, error: BaseException) -> str:

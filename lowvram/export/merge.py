@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,15 +84,45 @@ def merge_adapter(
     _require_match(deltas, {name: tuple(entry["shape"]) for _, name, entry in sources})
     n_bytes = sum(_n_bytes(entry) for _, _, entry in sources)
     _require_disk(output, n_bytes)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_shards(sources, deltas, partial, max_shard_bytes, progress or (lambda _done, _total: None))
-    _copy_rest(folder, adapter, partial)
-    if output.exists():
-        output.rmdir()
-    partial.replace(output)
+    with _whole_or_not_at_all(output) as partial:
+        _write_shards(sources, deltas, partial, max_shard_bytes, progress or (lambda _done, _total: None))
+        _copy_rest(folder, adapter, partial)
     return MergeResult(folder=output, n_tensors=len(sources), n_merged=len(deltas), n_bytes=n_bytes)
+
+
+@contextmanager
+def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name at the end, or is removed: it is as large as a model."""
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if output.exists():
+            output.rmdir()
+        partial.replace(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_adapter_config(adapter: Path) -> dict[str, Any]:
+    """The adapter's own description, adapter_config.json.
+
+    Raises:
+        ConfigError: it is no JSON object.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"'{file}' is not JSON: {error}.", _COPY) from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"'{file}' is not a JSON object.", _COPY)
+    return config
+
+
+_COPY = "Restore it, for a run by removing its adapter folder and: lowvram resume RUN"
 
 
 def read_adapter(adapter: Path) -> dict[str, _Delta]:
@@ -111,11 +142,10 @@ def read_adapter(adapter: Path) -> dict[str, _Delta]:
             f"'{adapter}' holds no adapter_config.json with adapter_model.safetensors{pickled}.",
             "Give a finished run, or a folder that peft's save_pretrained wrote.",
         )
-    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_adapter_config(adapter)
     _require_supported(config)
     read_safetensors_header(weights)
-    rank, alpha = config["r"], config["lora_alpha"]
-    scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    scaling = _scaling(config, config_file)
     with safe_open(weights, framework="pt") as tensors:
         names = [n.removesuffix(".lora_A.weight") for n in tensors.keys() if n.endswith(".lora_A.weight")]  # noqa: SIM118
         other = [n for n in tensors.keys() if ".lora_A." not in n and ".lora_B." not in n]  # noqa: SIM118
@@ -132,6 +162,14 @@ def read_adapter(adapter: Path) -> dict[str, _Delta]:
 
 
 _BY_PEFT = "Merge it with peft's merge_and_unload; this merge does not support it yet."
+
+
+def _scaling(config: dict[str, Any], file: Path) -> float:
+    try:
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"'{file}' has no usable r and lora_alpha.", _COPY) from error
 
 
 def _require_supported(config: dict[str, Any]) -> None:
@@ -160,7 +198,7 @@ def _base_folder(base: ModelSource) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ConfigError(
             f"The base model '{base.name}' is neither a folder nor reachable on the hub.",
-            "Move it back to where it was, or check the connection.",
+            "Check the connection, or say where the model is: --base PATH",
         ) from error
 
 
@@ -174,17 +212,20 @@ def _n_bytes(entry: dict[str, Any]) -> int:
     return int(end - start)
 
 
+_OWN_BASE = "Give the base that the adapter was trained on: --base PATH"
+
+
 def _require_match(deltas: dict[str, _Delta], shapes: dict[str, tuple[int, ...]]) -> None:
     for name, delta in deltas.items():
         if name not in shapes:
             raise ConfigError(
                 f"The adapter changes '{name}', which the base does not have: it belongs to another model.",
-                "Use the base that adapter_config.json names.",
+                _OWN_BASE,
             )
         if shapes[name] != delta.shape:
             raise ConfigError(
                 f"'{name}' is {list(shapes[name])} in the base and {list(delta.shape)} in the adapter.",
-                "Use the base that adapter_config.json names.",
+                _OWN_BASE,
             )
 
 

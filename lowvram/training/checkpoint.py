@@ -118,9 +118,11 @@ def save(folder: Path, state: CheckpointState, keep: int = 2) -> Path:
         _write(temporary, state)
         _put_in_place(temporary, path)
     except BaseException as error:
+        # Asked before the unfinished files give back what they took.
+        full = _disk_full(folder, state) if _is_disk_full(error) else None
         shutil.rmtree(temporary, ignore_errors=True)
-        if _is_disk_full(error):
-            raise _disk_full(folder, state) from error
+        if full is not None:
+            raise full from error
         raise
     _prune(folder, state.step, max(1, keep))
     return path
@@ -135,6 +137,14 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             return path, notes
         notes.append(f"{path.name} is damaged: {damage}")
     return None, notes
+
+
+def what_is_safe(folder: Path) -> str:
+    """One sentence for a run that stops early: where a resume will go on."""
+    path, _ = newest(folder)
+    if path is None:
+        return "There is no checkpoint yet: a resume begins at the first step."
+    return f"The checkpoint of step {_step(path)} is whole: a resume goes on from there."
 
 
 def load(path: Path) -> CheckpointState:
@@ -243,13 +253,13 @@ def _is_disk_full(error: BaseException) -> bool:
 
 def _disk_full(folder: Path, state: CheckpointState) -> DoesNotFitError:
     tensors: dict[str, torch.Tensor] = {}
-    _encode(vars(state), "", tensors)
-    needed = format_bytes(sum(tensor.nbytes for tensor in tensors.values()))
+    text = json.dumps(_encode(vars(state), "", tensors))
+    needed = format_bytes(sum(tensor.nbytes for tensor in tensors.values()) + len(text))
     free = format_bytes(shutil.disk_usage(folder).free)
     return DoesNotFitError(
-        f"The disk is full: the checkpoint of step {state.step} needs {needed}, {folder} has {free} free. "
-        "The earlier checkpoints are whole.",
-        f"Free some space, then: lowvram resume {folder.parent}",
+        f"The disk is full: the checkpoint of step {state.step} needs {needed}, and {folder} had "
+        f"{free} free when writing it failed. {what_is_safe(folder)}",
+        f"Free {needed} or more, then: lowvram resume {folder.parent}",
     )
 
 

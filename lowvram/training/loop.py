@@ -101,7 +101,7 @@ def train(
             return result
     except Interrupted as interrupt:
         raise StoppedError(
-            "Stopped at once; what the last checkpoint holds is safe.",
+            f"Stopped at once. {checkpoint.what_is_safe(folder.checkpoints)}",
             f"Continue with: lowvram resume {folder.path}",
             interrupt.signal_number,
         ) from interrupt
@@ -206,7 +206,6 @@ def _resume(run: Run) -> None:
 
 def _steps(run: Run, stop: StopRequest) -> None:
     """Every optimizer step of the plan that is not done yet."""
-    saved_at = run.step
     for epoch, micro_batches in run.data.steps_from(run.step):
         started = time.perf_counter()
         batches = [run.data.collate(examples).to(run.device) for examples in micro_batches]
@@ -221,7 +220,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
         )
         run.scheduler.step()
         loss = float(result.loss)
-        _require_finite(run, loss, float(result.grad_norm), saved_at)
+        _require_finite(run, loss, float(result.grad_norm))
         seconds = time.perf_counter() - started
         run.step += 1
         run.seconds += seconds
@@ -230,7 +229,6 @@ def _steps(run: Run, stop: StopRequest) -> None:
         _report(run, result, learning_rate, seconds, micro_batches)
         if stop or run.step % run.plan.save_every == 0 or run.step == run.plan.total_steps:
             _save(run, epoch)
-            saved_at = run.step
         if stop:
             assert stop.signal_number is not None
             raise StoppedError(
@@ -240,14 +238,14 @@ def _steps(run: Run, stop: StopRequest) -> None:
             )
 
 
-def _require_finite(run: Run, loss: float, grad_norm: float, saved_at: int) -> None:
+def _require_finite(run: Run, loss: float, grad_norm: float) -> None:
     """fp16's loss scaling skips single overflowing updates, so there only the loss must be finite."""
     fp16 = run.plan.compute_dtype == "fp16"
     if math.isfinite(loss) and (fp16 or math.isfinite(grad_norm)):
         return
     raise ConfigError(
         f"Step {run.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; training stopped. "
-        f"The checkpoint of step {saved_at} is good.",
+        f"{checkpoint.what_is_safe(run.folder.checkpoints)}",
         f"Use a smaller --learning-rate than {run.plan.learning_rate:g}.",
     )
 

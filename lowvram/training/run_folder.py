@@ -18,6 +18,7 @@ from typing import IO
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.frozen import write_atomically
 from lowvram.training.metrics import StepRecord
+from lowvram.training.result import RunResult
 from lowvram.units import format_bytes
 
 if sys.platform == "win32":
@@ -85,13 +86,15 @@ class RunFolder:
 
     @classmethod
     def refuse_used(cls, path: Path) -> None:
-        """Say early, before hours of planning, what `create` would say.
+        """Say early, before minutes of planning, what `create` would say, and make nothing.
 
         Raises:
-            ConfigError: a run or foreign files are at `path`.
+            ConfigError: a run or foreign files are at `path`, or nothing can be written there.
         """
         try:
             cls(path)._require_unused()
+            with tempfile.TemporaryFile(dir=_existing(path)):  # permission bits alone do not tell
+                pass
         except OSError as error:
             raise _unwritable(path, error) from error
 
@@ -110,6 +113,32 @@ class RunFolder:
         except OSError as error:
             found, remedy = f"it cannot be read, {error.strerror}", "Check its permissions."
         raise ConfigError(f"{path} holds no run: {found}.", remedy)
+
+    def require_sound(self) -> None:
+        """Checks that every part is there as what it has to be, before a model is loaded to continue.
+
+        Raises:
+            ConfigError: a file is a folder, a folder is a file, or plan.yaml is missing.
+        """
+        if not self.plan_file.exists():
+            raise ConfigError(f"{self.plan_file} is missing.", "Restore it; a run cannot go on without it.")
+        again = f"then: lowvram resume {self.path}"
+        for file in (self.plan_file, self.metrics_file, self.result_file, self.receipt_file):
+            if file.is_dir():
+                raise ConfigError(f"{file} is a folder, not a file.", f"Move it away, {again}")
+        for folder in (self.checkpoints, self.adapter):
+            if folder.exists() and not folder.is_dir():
+                raise ConfigError(f"{folder} is a file, not a folder.", f"Move it away, {again}")
+
+    def finished(self) -> RunResult | None:
+        """The run's result when it ended: a result that can be read and the adapter it is about."""
+        weights = self.adapter / "adapter_model.safetensors"
+        if not (weights.is_file() and (self.adapter / "adapter_config.json").is_file()):
+            return None
+        try:
+            return RunResult.model_validate_json(self.result_file.read_bytes())
+        except (OSError, ValueError):
+            return None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -220,8 +249,7 @@ def require_disk(
     Raises:
         DoesNotFitError: it has less than `needed_bytes`.
     """
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < needed_bytes:
         raise DoesNotFitError(
             f"{what} needs {format_bytes(needed_bytes)} of disk, {folder} has {format_bytes(free)} free.",
@@ -270,6 +298,11 @@ def _unwritable(path: Path, error: OSError) -> ConfigError:
     read_only = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
     reason = "it is read-only for you" if read_only else error.strerror
     return ConfigError(f"{path} cannot be written to: {reason}.", "Give an --output that you can write to.")
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there already."""
+    return next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
 
 
 def _names(folder: Path) -> list[str]:
