@@ -201,7 +201,7 @@ def train(
     if output is not None:
         RunFolder.refuse_used(output)
     saved = Plan.from_yaml(plan_file)
-    planned = pipeline.from_saved(saved, f"lowvram train {plan_file}")
+    planned = pipeline.checked(pipeline.from_saved(saved, f"lowvram train {plan_file}"))
     _show(planned, False)
     folder = output or default_path(Path("runs"), saved.model, str(saved.data))
     result = pipeline.start(planned, folder, _console(), log_with or ())
@@ -271,7 +271,7 @@ def _planned(flags: dict[str, Any]) -> Planned:
     wishes = wishes_from(**{name: flags[name] for name in Wishes.model_fields})
     wishes.pinned_levers()
     hardware = _hardware(flags["vram"])
-    profile = load_profile(flags["profile"]) if flags["profile"] else profile_for(hardware)
+    profile = profile_for(hardware) if flags["profile"] is None else load_profile(flags["profile"])
     source = ModelSource(flags["model"], flags["trust_remote_code"])
     with Console(stderr=True).status("planning") as status:
         return pipeline.plan_for(
@@ -284,7 +284,7 @@ def _hardware(vram: str | None) -> Hardware:
     from lowvram.units import parse_bytes
 
     found = hardware.probe()
-    return hardware.card_of_size(parse_bytes(vram), found) if vram else found
+    return found if vram is None else hardware.card_of_size(parse_bytes(vram), found)
 
 
 def _require_writable(run: Path) -> None:

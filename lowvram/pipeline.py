@@ -14,6 +14,7 @@ from lowvram.engine.source import ModelSource, absolute
 from lowvram.errors import ConfigError, refusals_of_the_system
 from lowvram.frozen import write_atomically
 from lowvram.hardware import Hardware
+from lowvram.planner.build import checked as check_plan
 from lowvram.planner.build import make_plan
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.profiles import Profile
@@ -120,6 +121,15 @@ def from_saved(plan: Plan, again: str) -> Planned:
         )
     source.require_weights()
     return Planned(source, plan, prepare(plan.data, source, plan.held_out_share))
+
+
+def checked(planned: Planned) -> Planned:
+    """A saved plan that may have been edited, predicted anew.
+
+    Raises:
+        ConfigError, DoesNotFitError: it cannot run as it is.
+    """
+    return replace(planned, plan=check_plan(planned.plan, planned.source))
 
 
 def run_bytes(plan: Plan) -> int:

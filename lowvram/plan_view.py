@@ -37,6 +37,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """The machine-readable plan; its keys are stable under semantic versioning."""
     device = plan.device.model_dump()
     device.pop("backend")
+    device.pop("capability")
     step = plan.model_dump(mode="json", include=set(StepConfig.model_fields))
     schedule = ("learning_rate", "schedule", "warmup_steps", "total_steps", "seed", "n_trainable", "data")
     return {

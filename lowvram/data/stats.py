@@ -27,6 +27,9 @@ class DataStats(Frozen):
     length_quantiles: tuple[int, ...] = Field(
         min_length=101, max_length=101, description="tokens of an example trained on, at 0, 1, ... 100 %"
     )
+    answer_start_quantiles: tuple[int, ...] = Field(
+        min_length=101, max_length=101, description="tokens before the first trained one, at 0, 1, ... 100 %"
+    )
 
     @property
     def mean_tokens(self) -> float:
@@ -40,13 +43,20 @@ class DataStats(Frozen):
 
     def n_longer_than(self, seq_len: int) -> int:
         """About how many examples exceed `seq_len` tokens; exactly 0 when none does, else at least 1."""
-        if seq_len >= self.longest_tokens:
+        return self._n_above(self.length_quantiles, seq_len)
+
+    def n_lost_at(self, seq_len: int) -> int:
+        """About how many examples have no trained token within `seq_len` tokens; exactly 0 when all have."""
+        return self._n_above(self.answer_start_quantiles, seq_len - 1)
+
+    def _n_above(self, quantiles: tuple[int, ...], limit: int) -> int:
+        if limit >= quantiles[100]:
             return 0
-        if seq_len < self.length_quantiles[0]:
+        if limit < quantiles[0]:
             return self.n_examples
-        above = bisect_right(self.length_quantiles, seq_len)  # 1..100: the first quantile that is longer
-        low, high = self.length_quantiles[above - 1], self.length_quantiles[above]
-        percent = above - 1 + (seq_len - low) / (high - low)
+        above = bisect_right(quantiles, limit)  # 1..100: the first quantile that is larger
+        low, high = quantiles[above - 1], quantiles[above]
+        percent = above - 1 + (limit - low) / (high - low)
         return max(1, round(self.n_examples * (1 - percent / 100)))
 
 
@@ -66,6 +76,7 @@ def data_stats(
         n_trained_tokens=sum(example.n_trained for example in train),
         longest_tokens=lengths[-1] if lengths else 0,
         length_quantiles=_quantiles(lengths),
+        answer_start_quantiles=_quantiles(sorted(example.trained.index(1) for example in train)),
     )
 
 

@@ -75,6 +75,11 @@ def resolve_targets(model: nn.Module, wish: str | Sequence[str]) -> tuple[str, .
         ConfigError: a name is no linear layer of this model.
     """
     available = linear_names(model)
+    if not available:
+        raise ConfigError(
+            "This model has no linear layer that lowvram can adapt (GPT-2's Conv1D layers are none).",
+            "Use a model with linear layers, such as Llama, Qwen2 or Mistral.",
+        )
     if wish == "all-linear":
         return tuple(available)
     names = NAMED_TARGETS.get("attention-qv" if wish == "qv" else str(wish))
@@ -86,7 +91,7 @@ def resolve_targets(model: nn.Module, wish: str | Sequence[str]) -> tuple[str, .
             f"This model has no linear layer called {', '.join(missing)}; it has {', '.join(available)}.",
             "Use --targets all-linear, or names from that list.",
         )
-    return tuple(names)
+    return tuple(dict.fromkeys(names))
 
 
 def lora_config(step: StepConfig) -> LoraConfig:

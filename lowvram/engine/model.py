@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_WHOLE = "Check that config.json and complete *.safetensors files of one model are there."
+_TRAINABLE = "Use a decoder-only model such as Llama, Qwen2, Qwen3, Mistral, Gemma 3, Phi-3 or SmolLM2."
 NF4_BLOCK = 64  # weights that share one scale; bitsandbytes' default, the QLoRA paper's choice
 NESTED_BLOCK = 256  # scales that share one second-level scale under double quantisation
 
@@ -32,7 +34,7 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
     is then built from that code as well.
 
     Raises:
-        ConfigError: transformers has no causal language model for this config.
+        ConfigError: transformers has no causal language model for this config, or lowvram cannot train it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -44,14 +46,33 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
                 attn_implementation=register(),
                 trust_remote_code=type(config).__module__.startswith("transformers_modules."),
             )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, KeyError, AttributeError, TypeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"lowvram cannot build a causal language model of type '{config.model_type}': {error}",
-            "Use a decoder-only model with scaled-dot-product attention, such as Llama, Qwen2 or Mistral.",
+            f"lowvram cannot build a causal language model of type '{config.model_type}': {reason}",
+            _TRAINABLE,
         ) from error
+    _require_causal_attention(model)
     if step.base_precision == "nf4":
         _replace_linears(model, step)
     return model
+
+
+def _require_causal_attention(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention would not obey ours: without a mask its tokens would see the future.
+
+    transformers marks with these two attributes (no public ones exist) what goes through its attention
+    interface (Bloom, XGLM, Falcon and Mamba do not) and what SDPA computes (Gemma 2's soft cap and gpt-oss's
+    sinks are not). BERT's attention goes through it but looks both ways.
+    """
+    obeys = model._supports_attention_backend and model._supports_sdpa
+    directions = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
+    if not obeys or not directions or not all(directions):
+        raise ConfigError(
+            f"lowvram cannot train models of type '{model.config.model_type}': their attention is not the "
+            "causal scaled-dot-product attention that it computes without a mask.",
+            _TRAINABLE,
+        )
 
 
 def unquantized_modules(model: PreTrainedModel) -> list[str]:
@@ -111,15 +132,31 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
     if step.base_precision == "nf4":
         kwargs["quantization_config"] = _nf4_config(source, step)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.name, **kwargs)
-    except (OSError, ValueError) as error:
+        model: PreTrainedModel
+        model, report = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, AssertionError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"The weights of '{source.name}' could not be loaded: {str(error).splitlines()[0]}",
-            "Check that the folder or repository holds complete *.safetensors files.",
+            f"The weights of '{source.name}' could not be loaded: {reason[0]}", _WHOLE
         ) from error
+    _require_all_weights(source, report)
     model.config.use_cache = False
     _keep_nf4_layout(model)
     return model
+
+
+def _require_all_weights(source: ModelSource, report: dict[str, Any]) -> None:
+    """transformers fills what the files lack with random numbers; nobody wants to train on those."""
+    wrong = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConfigError(
+            f"The weights of '{source.name}' lack {', '.join(sorted(wrong)[:3])}{more}, or hold them in "
+            "another shape than config.json says.",
+            _WHOLE,
+        )
 
 
 def _nf4_config(source: ModelSource, step: StepConfig) -> Any:

@@ -53,12 +53,14 @@ class ModelSource:
         Raises:
             ConfigError: no such model, no config.json in it, or an unknown architecture.
         """
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         self._refuse_bad_folder()
+        bad_values = (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
         try:
             return AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, *bad_values) as error:
             raise ConfigError(_why_not(self.name, error), _remedy(self.name, error)) from error
 
     @cached_property

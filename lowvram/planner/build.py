@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lowvram.data.stats import DataStats
 from lowvram.engine.adapters import resolve_targets
@@ -12,14 +12,21 @@ from lowvram.engine.config import BasePrecision, ComputeDtype, Levers, StepConfi
 from lowvram.engine.model import skeleton
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
-from lowvram.hardware import Hardware
+from lowvram.hardware import DEFAULT_HELD_BYTES, Hardware
+from lowvram.hardware import card_of_size as hardware_of_size
+from lowvram.memory.estimate import estimate
+from lowvram.memory.kernels import Backend
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.profiles import Profile
 from lowvram.planner.reasons import explain
 from lowvram.planner.search import Found, Say, Search, rungs, split
 from lowvram.planner.wishes import Wishes
-from lowvram.units import GiB, format_bytes
+from lowvram.units import GiB, format_bytes, format_count
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MOST_LOST = 0.5  # of the examples may be left out for their length
 _PROCESS_BYTES = 2 * GiB  # Python, torch, transformers and the device's libraries in host memory
 
 
@@ -53,7 +60,33 @@ def make_plan(
         say,
     )
     found = _find(search, base, wishes, profile)
-    return _assemble(source, hardware, profile, wishes, stats, search, found, _n_trainable(shape, base))
+    return _assemble(source, hardware, profile, wishes, stats, search, found, shape)
+
+
+def checked(plan: Plan, source: ModelSource) -> Plan:
+    """A plan that a person may have edited, with its memory predicted anew.
+
+    Raises:
+        ConfigError: it contradicts the model or the device.
+        DoesNotFitError: it needs more than its budget.
+    """
+    resolve_targets(skeleton(source.config, plan), plan.target_modules)
+    if plan.seq_len > context_limit(source):
+        raise ConfigError(
+            f"seq_len {plan.seq_len} is beyond the model's {context_limit(source)} positions.",
+            "Edit the plan.",
+        )
+    if plan.compute_dtype == "fp16" and plan.device.backend == "cpu":
+        raise ConfigError("compute_dtype fp16 is for GPUs: its loss scaling needs one.", "Use bf16 or fp32.")
+    backend: Backend = "cpu" if plan.device.backend == "cpu" else "cuda"
+    predicted = estimate(source.config, plan, backend, plan.device.capability)
+    if predicted.peak_reserved_bytes > plan.budget_bytes:
+        raise DoesNotFitError(
+            f"The plan needs {format_bytes(predicted.peak_reserved_bytes)}, "
+            f"its budget is {format_bytes(plan.budget_bytes)}.",
+            "Lower seq_len or micro_batch in the plan, or make a new one: lowvram plan ... -o FILE",
+        )
+    return plan.model_copy(update={"estimate": predicted})
 
 
 def budget(hardware: Hardware, profile: Profile) -> int:
@@ -69,7 +102,9 @@ def _base_step(
 ) -> StepConfig:
     precision: BasePrecision = wishes.precision or "nf4"
     unnamed = StepConfig(base_precision=precision)
-    targets = resolve_targets(skeleton(source.config, unnamed), wishes.targets or profile.targets)
+    shape = skeleton(source.config, unnamed)
+    targets = resolve_targets(shape, wishes.targets or profile.targets)
+    _require_rank_within(shape, targets, wishes.rank or profile.rank)
     linux_gpu = hardware.backend in ("cuda", "rocm") and platform.system() == "Linux"
     return StepConfig(
         base_precision=precision,
@@ -86,7 +121,20 @@ def _base_step(
     )
 
 
+def _require_rank_within(shape: Any, targets: tuple[str, ...], rank: int) -> None:
+    """An adapter of a rank above its layer's own adds parameters and no freedom."""
+    layers = [m for n, m in shape.named_modules() if n.rsplit(".", 1)[-1] in targets]
+    full = max(min(m.in_features, m.out_features) for m in layers if hasattr(m, "in_features"))
+    if rank > full:
+        raise ConfigError(
+            f"--rank {rank} is above the full rank {full} of the largest target layer.",
+            f"Use a rank up to {full}; 4 to 64 are usual.",
+        )
+
+
 def _compute_dtype(hardware: Hardware, precision: BasePrecision) -> ComputeDtype:
+    if precision == "fp16" and hardware.backend == "cpu":
+        raise ConfigError("--precision fp16 needs a GPU: its loss scaling does.", "Use nf4, bf16 or fp32.")
     if precision != "nf4":
         return precision
     if hardware.bf16:
@@ -102,7 +150,20 @@ def _seq_len(source: ModelSource, profile: Profile, wishes: Wishes, stats: DataS
             f"Use --seq-len {limit} or less.",
         )
     wanted = wishes.seq_len or (stats.longest_tokens if stats else profile.default_seq_len)
+    _require_answers(min(wanted, limit), stats)
     return min(max(math.ceil(wanted / 8) * 8, 8), limit)
+
+
+def _require_answers(seq_len: int, stats: DataStats | None) -> None:
+    """Refuse a length that leaves most examples without a token to learn from."""
+    lost = stats.n_lost_at(seq_len) if stats else 0
+    if stats and lost > _MOST_LOST * stats.n_examples:
+        enough = stats.answer_start_quantiles[95] + 1
+        raise ConfigError(
+            f"In about {lost} of {stats.n_examples} examples the answer begins after {seq_len} tokens: "
+            "they would teach nothing.",
+            f"Use --seq-len {enough} or more (the longest example has {stats.longest_tokens} tokens).",
+        )
 
 
 def context_limit(source: ModelSource) -> int:
@@ -129,11 +190,11 @@ def _find(search: Search, base: StepConfig, wishes: Wishes, profile: Profile) ->
         if wishes.seq_len is not None or seq_len <= profile.smallest_seq_len:
             break
         seq_len = max(seq_len // 2 // 8 * 8, profile.smallest_seq_len)
-    raise _refusal(search, base.model_copy(update={"seq_len": seq_len}), pinned, wishes.optimizer)
+    raise _refusal(search, base.model_copy(update={"seq_len": seq_len}), profile, pinned, wishes.optimizer)
 
 
 def _refusal(
-    search: Search, base: StepConfig, pinned: dict[str, Any], optimizer: str | None
+    search: Search, base: StepConfig, profile: Profile, pinned: dict[str, Any], optimizer: str | None
 ) -> DoesNotFitError:
     smallest = split(list(rungs(base, pinned, optimizer, search.backend))[-1], 1)
     needed = search.reserved_bytes(smallest)
@@ -144,12 +205,18 @@ def _refusal(
     seq_len = search.largest_seq_len(smallest, smallest.seq_len)
     if seq_len:
         return DoesNotFitError(message, f"The nearest plan that fits: --seq-len {seq_len}")
-    overhead = search.hardware.total_bytes - search.budget_bytes
-    size = math.ceil((needed + overhead) / GiB)
+    size = _card_for(needed, search.hardware, profile)
     return DoesNotFitError(
         message,
         f"The nearest plan that fits is on a {size} GB card (--vram {size}GB), or take a smaller model.",
     )
+
+
+def _card_for(needed_bytes: int, hardware: Hardware, profile: Profile) -> int:
+    """The smallest card, in whole GiB, whose budget holds `needed_bytes`."""
+    card = hardware_of_size(hardware.total_bytes, hardware)
+    taken = needed_bytes + card.context_bytes + max(card.held_bytes, DEFAULT_HELD_BYTES)
+    return math.ceil(taken / (1 - profile.margin_share) / GiB)
 
 
 def _n_trainable(shape: Any, step: StepConfig) -> int:
@@ -162,12 +229,29 @@ def _n_trainable(shape: Any, step: StepConfig) -> int:
     return sum(step.rank * (m.in_features + m.out_features) for m in layers)
 
 
-def _total_steps(profile: Profile, wishes: Wishes, stats: DataStats | None, effective_batch: int) -> int:
+def _unquantized_note(shape: PreTrainedModel, step: StepConfig) -> list[str]:
+    """A mixture's experts are no linear layers in transformers 5: bitsandbytes leaves them in 16 bits."""
+    if step.base_precision != "nf4":
+        return []
+    ends = {id(m.weight) for m in (shape.get_input_embeddings(), shape.get_output_embeddings())}
+    rest = sum(p.numel() for p in shape.parameters() if id(p) not in ends)
+    packed = sum(m.in_features * m.out_features for m in shape.modules() if type(m).__name__ == "Linear4bit")
+    if packed > 0.9 * rest:
+        return []
+    return [
+        f"{format_count(rest - packed)} of {format_count(rest)} parameters are no linear layers (a mixture's "
+        "experts): they stay in 16 bits and are not adapted"
+    ]
+
+
+def _total_steps(
+    profile: Profile, wishes: Wishes, stats: DataStats | None, effective_batch: int, seq_len: int
+) -> int:
     if wishes.steps:
         return wishes.steps
     if stats is None:
         return 1
-    per_epoch = math.ceil((stats.n_examples - stats.n_held_out) / effective_batch)
+    per_epoch = math.ceil((stats.n_examples - stats.n_lost_at(seq_len)) / effective_batch)
     return max(1, math.ceil(per_epoch * (wishes.epochs or profile.epochs)))
 
 
@@ -179,10 +263,10 @@ def _assemble(
     stats: DataStats | None,
     search: Search,
     found: Found,
-    n_trainable: int,
+    shape: PreTrainedModel,
 ) -> Plan:
     step = found.step
-    steps = _total_steps(profile, wishes, stats, step.micro_batch * step.accumulation)
+    steps = _total_steps(profile, wishes, stats, step.micro_batch * step.accumulation, step.seq_len)
     largest = max(search.largest_seq_len(step, context_limit(source)), step.seq_len)
     on_cpu = hardware.backend == "cpu"
     return Plan(
@@ -206,6 +290,6 @@ def _assemble(
         host_ram_bytes=_PROCESS_BYTES + (found.estimate.peak_allocated_bytes if on_cpu else 0),
         seconds_per_step=round(search.seconds(step), 3),
         n_parameters=search.n_parameters,
-        n_trainable=n_trainable,
-        reasons=explain(step, hardware, profile, wishes, stats),
+        n_trainable=_n_trainable(shape, step),
+        reasons=(*explain(step, hardware, profile, wishes, stats), *_unquantized_note(shape, step)),
     )

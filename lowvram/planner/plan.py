@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
@@ -24,6 +24,7 @@ class PlannedDevice(Frozen):
     free_bytes: int
     context_bytes: int
     held_bytes: int
+    capability: tuple[int, int] | None = None
 
 
 class Plan(StepConfig):
@@ -54,6 +55,12 @@ class Plan(StepConfig):
     n_parameters: int
     n_trainable: int
     reasons: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _warms_up_while_it_runs(self) -> Plan:
+        if self.warmup_steps >= max(self.total_steps, 2):
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below total_steps {self.total_steps}")
+        return self
 
     @property
     def fits(self) -> bool:

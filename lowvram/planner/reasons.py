@@ -16,7 +16,7 @@ def explain(
     return (
         _precision(step, hardware, wishes),
         _adapter(step, profile, wishes),
-        _length(step, wishes, stats),
+        _length(step, profile, wishes, stats),
         _batch(step),
         *_levers(step, wishes),
     )
@@ -29,18 +29,25 @@ def _precision(step: StepConfig, hardware: Hardware, wishes: Wishes) -> str:
 
 
 def _adapter(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
-    whose = "as you asked" if wishes.rank else f"profile {profile.name}"
-    return f"LoRA r={step.rank}, alpha={step.alpha:g} ({whose}) on {', '.join(step.target_modules)}"
+    whose = [("as you asked" if wish else f"profile {profile.name}") for wish in (wishes.rank, wishes.alpha)]
+    rank, alpha = f"r={step.rank} ({whose[0]})", f"alpha={step.alpha:g} ({whose[1]})"
+    return f"LoRA {rank}, {alpha} on {', '.join(step.target_modules)}"
 
 
-def _length(step: StepConfig, wishes: Wishes, stats: DataStats | None) -> str:
+def _length(step: StepConfig, profile: Profile, wishes: Wishes, stats: DataStats | None) -> str:
     if stats is None:
-        return f"{step.seq_len} tokens: " + (
-            "as you asked" if wishes.seq_len else "no data given, the profile's"
+        why = (
+            "no data given, the profile's" if step.seq_len == profile.default_seq_len else "the model's limit"
         )
-    cut = stats.n_longer_than(step.seq_len)
-    if cut:
-        return f"{step.seq_len} tokens: about {cut} of {stats.n_examples} examples are longer and will be cut"
+        return f"{step.seq_len} tokens: {'as you asked' if wishes.seq_len else why}"
+    longer, lost = stats.n_longer_than(step.seq_len), stats.n_lost_at(step.seq_len)
+    if lost:
+        return (
+            f"{step.seq_len} tokens: of {stats.n_examples} examples about {longer - lost} are cut and about "
+            f"{lost} left out, whose answer begins later"
+        )
+    if longer:
+        return f"{step.seq_len} tokens: about {longer} of {stats.n_examples} examples are longer and are cut"
     return f"{step.seq_len} tokens: the longest example has {stats.longest_tokens}, none is cut"
 
 
@@ -57,7 +64,9 @@ def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
     levers = step.levers
 
     def why(name: str, reason: str) -> str:
-        return f"{name}: {'as you asked' if name in asked else reason}"
+        return (
+            f"{name}: {_said(getattr(levers, name))}, as you asked" if name in asked else f"{name}: {reason}"
+        )
 
     checkpointing = (
         "on, keeping all activations does not fit"
@@ -75,3 +84,7 @@ def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
             f"{step.optimizer}: " + ("as you asked" if wishes.optimizer else "its state is 4x smaller")
         )
     return lines
+
+
+def _said(value: bool | int) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

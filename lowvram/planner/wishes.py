@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from lowvram.engine.config import BasePrecision, Levers, OptimizerName
 from lowvram.errors import ConfigError
@@ -26,19 +26,19 @@ _ALL_ON: dict[str, Any] = {
 class Wishes(Frozen):
     """None means: decide for me."""
 
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float | None = None
-    targets: str | None = None
-    seq_len: int | None = None
-    batch: int | None = None
+    rank: int | None = Field(None, ge=1)
+    alpha: float | None = Field(None, gt=0, allow_inf_nan=False)
+    dropout: float | None = Field(None, ge=0, lt=1)
+    targets: str | None = Field(None, min_length=1)
+    seq_len: int | None = Field(None, ge=8)
+    batch: int | None = Field(None, ge=1, le=1 << 16)
     precision: BasePrecision | None = None
     optimizer: OptimizerName | None = None
     levers: str = "default"
-    epochs: float | None = None
-    steps: int | None = None
-    learning_rate: float | None = None
-    seed: int = 0
+    epochs: float | None = Field(None, gt=0, le=1e4, allow_inf_nan=False)
+    steps: int | None = Field(None, ge=1, le=10**9)
+    learning_rate: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    seed: int = Field(0, ge=0, lt=1 << 32)  # numpy's range
 
     def pinned_levers(self) -> dict[str, Any]:
         """Levers that the user fixed: `none`, `all`, or `name=value,name=value`.
@@ -75,16 +75,14 @@ def wishes_from(**flags: Any) -> Wishes:
     Raises:
         ConfigError: every flag that is out of range, in one message.
     """
-    positive = ("rank", "alpha", "seq_len", "batch", "epochs", "steps", "learning_rate")
-    bad = [f"--{n.replace('_', '-')} {flags[n]}" for n in positive if _at_most_zero(flags.get(n))]
-    if bad:
-        raise ConfigError(f"Must be above zero: {', '.join(bad)}.", "Leave a flag out to let lowvram decide.")
+    given = {k: v for k, v in flags.items() if v is not None}
+    if "steps" in given and "epochs" in given:
+        raise ConfigError(
+            f"--steps {given['steps']} and --epochs {given['epochs']} contradict each other.",
+            "Give one of them.",
+        )
     try:
-        return Wishes(**{k: v for k, v in flags.items() if v is not None})
+        return Wishes(**given)
     except ValidationError as error:
-        lines = [f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors()]
-        raise ConfigError("; ".join(lines), "See lowvram plan --help.") from error
-
-
-def _at_most_zero(value: float | None) -> bool:
-    return value is not None and value <= 0
+        lines = [f"--{str(e['loc'][0]).replace('_', '-')} {e['input']}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("; ".join(lines), "Leave a flag out to let lowvram decide.") from error
