@@ -354,6 +354,6 @@ def _tell(error: LowvramError) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     console = _console(stderr=True)
     head = "Stopped" if error.exit_code > 128 else "Error"
-    console.print(f"[bold red]{head}:[/] {escape(printable(error.message))}")
+    console.print(f"[bold red]{head}:[/] {escape(printable(error.message))}", soft_wrap=True)
     if error.remedy:
-        console.print(f"[bold]What to do:[/] {escape(printable(error.remedy))}")
+        console.print(f"[bold]What to do:[/] {escape(printable(error.remedy))}", soft_wrap=True)

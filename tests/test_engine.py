@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -189,7 +191,13 @@ def test_nf4_step_trains_every_adapter(smollm: Path, optimizer: str) -> None:
     source = ModelSource(str(smollm))
     targets = ("q_proj", "down_proj")
     step = StepConfig.model_validate(
-        {"rank": 4, "dropout": 0.0, "target_modules": targets, "optimizer": optimizer}
+        {
+            "rank": 4,
+            "dropout": 0.0,
+            "target_modules": targets,
+            "optimizer": optimizer,
+            "compute_dtype": "fp32",
+        }
     )
     model = add_adapters(load(source, step, "cpu"), step).train()
     loss_of = SummedLoss(model, step)
@@ -203,6 +211,37 @@ def test_nf4_step_trains_every_adapter(smollm: Path, optimizer: str) -> None:
     assert after < before - 0.5
     assert all(bool(p.abs().max() > 0) for n, p in trainable(model).items() if "lora_B" in n)
     assert all(p.dtype == torch.float32 for p in trainable(model).values())
+
+
+TOY: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 99}
+
+
+@pytest.mark.parametrize("kind", ["bloom", "xglm", "bert", "gemma2", "mamba", "falcon", "t5"])
+def test_models_whose_attention_would_not_obey_are_refused(kind: str) -> None:
+    """Bloom and XGLM would see the future without a mask, BERT does by design."""
+    with pytest.raises(ConfigError, match=kind) as caught:
+        skeleton(AutoConfig.for_model(kind, **TOY), _step())
+    assert "Llama" in caught.value.remedy
+    assert len(caught.value.message) < 300
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Conv1D"):
+        resolve_targets(skeleton(AutoConfig.for_model("gpt2", n_layer=1), _step()), "all-linear")
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 4}, {"intermediate_size": 80}])
+def test_weights_that_are_missing_or_of_another_shape_are_refused(
+    tmp_path: Path, change: dict[str, int]
+) -> None:
+    """transformers would train on random numbers in their place."""
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path)
+    load(ModelSource(str(tmp_path)), _step(), "cpu")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ConfigError, match="weights of"):
+        load(ModelSource(str(tmp_path)), _step(), "cpu")
 
 
 def test_skeleton_has_the_loaded_model_s_parameters(smollm: Path) -> None:

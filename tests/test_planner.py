@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 
 from lowvram import hardware, plan_view
+from lowvram.data.stats import DataStats
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
-from lowvram.planner.build import make_plan
+from lowvram.planner.build import checked, make_plan
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import load_profile, profile_for
 from lowvram.planner.wishes import Wishes, wishes_from
@@ -76,8 +79,14 @@ def test_every_shipped_profile_is_valid(name: str) -> None:
 
 
 def test_bad_wishes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--rank -1, --seq-len 0"):
+    with pytest.raises(ConfigError, match=r"--rank -1: .*; --seq-len 0: "):
         wishes_from(rank=-1, seq_len=0)
+    with pytest.raises(ConfigError, match="contradict"):
+        wishes_from(steps=3, epochs=1.0)
+    nan = float("nan")
+    for bad in ({"alpha": nan}, {"dropout": nan}, {"epochs": float("inf")}, {"seed": -1}, {"targets": ""}):
+        with pytest.raises(ConfigError, match=f"--{next(iter(bad))} "):
+            wishes_from(**bad)
     with pytest.raises(ConfigError, match="no lever 'checkpointing'") as caught:
         wishes_from(levers="checkpointing=on").pinned_levers()
     assert "gradient_checkpointing" in caught.value.remedy
@@ -135,3 +144,89 @@ def test_names_and_numbers_are_shown_at_any_width(config_only: Config) -> None:
                 line for line in text.splitlines() if line.startswith(f"│  {name.replace('_', ' ')} ")
             )
             assert format_bytes(n_bytes) in line
+
+
+def test_a_rank_above_full_rank_is_refused(config_only: Config) -> None:
+    with pytest.raises(ConfigError, match="full rank 896"):
+        make_plan(ModelSource(str(config_only(SMALL))), _card(24), load_profile("24gb"), Wishes(rank=1000))
+
+
+def test_the_card_of_a_refusal_fits(config_only: Config) -> None:
+    """What the remedy names is neither too small nor larger than it must be."""
+    source = ModelSource(str(config_only(SMALL | {"num_hidden_layers": 40, "hidden_size": 1792})))
+    wishes = Wishes(seq_len=512, batch=1)
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(source, _card(1), load_profile("8gb"), wishes)
+    size = int(caught.value.remedy.split("on a ")[1].split(" ")[0])
+    assert make_plan(source, _card(size), load_profile("8gb"), wishes).fits
+    with pytest.raises(DoesNotFitError):
+        make_plan(source, _card(size - 1), load_profile("8gb"), wishes)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"target_modules": ("q_proj", "zzz")}, ConfigError, "zzz"),
+        ({"seq_len": 200_000}, ConfigError, "131072 positions"),
+        ({"budget_bytes": 1}, DoesNotFitError, "its budget is 1 B"),
+        ({"micro_batch": 4096}, DoesNotFitError, "its budget is"),
+    ],
+)
+def test_an_edited_plan_is_checked_before_it_runs(
+    config_only: Config, change: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    source = ModelSource(str(config_only(SMALL)))
+    plan = make_plan(source, _card(24), load_profile("24gb"), Wishes(seq_len=64, batch=1))
+    assert checked(plan, source).estimate == plan.estimate
+    with pytest.raises(error, match=says):
+        checked(plan.model_copy(update=change), source)
+
+
+def test_warm_up_must_end_before_the_run() -> None:
+    with pytest.raises(ValidationError, match="warmup_steps 9 must be below"):
+        _plan_with(warmup_steps=9, total_steps=5)
+
+
+def _plan_with(**changes: int) -> Plan:
+    device = {"backend": "cpu", "name": "x", "total_bytes": 1, "free_bytes": 1, "context_bytes": 0}
+    estimate = {
+        "peak_allocated_bytes": 1,
+        "peak_reserved_bytes": 1,
+        "peak_moment": "",
+        "components_bytes": {},
+    }
+    fixed = {"budget_bytes": 1, "largest_seq_len": 8, "host_ram_bytes": 1, "seconds_per_step": 1}
+    counts = {"n_parameters": 1, "n_trainable": 1}
+    whole = {
+        **fixed,
+        **counts,
+        "estimate": {**estimate, "n_events": 1},
+        "device": {**device, "held_bytes": 0},
+    }
+    return Plan.model_validate({"model": "m", "profile": "cpu", **whole, **changes})
+
+
+def test_examples_without_an_answer_in_reach_are_told_and_not_counted(config_only: Config) -> None:
+    """100 examples of 50 tokens whose answers begin at 1, 2, ... 100 % of 40."""
+    source = ModelSource(str(config_only(SMALL)))
+    starts = tuple(round(40 * percent / 100) for percent in range(101))
+    stats = DataStats(
+        source="d",
+        shape="text",
+        sha256="0",
+        template="t",
+        n_examples=100,
+        n_held_out=5,
+        n_tokens=5000,
+        n_trained_tokens=2000,
+        longest_tokens=50,
+        length_quantiles=(50,) * 101,
+        answer_start_quantiles=starts,
+    )
+    assert [stats.n_lost_at(n) for n in (50, 41, 31, 21)] == [0, 0, 24, 49]
+    wishes = Wishes(seq_len=32, batch=1, epochs=1.0)
+    plan = make_plan(source, _card(24), load_profile("24gb"), wishes, stats)
+    assert "left out" in " ".join(plan.reasons)
+    assert plan.total_steps == 100 - stats.n_lost_at(32)
+    with pytest.raises(ConfigError, match="begins after 16 tokens"):
+        make_plan(source, _card(24), load_profile("24gb"), Wishes(seq_len=16), stats)

@@ -231,16 +231,12 @@ def _n_trainable(shape: Any, step: StepConfig) -> int:
 
 def _unquantized_note(shape: PreTrainedModel, step: StepConfig) -> list[str]:
     """A mixture's experts are no linear layers in transformers 5: bitsandbytes leaves them in 16 bits."""
-    if step.base_precision != "nf4":
-        return []
-    ends = {id(m.weight) for m in (shape.get_input_embeddings(), shape.get_output_embeddings())}
-    rest = sum(p.numel() for p in shape.parameters() if id(p) not in ends)
-    packed = sum(m.in_features * m.out_features for m in shape.modules() if type(m).__name__ == "Linear4bit")
-    if packed > 0.9 * rest:
+    stacked = sum(p.numel() for p in shape.parameters() if p.dim() == 3)  # [experts, out, in]
+    if step.base_precision != "nf4" or not stacked:
         return []
     return [
-        f"{format_count(rest - packed)} of {format_count(rest)} parameters are no linear layers (a mixture's "
-        "experts): they stay in 16 bits and are not adapted"
+        f"{format_count(stacked)} parameters are a mixture's experts, not linear layers: they stay in 16 "
+        "bits and are not adapted"
     ]
 
 

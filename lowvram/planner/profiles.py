@@ -52,9 +52,8 @@ def load_profile(name_or_file: str) -> Profile:
     Raises:
         ConfigError: no such profile, or keys and values that are not understood, all named at once.
     """
-    for folder in _FOLDERS:
-        shipped = folder / f"{name_or_file}.yaml"
-        if shipped.is_file():
+    for shipped in (file for folder in _FOLDERS for file in folder.glob("*.yaml")):
+        if shipped.stem == name_or_file:
             return Profile.model_validate(parse_yaml(Profile, shipped))
     if _is_there(Path(name_or_file)):
         return Profile.model_validate(parse_yaml(Profile, Path(name_or_file)))
