@@ -1,0 +1,204 @@
+"""auto, resume and merge on a tiny real model: moved, damaged and refused runs, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lowvram import cli
+
+Run = Callable[..., tuple[int, str, str]]
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHORT = ("--steps", "2", "--batch", "2", "--rank", "2", "--seq-len", "64", "--precision", "fp32")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line inside this process: exit code, stdout, stderr."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lowvram", *map(str, args)])
+        old = signal.getsignal(signal.SIGINT)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        signal.signal(signal.SIGINT, old)
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), " ".join(out.split()), " ".join(err.split())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def home(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer model of SmolLM2's vocabulary and 30 rows."""
+    folder = tmp_path_factory.mktemp("home")
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    config = LlamaConfig(**TINY, num_hidden_layers=2, vocab_size=len(tokenizer), tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    tokenizer.save_pretrained(folder / "tiny")
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def finished(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> Path:
+    """A finished run made with relative names."""
+    monkeypatch.chdir(home)
+    output = tmp_path / "run"
+    given = ("auto", "--model", "tiny", "--data", "rows.jsonl", *SHORT, "-o", os.path.relpath(output))
+    code, _, err = run(*given, "--log-with", "tensorboard")
+    assert code == 0, err
+    return output
+
+
+def test_a_run_is_merged_from_another_folder_and_its_tracker_wrote(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("merge", "run")
+    assert code == 0, err
+    assert AutoModelForCausalLM.from_pretrained(finished / "merged").config.num_hidden_layers == 2
+    (events,) = (finished / "lowvram").glob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events.parent))
+    accumulator.Reload()
+    losses = [event.value for event in accumulator.Scalars("loss")]
+    assert losses == pytest.approx([json.loads(line)["loss"] for line in _lines(finished)], rel=1e-6)
+
+
+def _lines(finished: Path) -> list[str]:
+    return (finished / "metrics.jsonl").read_text().splitlines()
+
+
+def test_what_is_missing_at_the_end_is_made_again(finished: Path, run: Run) -> None:
+    code, _, err = run("resume", finished)
+    assert code == 2
+    assert "finished" in err
+    before = json.loads((finished / "result.json").read_text())
+    (finished / "result.json").write_text("")
+    shutil.rmtree(finished / "adapter")
+    code, _, err = run("resume", finished)
+    assert code == 0, err
+    after = json.loads((finished / "result.json").read_text())
+    assert after["held_out_loss_after"] == pytest.approx(before["held_out_loss_after"], rel=1e-6)
+    assert (finished / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda r: _edit(r, "data: ", "data: null"), "names no data"),
+        (lambda r: _edit(r, "  backend: ", "  backend: cuda"), "this machine trains on"),
+        (lambda r: _edit(r, "model: ", f"model: {r}/gone"), "is gone"),
+        (lambda r: (r / "plan.yaml").unlink(), "plan.yaml is missing"),
+        (lambda r: _replaced_by_folder(r / "metrics.jsonl"), "metrics.jsonl is a folder"),
+        (lambda r: _replaced_by_file(r / "checkpoints"), "checkpoints is a file"),
+    ],
+    ids=["no data", "another device", "model gone", "no plan", "metrics a folder", "checkpoints a file"],
+)
+def test_a_damaged_run_is_refused_before_the_model_is_loaded(
+    finished: Path, run: Run, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], object], says: str
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    (finished / "result.json").unlink()
+    harm(finished)
+    monkeypatch.setattr("lowvram.training.loop.load", never)
+    code, _, err = run("resume", finished)
+    assert (code, says in err, "What to do" in err) == (2, True, True), err
+
+
+def _edit(folder: Path, start: str, line: str) -> None:
+    lines = (folder / "plan.yaml").read_text().splitlines()
+    changed = [line if old.startswith(start) else old for old in lines]
+    assert changed != lines
+    (folder / "plan.yaml").write_text("\n".join(changed) + "\n")
+
+
+def _replaced_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _replaced_by_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.touch()
+
+
+def test_merge_says_where_the_base_was_and_takes_another(finished: Path, home: Path, run: Run) -> None:
+    file = finished / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    assert Path(config["base_model_name_or_path"]).is_absolute()
+    file.write_text(json.dumps({**config, "base_model_name_or_path": str(finished / "nowhere")}))
+    code, _, err = run("merge", finished)
+    assert (code, "is gone" in err, "--base" in err) == (2, True, True), err
+    code, _, err = run("merge", finished, "--base", home / "tiny")
+    assert code == 0, err
+    file.write_text("{")
+    code, _, err = run("merge", finished, "-o", finished / "again")
+    assert (code, "adapter_config.json" in err) == (2, True), err
+
+
+def test_ctrl_c_in_a_merge_leaves_nothing(finished: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowvram.export import merge
+
+    def interrupted(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(merge, "_copy_rest", interrupted)
+    before = sorted(p.name for p in finished.iterdir())
+    code, _, err = run("merge", finished)
+    assert (code, "nothing was written" in err) == (130, True), err
+    assert sorted(p.name for p in finished.iterdir()) == before
+
+
+def test_what_needs_no_plan_is_refused_before_planning(
+    home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody should wait for a search that cannot be used."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the search ran")
+
+    monkeypatch.setattr("lowvram.pipeline.make_plan", never)
+    broken = tmp_path / "broken"
+    shutil.copytree(home / "tiny", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tmp_path / "taken.yaml").write_text("mine")
+    data = home / "rows.jsonl"
+    for says, args in (
+        ("cut off", ("auto", "--model", broken, "--data", data)),
+        ("this machine trains on cpu", ("auto", "--model", home / "tiny", "--data", data, "--vram", "8GB")),
+        ("exists already", ("plan", "--model", home / "tiny", "-o", tmp_path / "taken.yaml")),
+        ("no folder", ("plan", "--model", home / "tiny", "-o", tmp_path / "none" / "p.yaml")),
+    ):
+        code, _, err = run(*args)
+        assert (code, says in err, "What to do" in err) == (2, True, True), err
+    assert (tmp_path / "taken.yaml").read_text() == "mine"
+
+
+def test_a_saved_plan_is_trained_as_it_is(home: Path, tmp_path: Path, run: Run) -> None:
+    plan = tmp_path / "plan.yaml"
+    model, data = home / "tiny", home / "rows.jsonl"
+    code, _, err = run("plan", "--model", model, "--data", data, *SHORT, "-o", plan)
+    assert code == 0, err
+    output = tmp_path / "trained"
+    code, _, err = run("train", plan, "-o", output)
+    assert code == 0, err
+    assert json.loads((output / "result.json").read_text())["steps"] == 2
+    plan.write_text(plan.read_text().replace("micro_batch: 2", "micro_batch: 100000"))
+    code, _, err = run("train", plan, "-o", tmp_path / "other")
+    assert (code, "budget" in err) == (3, True), err
+    assert not (tmp_path / "other").exists()
