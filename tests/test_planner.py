@@ -37,9 +37,8 @@ def _card(gib: int) -> hardware.Hardware:
     return hardware.card_of_size(gib * GiB, hardware.probe())
 
 
-@pytest.mark.slow
-def test_qwen2_7b_fits_8_gb(config_only: Config) -> None:
-    """The reference row: 7B at rank 4, 2,048 tokens, desktop card."""
+def test_qwen2_7b_fits_8_gb_and_the_readme_says_how(config_only: Config) -> None:
+    """The reference row: 7B at rank 4, 2,048 tokens, desktop card; the README shows this plan."""
     card = _card(8)
     plan = make_plan(ModelSource(str(config_only(QWEN2_7B))), card, profile_for(card), Wishes())
     assert plan.fits
@@ -47,6 +46,12 @@ def test_qwen2_7b_fits_8_gb(config_only: Config) -> None:
     assert plan.n_parameters == 7_615_616_512
     assert plan.n_trainable == 28 * 4 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
     assert plan.estimate.peak_reserved_bytes <= 8 * GiB - card.context_bytes - card.held_bytes
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = {**plan.estimate.components_bytes, "reserved": plan.estimate.peak_reserved_bytes}
+    for name, n_bytes in shown.items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"│  {name.replace('_', ' ')} "))
+        assert row.split("│")[1].rstrip().endswith(f" {format_bytes(n_bytes)}"), row
+    assert f"{plan.largest_seq_len:,} tokens with all else as planned" in readme
 
 
 def test_refuses_with_the_nearest_plan_that_fits(config_only: Config) -> None:
