@@ -52,7 +52,7 @@ def _first_run(output: Path, steps: int | None, console: Console, answers: _Answ
     source = ModelSource(demo_model(lambda text: console.print(f"[dim]{escape(text)}")))
     here = hardware.probe()
     wishes = Wishes(epochs=_EPOCHS, steps=steps)
-    with console.status("planning: running the training step on fake tensors"):
+    with console.status("planning: running the training step on meta tensors"):
         planned = pipeline.plan_for(source, str(DATA), here, profile_for(here), wishes, lambda _: None)
     show_plan(planned.plan, console)
     return pipeline.start(planned, output, console, before=answers.before, after=answers.after)

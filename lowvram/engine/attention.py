@@ -1,7 +1,7 @@
 """Causal attention without a mask tensor, through transformers' public attention interface.
 
 Right-padded causal batches need no mask: a real token never sees the padding behind it, and padding is not
-trained. transformers would still look into the mask's values (which fake tensors do not have) and may build
+trained. transformers would still look into the mask's values (which meta tensors do not have) and may build
 a [T, T] mask; with this interface a mask exists only where a sliding window needs one.
 """
 

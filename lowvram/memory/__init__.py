@@ -1,1 +1,1 @@
-"""Predicts a step's peak memory by running the engine's own step on fake tensors."""
+"""Predicts a step's peak memory by running the engine's own step on meta tensors."""
