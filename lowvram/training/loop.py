@@ -208,7 +208,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
     """Every optimizer step of the plan that is not done yet."""
     for epoch, micro_batches in run.data.steps_from(run.step):
         started = time.perf_counter()
-        batches = [run.data.collate(examples).to(run.device) for examples in micro_batches]
+        batches = [run.data.collate(examples) for examples in micro_batches]
         learning_rate = run.scheduler.get_last_lr()[0]
         result = train_step(
             run.loss_of,
