@@ -52,7 +52,7 @@ WEIGHTS = {"base_weights", "embeddings", "head", "adapters", "optimizer_state"}
 
 def _batch(step: StepConfig) -> Batch:
     """The traced batch's shape, with tokens that every tested model knows."""
-    return Batch(*(torch.randint(5, 64, t.shape) for t in meta_batch(step).tensors if t is not None))
+    return Batch(*(torch.randint(5, 40, t.shape) for t in meta_batch(step).tensors if t is not None))
 
 
 def _really_allocated(source: ModelSource, step: StepConfig) -> int:

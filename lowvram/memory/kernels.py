@@ -82,7 +82,7 @@ Mask = torch.Tensor | None
 def _cpu_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Mask = None, **options: Any
 ) -> torch.Tensor:  # [B, H, T, D]
-    if options.get("dropout_p"):
+    if options.get("dropout_p") or (attn_mask is not None and attn_mask.requires_grad):  # T5's zero bias
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
     result: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, options["is_causal"], attn_mask=_additive(attn_mask, q), scale=options.get("scale")
