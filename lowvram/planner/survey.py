@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from lowvram.engine.config import BasePrecision, Levers, StepConfig
@@ -102,7 +103,7 @@ def _card(card: Hardware, needs: list[LengthNeed]) -> CardFit:
     usable = card.total_bytes - card.held_bytes - card.context_bytes
     budget = int(usable - profile_for(card).margin_share * card.total_bytes)
     fit = 0
-    for low, high in zip(needs, needs[1:], strict=False):
+    for low, high in itertools.pairwise(needs):
         if low.reserved_bytes <= budget:
             fit = low.seq_len
             if high.reserved_bytes > budget:
