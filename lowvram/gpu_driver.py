@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from lowvram.frozen import Frozen
+from lowvram.units import GiB, MiB
 
 UNKNOWN_NAME = "unknown"
 DRIVER_FOLDER = Path("/proc/driver/nvidia")
@@ -84,6 +85,55 @@ def read_driver() -> Driver:
     finally:
         with suppress(Exception):  # a driver that broke in between breaks here again
             nvml.nvmlShutdown()
+
+
+def own_bytes(before: Card | None, after: Card | None, fresh: bool) -> int:
+    """What this process has on the card, tensors included; 0 where nothing tells.
+
+    Args:
+        fresh: this process had nothing on the card at `before`.
+    """
+    if before is None or after is None:
+        return 0
+    # A process number that was on the card before this process was belongs to a stranger: inside a
+    # container the driver counts in the host's numbers.
+    if after.own_bytes is not None and not (fresh and before.own_bytes is not None):
+        return after.own_bytes
+    return before.free_bytes - after.free_bytes if fresh else 0
+
+
+def is_context(n_bytes: int) -> bool:
+    """Whether this can be one context's size: outside, somebody else's memory came or went in between."""
+    return 16 * MiB <= n_bytes <= 2 * GiB
+
+
+class OwnMemory:
+    """This process's memory on one card as the driver counts it: tensors, cached blocks, context, libraries.
+
+    Args:
+        before: the driver when the measuring began.
+        uuid, name: of the card, as CUDA tells them.
+        fresh: this process had nothing on the card at `before`.
+    """
+
+    def __init__(self, before: Driver, uuid: str, name: str, fresh: bool) -> None:
+        self._before = before.card(uuid, name)
+        self._uuid, self._name, self._fresh = uuid, name, fresh
+
+    def now_bytes(self) -> int | None:
+        """None where the driver does not tell this process's share."""
+        if self._before is None:
+            return None
+        return own_bytes(self._before, read_driver().card(self._uuid, self._name), self._fresh) or None
+
+    @property
+    def held_by_others_bytes(self) -> int | None:
+        """What the desktop and other processes held when the measuring began."""
+        card = self._before
+        own = 0 if self._fresh else card.own_bytes if card else None
+        if card is None or own is None:
+            return None
+        return max(0, card.total_bytes - card.free_bytes - own)
 
 
 def nvidia_seen() -> bool:

@@ -14,7 +14,17 @@ import psutil
 
 import lowvram
 from lowvram.frozen import Frozen
-from lowvram.gpu_driver import Card, Driver, GpuProcess, Problem, first_line, in_wsl, read_driver
+from lowvram.gpu_driver import (
+    Card,
+    Driver,
+    GpuProcess,
+    Problem,
+    first_line,
+    in_wsl,
+    is_context,
+    own_bytes,
+    read_driver,
+)
 from lowvram.gpu_problems import (
     broken_torch,
     choice_problems,
@@ -24,7 +34,7 @@ from lowvram.gpu_problems import (
     use_problems,
     why_no_gpu,
 )
-from lowvram.units import GiB, MiB, format_bytes
+from lowvram.units import GiB, format_bytes
 
 __all__ = ["GpuProcess", "Hardware", "Problem", "card_of_size", "probe"]
 
@@ -306,22 +316,11 @@ def _memory(module: Any, gpu: Any, before: Card | None, after: Card | None, fres
         total = gpu.total_memory
         free = min(total, before.free_bytes) if before else total
         return _Memory(total, free, DEFAULT_CONTEXT_BYTES, False)
-    context = _own_bytes(before, after, fresh) - pool
-    measured = 16 * MiB <= context <= 2 * GiB  # outside, somebody else's memory came or went in between
+    context = own_bytes(before, after, fresh) - pool
+    measured = is_context(context)
     if not measured:
         context = min(DEFAULT_CONTEXT_BYTES, total - left - pool)  # no more than all that is not free
     return _Memory(total, left + pool + context, context, measured)
-
-
-def _own_bytes(before: Card | None, after: Card | None, fresh: bool) -> int:
-    """What this process has on the card, tensors included; 0 where nothing tells."""
-    if before is None or after is None:
-        return 0
-    # A process number that was on the card before this process was belongs to a stranger: inside a
-    # container the driver counts in the host's numbers.
-    if after.own_bytes is not None and not (fresh and before.own_bytes is not None):
-        return after.own_bytes
-    return before.free_bytes - after.free_bytes if fresh else 0
 
 
 def _mps(host: Hardware) -> Hardware:

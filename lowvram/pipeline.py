@@ -18,6 +18,7 @@ from lowvram.planner.build import checked as check_plan
 from lowvram.planner.build import make_plan
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.profiles import Profile
+from lowvram.planner.receipts import experience_on, with_experience
 from lowvram.planner.search import Say
 from lowvram.planner.wishes import Wishes
 from lowvram.training.data import PreparedData, prepare
@@ -54,9 +55,10 @@ def plan_for(
         say(f"reading {data}")
         prepared = prepare(data, source)
     stats = prepared.stats if prepared else None
-    return Planned(
-        source, _anywhere(make_plan(source, hardware, profile, wishes, stats, say), source), prepared
-    )
+    experience = experience_on(hardware)
+    plan = make_plan(source, with_experience(hardware, experience), profile, wishes, stats, say)
+    reasons = (*plan.reasons, *([experience.sentence] if experience.sentence else []))
+    return Planned(source, _anywhere(plan.model_copy(update={"reasons": reasons}), source), prepared)
 
 
 def _anywhere(plan: Plan, source: ModelSource) -> Plan:

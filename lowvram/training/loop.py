@@ -26,7 +26,7 @@ from lowvram.training.data import PreparedData, TrainingData, training_data
 from lowvram.training.finish import finish, held_out_before
 from lowvram.training.live import View
 from lowvram.training.metrics import StepRecord
-from lowvram.training.monitor import MemoryMonitor
+from lowvram.training.monitor import MemoryMonitor, watched
 from lowvram.training.result import RunResult
 from lowvram.training.run_folder import RunFolder
 from lowvram.training.signals import Interrupted, StopRequest, stop_on_signal
@@ -48,8 +48,9 @@ class Run:
     optimizer: Any
     scheduler: Any
     data: TrainingData
-    load_peak_bytes: int = 0
     step: int = 0
+    measured_steps: int = 0  # of this process; `step` counts those before a resume too
+    largest_batch_tokens: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
@@ -62,7 +63,8 @@ class Run:
         return device
 
     def held_out_loss(self) -> float:
-        return evaluate(self.loss_of, self.data.held_out_batches(), self.device)
+        with self.monitor.during("evaluation"):
+            return evaluate(self.loss_of, self.data.held_out_batches(), self.device)
 
 
 def train(
@@ -138,8 +140,7 @@ def _set_up(
     name = "constant_with_warmup" if plan.schedule == "constant" else plan.schedule
     scheduler = get_scheduler(name, optimizer, plan.warmup_steps, plan.total_steps)
     loss_of, optimizer = accelerator.prepare(loss_of, optimizer)
-    load_peak = monitor.peak_bytes
-    monitor.restart_peak()
+    monitor.enter("other")
     return Run(
         plan,
         folder,
@@ -152,7 +153,6 @@ def _set_up(
         optimizer,
         scheduler,
         data,
-        load_peak,
     )
 
 
@@ -208,16 +208,8 @@ def _steps(run: Run, stop: StopRequest) -> None:
     """Every optimizer step of the plan that is not done yet."""
     for epoch, micro_batches in run.data.steps_from(run.step):
         started = time.perf_counter()
-        batches = [run.data.collate(examples) for examples in micro_batches]
         learning_rate = run.scheduler.get_last_lr()[0]
-        result = train_step(
-            run.loss_of,
-            run.optimizer,
-            batches,
-            max_grad_norm=run.plan.max_grad_norm,
-            backward=run.accelerator.backward,
-            clip=run.accelerator.clip_grad_norm_,
-        )
+        result = _step(run, micro_batches)
         run.scheduler.step()
         loss = float(result.loss)
         _require_finite(run, loss, float(result.grad_norm))
@@ -236,6 +228,22 @@ def _steps(run: Run, stop: StopRequest) -> None:
                 f"Continue with: lowvram resume {run.folder.path}",
                 stop.signal_number,
             )
+
+
+def _step(run: Run, micro_batches: list[list[Any]]) -> StepResult:
+    """One optimizer step, its memory measured phase by phase."""
+    with run.monitor.during("forward"):
+        batches = [run.data.collate(examples) for examples in micro_batches]
+        run.largest_batch_tokens = max(run.largest_batch_tokens, *(b.input_ids.numel() for b in batches))
+        result = train_step(
+            run.loss_of,
+            run.optimizer,
+            batches,
+            max_grad_norm=run.plan.max_grad_norm,
+            **watched(run.monitor, run.accelerator.backward, run.accelerator.clip_grad_norm_),
+        )
+    run.measured_steps += 1
+    return result
 
 
 def _require_finite(run: Run, loss: float, grad_norm: float) -> None:

@@ -1,4 +1,4 @@
-"""RunResult and Receipt: what a finished run reports, result.json and receipt.json."""
+"""RunResult: what a finished run achieved, result.json."""
 
 from __future__ import annotations
 
@@ -24,17 +24,3 @@ class RunResult(Frozen):
     def improvement(self) -> float:
         """Share by which the held-out loss fell."""
         return 1.0 - self.held_out_loss_after / self.held_out_loss_before
-
-
-class Receipt(Frozen):
-    """Predicted and measured memory of one run, side by side but never mixed."""
-
-    device: str
-    backend: str
-    predicted_peak_allocated_bytes: int
-    predicted_peak_reserved_bytes: int
-    budget_bytes: int
-    measured_peak_allocated_bytes: int | None
-    measured_peak_bytes: int  # reserved on a GPU; resident since before loading on a CPU
-    measured_load_peak_bytes: int
-    versions: dict[str, str]

@@ -1,0 +1,16 @@
+"""The user's cache folder: models that lowvram made, and the receipts of finished runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """$LOWVRAM_CACHE, or ~/.cache/lowvram."""
+    return Path(os.environ.get("LOWVRAM_CACHE") or Path.home() / ".cache" / "lowvram")
+
+
+def receipts_folder() -> Path:
+    """Where a copy of every finished run's receipt is kept, for the planner of the next run."""
+    return cache_folder() / "receipts"
