@@ -166,7 +166,7 @@ def _flash_backward_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
     return int(accumulator + expanded)
 
 
-def cublas_bytes(capability: Capability) -> int:
-    """Workspaces that cuBLAS keeps for the life of the process."""
+def cublas_bytes(capability: Capability) -> tuple[int, ...]:
+    """Workspaces that cuBLAS keeps for the life of the process, from the first matrix product on."""
     per_handle = CUBLAS_WORKSPACE_BYTES_SM90 if capability and capability[0] >= 9 else CUBLAS_WORKSPACE_BYTES
-    return CUBLAS_WORKSPACES * per_handle
+    return (per_handle,) * CUBLAS_WORKSPACES

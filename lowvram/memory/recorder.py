@@ -102,12 +102,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def temporary(self, n_bytes: int, op: str, bytes_by_layer: tuple[int, ...] = ()) -> Iterator[None]:
         """Something of `n_bytes` that no dispatcher sees exists while the context lasts."""
+        index = self.keep(n_bytes, op, bytes_by_layer)
+        yield
+        self.trace.free(index, self._layer)
+
+    def keep(self, n_bytes: int, op: str, bytes_by_layer: tuple[int, ...] = ()) -> int:
+        """Something of `n_bytes` that no dispatcher sees exists from now on; returns its allocation."""
         rounded = round_up(n_bytes, self._rounding)
         allocation = Allocation(rounded, self.phase, self._module, op, "workspaces")
         allocation.bytes_by_layer = bytes_by_layer
-        index = self.trace.allocate(allocation, self._layer)
-        yield
-        self.trace.free(index, self._layer)
+        return self.trace.allocate(allocation, self._layer)
 
     def _enter(self, name: str, layer: int) -> Any:
         def hook(_module: nn.Module, _args: Any) -> None:

@@ -14,7 +14,7 @@ from lowvram.engine.adapters import trainable
 from lowvram.engine.config import StepConfig
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.step import SummedLoss, evaluate_batch, train_step
-from lowvram.memory.kernels import Backend, Capability
+from lowvram.memory.kernels import Backend, Capability, cublas_bytes
 from lowvram.memory.load import record_loading
 from lowvram.memory.recorder import Recorder
 from lowvram.memory.trace import ALLOC_ROUNDING, Trace
@@ -40,6 +40,8 @@ def trace_step(
         loss_of = SummedLoss(model, step)
         parameters = trainable(model)
         record_loading(recorder, model, backend)
+        for n_bytes in cublas_bytes(capability) if backend == "cuda" else ():
+            recorder.keep(n_bytes, "cublas workspace")
         with recorder, recorder.during("evaluation"):
             _evaluate(loss_of, step)
         label_gradients(recorder, parameters)
