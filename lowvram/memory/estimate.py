@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
 from lowvram.memory.allocator import replay_reserved
@@ -38,7 +40,9 @@ class MemoryEstimate(Frozen):
     peak_reserved_bytes: int
     peak_moment: str
     components_bytes: dict[str, int]  # sums to peak_allocated_bytes
-    phases_bytes: dict[str, int] = {}  # peak allocated of each: load, evaluation, forward, backward, ...
+    phases_bytes: dict[str, int] = Field(  # peak allocated of each
+        default_factory=dict, description="load, evaluation, forward, backward, clip, optimizer"
+    )
     n_events: int  # allocations and frees that were traced
 
 
