@@ -45,9 +45,7 @@ def _cards(survey: Survey) -> Table:
         table.add_column(f"{card.total_bytes / GiB:.3g} GB", justify="center", no_wrap=True)
     budgets = [card.budget_bytes for card in survey.cards]
     for need in survey.lengths:
-        marks = [
-            "[green]yes[/]" if need.reserved_bytes <= c.budget_bytes else "[red]no[/]" for c in survey.cards
-        ]
+        marks = ["[green]yes[/]" if need.reserved_bytes <= b else "[red]no[/]" for b in budgets]
         about = "" if need.traced else "[dim]≤ [/]"
         table.add_row(f"{need.seq_len:,}", about + format_bytes(need.reserved_bytes), *marks)
     largest = (f"{c.largest_seq_len:,}" if c.largest_seq_len else "none" for c in survey.cards)
