@@ -148,6 +148,7 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
         "device_map": {"": device},
         "attn_implementation": register(),
         "trust_remote_code": source.trust_remote_code,
+        "local_files_only": source.refusal is not None,  # cached weights; the hub's client would try in vain
         "use_safetensors": True,
     }
     if step.base_precision == "nf4":

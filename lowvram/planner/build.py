@@ -270,6 +270,12 @@ def _n_trainable(shape: Any, step: StepConfig) -> int:
     return sum(step.rank * (n_in + n_out) for n_in, n_out in _target_shapes(shape, step.target_modules))
 
 
+def _origin_note(source: ModelSource) -> list[str]:
+    if source.config_origin != "shipped table":
+        return []
+    return [f"config from the shipped table ({source.refusal and source.refusal.reason})"]
+
+
 def _unquantized_note(shape: PreTrainedModel, step: StepConfig) -> list[str]:
     """A mixture's experts are no linear layers in transformers 5: bitsandbytes leaves them in 16 bits."""
     stacked = sum(p.numel() for p in shape.parameters() if p.dim() == 3)  # [experts, out, in]
@@ -328,5 +334,9 @@ def _assemble(
         seconds_per_step=round(search.seconds(step), 3),
         n_parameters=search.n_parameters,
         n_trainable=_n_trainable(shape, step),
-        reasons=(*explain(step, hardware, profile, wishes, stats), *_unquantized_note(shape, step)),
+        reasons=(
+            *_origin_note(source),
+            *explain(step, hardware, profile, wishes, stats),
+            *_unquantized_note(shape, step),
+        ),
     )
