@@ -262,12 +262,12 @@ def demo(
 
 def _planned(flags: dict[str, Any], with_survey: bool = False) -> Planned:
     """Everything up to the plan, from a command's flags."""
+    _quiet_libraries()
     from lowvram import pipeline
     from lowvram.engine.source import ModelSource
     from lowvram.planner.profiles import load_profile, profile_for
     from lowvram.planner.wishes import Wishes, wishes_from
 
-    _quiet_libraries()
     wishes = wishes_from(**{name: flags[name] for name in Wishes.model_fields})
     wishes.pinned_levers()
     hardware = _hardware(flags["vram"])

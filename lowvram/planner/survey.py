@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.frozen import Frozen
 from lowvram.hardware import Hardware, card_of_size
+from lowvram.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT
 from lowvram.planner.profiles import profile_for
 from lowvram.planner.search import Search
 from lowvram.units import GiB
@@ -19,6 +20,7 @@ CARDS_GIB = (8, 10, 11, 12, 16, 24)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _TRACED = (512, 2048, 8192, 32768)  # the lengths between lie under the lines between these
 _LARGEST_RANK = 1024
+_PAGES = MIDDLE_SEGMENT + SMALL_SEGMENT  # 22 MiB: by so much what is reserved may be rounded up
 
 
 class LengthNeed(Frozen):
@@ -93,10 +95,13 @@ def _needs(plan: Plan, search: Search, context_limit: int) -> list[LengthNeed]:
 
 
 def _between(traced: dict[int, int], seq_len: int) -> int:
-    """On the line through the traced neighbours: a peak is the largest of affine functions, so convex."""
+    """A page above the line through the traced neighbours.
+
+    The allocated peak is the largest of affine functions, so under the line; reserved bytes come in pages.
+    """
     low = max(n for n in traced if n < seq_len)
     high = min(n for n in traced if n > seq_len)
-    return round(traced[low] + (traced[high] - traced[low]) * (seq_len - low) / (high - low))
+    return round(traced[low] + (traced[high] - traced[low]) * (seq_len - low) / (high - low)) + _PAGES
 
 
 def _card(card: Hardware, needs: list[LengthNeed]) -> CardFit:
@@ -107,8 +112,9 @@ def _card(card: Hardware, needs: list[LengthNeed]) -> CardFit:
         if low.reserved_bytes <= budget:
             fit = low.seq_len
             if high.reserved_bytes > budget:
-                share = (budget - low.reserved_bytes) / (high.reserved_bytes - low.reserved_bytes)
-                fit = int(low.seq_len + share * (high.seq_len - low.seq_len)) // 64 * 64
+                room = max(budget - low.reserved_bytes - _PAGES, 0)
+                share = room / (high.reserved_bytes - low.reserved_bytes)
+                fit = low.seq_len + int(share * (high.seq_len - low.seq_len)) // 64 * 64
                 break
             fit = high.seq_len
     return CardFit(name=card.name, total_bytes=card.total_bytes, budget_bytes=budget, largest_seq_len=fit)
