@@ -1,4 +1,4 @@
-"""The user's cache folder: models that lowvram made, and the receipts of finished runs."""
+"""The user's cache folder: models that lowvram made, receipts of finished runs, traced estimates."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def cache_folder() -> Path:
 def receipts_folder() -> Path:
     """Where a copy of every finished run's receipt is kept, for the planner of the next run."""
     return cache_folder() / "receipts"
+
+
+def traces_folder() -> Path:
+    """Where traced estimates are remembered."""
+    return cache_folder() / "traces"

@@ -125,7 +125,7 @@ def plan(
     if output is not None:
         require_new_file(output)
     try:
-        planned = _planned(flags)
+        planned = _planned(flags, with_survey=True)
     except LowvramError as error:
         if as_json and error.exit_code == 3:
             typer.echo(
@@ -260,23 +260,22 @@ def demo(
     run_demo(output, steps, _console())
 
 
-def _planned(flags: dict[str, Any]) -> Planned:
+def _planned(flags: dict[str, Any], with_survey: bool = False) -> Planned:
     """Everything up to the plan, from a command's flags."""
+    _quiet_libraries()
     from lowvram import pipeline
     from lowvram.engine.source import ModelSource
     from lowvram.planner.profiles import load_profile, profile_for
     from lowvram.planner.wishes import Wishes, wishes_from
 
-    _quiet_libraries()
     wishes = wishes_from(**{name: flags[name] for name in Wishes.model_fields})
     wishes.pinned_levers()
     hardware = _hardware(flags["vram"])
     profile = profile_for(hardware) if flags["profile"] is None else load_profile(flags["profile"])
     source = ModelSource(flags["model"], flags["trust_remote_code"])
     with Console(stderr=True).status("planning") as status:
-        return pipeline.plan_for(
-            source, flags["data"], hardware, profile, wishes, lambda text: status.update(escape(text))
-        )
+        say = lambda text: status.update(escape(text))  # noqa: E731
+        return pipeline.plan_for(source, flags["data"], hardware, profile, wishes, say, with_survey)
 
 
 def _hardware(vram: str | None) -> Hardware:
@@ -299,12 +298,15 @@ def _require_writable(run: Path) -> None:
 
 
 def _show(planned: Planned, as_json: bool, console: Console | None = None) -> None:
-    from lowvram import plan_view
+    from lowvram import plan_view, survey_view
 
     if as_json:
-        typer.echo(json.dumps(plan_view.plan_json(planned.plan), indent=2))
-    else:
-        plan_view.show_plan(planned.plan, console or _console())
+        typer.echo(json.dumps(plan_view.plan_json(planned.plan) | survey_view.survey_json(planned), indent=2))
+        return
+    console = console or _console()
+    plan_view.show_plan(planned.plan, console)
+    if planned.survey is not None:
+        survey_view.show_survey(planned, console)
 
 
 def _save_plan(planned: Planned, output: Path, console: Console) -> None:

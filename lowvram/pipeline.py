@@ -15,11 +15,12 @@ from lowvram.errors import ConfigError, refusals_of_the_system
 from lowvram.frozen import write_atomically
 from lowvram.hardware import Hardware
 from lowvram.planner.build import checked as check_plan
-from lowvram.planner.build import make_plan
+from lowvram.planner.build import make_plan, make_plan_and_survey
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.profiles import Profile
 from lowvram.planner.receipts import experience_on, with_experience
 from lowvram.planner.search import Say
+from lowvram.planner.survey import Survey
 from lowvram.planner.wishes import Wishes
 from lowvram.training.data import PreparedData, prepare
 from lowvram.training.live import make_view
@@ -43,10 +44,17 @@ class Planned:
     source: ModelSource
     plan: Plan
     prepared: PreparedData | None
+    survey: Survey | None = None
 
 
 def plan_for(
-    source: ModelSource, data: str | None, hardware: Hardware, profile: Profile, wishes: Wishes, say: Say
+    source: ModelSource,
+    data: str | None,
+    hardware: Hardware,
+    profile: Profile,
+    wishes: Wishes,
+    say: Say,
+    with_survey: bool = False,
 ) -> Planned:
     """Read the config and the data, then plan. No weights are read."""
     _ = source.config  # a wrong model is refused before the data is read
@@ -56,9 +64,15 @@ def plan_for(
         prepared = prepare(data, source)
     stats = prepared.stats if prepared else None
     experience = experience_on(hardware)
-    plan = make_plan(source, with_experience(hardware, experience), profile, wishes, stats, say)
+    device = with_experience(hardware, experience)
+    around = None
+    if with_survey:
+        plan, around = make_plan_and_survey(source, device, profile, wishes, stats, say)
+    else:
+        plan = make_plan(source, device, profile, wishes, stats, say)
     reasons = (*plan.reasons, *([experience.sentence] if experience.sentence else []))
-    return Planned(source, _anywhere(plan.model_copy(update={"reasons": reasons}), source), prepared)
+    plan = _anywhere(plan.model_copy(update={"reasons": reasons}), source)
+    return Planned(source, plan, prepared, around)
 
 
 def _anywhere(plan: Plan, source: ModelSource) -> Plan:
@@ -132,6 +146,11 @@ def checked(planned: Planned) -> Planned:
         ConfigError, DoesNotFitError: it cannot run as it is.
     """
     return replace(planned, plan=check_plan(planned.plan, planned.source))
+
+
+def needs_on_disk(planned: Planned) -> tuple[int | None, int]:
+    """(bytes to download first, None when nobody says; bytes of the run folder)."""
+    return planned.source.download_bytes(), run_bytes(planned.plan)
 
 
 def run_bytes(plan: Plan) -> int:

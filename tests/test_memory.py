@@ -1,4 +1,4 @@
-"""The traced step against the really executed one, and the allocator's invariants."""
+"""The traced step against the really executed one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import AutoConfig, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, Qwen2Config
 
 from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.batch import Batch
@@ -18,12 +16,13 @@ from lowvram.engine.model import load
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss, train_step
-from lowvram.memory.allocator import CachingAllocator, replay_reserved
+from lowvram.memory.allocator import replay_reserved
 from lowvram.memory.estimate import estimate, peak_of
 from lowvram.memory.layers import blocks_of, extend, with_layers
 from lowvram.memory.run import trace_step
 from lowvram.memory.trace import Trace
-from lowvram.units import GiB, MiB
+from lowvram.memory.weights import meta_batch
+from lowvram.units import GiB
 from tests.conftest import LLAMA_8B, QWEN2_7B
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -40,7 +39,18 @@ _MORE: dict[str, dict[str, Any]] = {
     "gemma3_text": {"num_hidden_layers": 32, "head_dim": 16, "sliding_window": 64},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2},
 }
+_TOY: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 999,
+}
 WEIGHTS = {"base_weights", "embeddings", "head", "adapters", "optimizer_state"}
+
+
+def _batch(step: StepConfig) -> Batch:
+    """The traced batch's shape, with tokens that every tested model knows."""
+    return Batch(*(torch.randint(5, 40, t.shape) for t in meta_batch(step).tensors if t is not None))
 
 
 def _really_allocated(source: ModelSource, step: StepConfig) -> int:
@@ -52,17 +62,9 @@ def _really_allocated(source: ModelSource, step: StepConfig) -> int:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    rows, trained = step.micro_batch, step.micro_batch * (step.seq_len - 1)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        batches = [
-            Batch(
-                torch.randint(5, 40000, (rows, step.seq_len)),
-                torch.arange(trained),
-                torch.randint(5, 40000, (trained,)),
-            )
-            for _ in range(min(step.accumulation, 2))
-        ]
+        batches = [_batch(step) for _ in range(min(step.accumulation, 2))]
         train_step(loss_of, optimizer, batches, max_grad_norm=1.0)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     live = peak = 0
@@ -100,6 +102,59 @@ def test_trace_equals_the_executed_step(smollm: Path, changes: dict[str, Any]) -
     assert given_first >= 0
     predicted, measured = peak_of(trace)[0], held + _really_allocated(source, step)
     assert -0.005 < predicted / measured - 1 < 0.01, (predicted, measured)
+
+
+_TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "gemma2": (
+        {**_TOY, "head_dim": 32, "num_key_value_heads": 2, "intermediate_size": 256},
+        ("q_proj", "v_proj"),
+    ),
+    "gpt2": ({"n_embd": 128, "n_layer": 3, "n_head": 4, "vocab_size": 999}, ("c_attn", "c_fc")),
+    "t5": (
+        {
+            "d_model": 128,
+            "d_kv": 32,
+            "d_ff": 256,
+            "num_layers": 2,
+            "num_heads": 4,
+            "vocab_size": 999,
+            "decoder_start_token_id": 0,
+            "dropout_rate": 0.0,
+        },
+        ("q", "v"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", _TINY)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trace_equals_the_executed_step_of_other_families(
+    tmp_path: Path, kind: str, checkpointing: bool
+) -> None:
+    """Gemma 2's eager attention, GPT-2's Conv1D and T5's two stacks, at toy size for real."""
+    shape, targets = _TINY[kind]
+    config = AutoConfig.for_model(kind, **shape)
+    torch.manual_seed(0)
+    auto = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(tmp_path)
+    step = StepConfig.model_validate(
+        {
+            "base_precision": "fp32",
+            "compute_dtype": "fp32",
+            "seq_len": 256,
+            "target_modules": targets,
+            "accumulation": 1,
+            "levers": {"gradient_checkpointing": checkpointing, "loss_chunk_tokens": 64},
+            **({"task_type": "SEQ2SEQ_LM", "target_len": 96} if kind == "t5" else {}),
+        }
+    )
+    source = ModelSource(str(tmp_path))
+    trace = trace_step(source.config, step, "cpu")
+    held = sum(a.n_bytes for a in trace.allocations if a.component in WEIGHTS)
+    predicted, measured = peak_of(trace)[0], held + _really_allocated(source, step)
+    # T5 asks for its zero bias's gradient under recompute, and the CPU's math attention hides 0.1 MB of it
+    least = -0.015 if kind == "t5" and checkpointing else -0.005
+    assert least < predicted / measured - 1 < 0.01, (predicted, measured)
 
 
 def test_components_sum_to_the_peak() -> None:
@@ -163,39 +218,3 @@ def test_published_qlora_peak_of_llama_8b() -> None:
         target_modules=("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
     assert estimate(config, step).peak_allocated_bytes == pytest.approx(7.4 * GiB, rel=0.15)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 60 * MiB), min_size=1, max_size=60), st.data())
-def test_allocator_invariants(sizes: list[int], data: st.DataObject) -> None:
-    """Reserved covers what lives, whatever the order of frees; expandable segments round to pages only."""
-    events: list[int] = []
-    alive: list[int] = []
-    live = peak = 0
-    for index, size in enumerate(sizes, 1):
-        events.append(index)
-        alive.append(index)
-        live += size
-        peak = max(peak, live)
-        if data.draw(st.booleans()):
-            gone = alive.pop(data.draw(st.integers(0, len(alive) - 1)))
-            events.append(-gone)
-            live -= sizes[gone - 1]
-    for expandable in (False, True):
-        assert replay_reserved(events, sizes, expandable) >= peak
-
-
-def test_allocator_reuses_and_rounds() -> None:
-    allocator = CachingAllocator()
-    block = allocator.allocate(1000)
-    assert allocator.reserved_bytes == 2 * MiB
-    allocator.allocate(1000)
-    assert allocator.reserved_bytes == 2 * MiB
-    large = allocator.allocate(15 * MiB + 1)
-    assert allocator.reserved_bytes == 18 * MiB
-    allocator.release(large)
-    allocator.allocate(14 * MiB)
-    assert allocator.reserved_bytes == 18 * MiB
-    allocator.release(block)
-    allocator.allocate(2 * MiB)
-    assert allocator.reserved_bytes == 18 * MiB  # from the rest of the 16 MiB segment

@@ -26,6 +26,7 @@ def test_wheel_installed_elsewhere_plans(
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {"lowvram/profiles/8gb.yaml", "lowvram/demo/answers.jsonl", "lowvram/py.typed"} <= names
+    assert "lowvram/engine/known_models.yaml" in names
     assert not any(name.startswith("tests/") for name in names)
     scripts = _installed(wheel, tmp_path / "elsewhere")
     folder = config_only({**QWEN2_7B, "num_hidden_layers": 3})

@@ -12,6 +12,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lowvram.engine.config import StepConfig
 from lowvram.engine.model import linear_names
@@ -20,6 +21,7 @@ from lowvram.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PEFT_TASKS = {"CAUSAL_LM": "CAUSAL_LM", "SEQ2SEQ_LM": "SEQ_2_SEQ_LM"}
 NAMED_TARGETS: dict[str, tuple[str, ...]] = {
     "attention-qv": ("q_proj", "v_proj"),
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -77,7 +79,7 @@ def resolve_targets(model: nn.Module, wish: str | Sequence[str]) -> tuple[str, .
     available = linear_names(model)
     if not available:
         raise ConfigError(
-            "This model has no linear layer that lowvram can adapt (GPT-2's Conv1D layers are none).",
+            "This model has no linear layer that lowvram can adapt.",
             "Use a model with linear layers, such as Llama, Qwen2 or Mistral.",
         )
     if wish == "all-linear":
@@ -97,7 +99,7 @@ def resolve_targets(model: nn.Module, wish: str | Sequence[str]) -> tuple[str, .
 def lora_config(step: StepConfig) -> LoraConfig:
     """The plan's adapter as peft's own configuration."""
     return LoraConfig(
-        task_type=step.task_type,
+        task_type=_PEFT_TASKS[step.task_type],
         r=step.rank,
         lora_alpha=step.alpha,
         lora_dropout=step.dropout,
@@ -113,7 +115,9 @@ def add_adapters(model: PreTrainedModel, step: StepConfig) -> PeftModel:
     import bitsandbytes as bnb
 
     config = lora_config(step)
-    config._register_custom_module({bnb.nn.Linear4bit: LoraLinear4bit, nn.Linear: LoraLinear})
+    ours = {bnb.nn.Linear4bit: LoraLinear4bit, nn.Linear: LoraLinear, Conv1D: LoraLinear}
+    config._register_custom_module(ours)
+    config.fan_in_fan_out = any(Conv1D in (type(m), getattr(m, "source_cls", None)) for m in model.modules())
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     if step.levers.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Causal attention without a mask tensor, through transformers' public attention interface.
+"""Attention through transformers' public interface: causal without a mask tensor, padded for T5.
 
 Right-padded causal batches need no mask: a real token never sees the padding behind it, and padding is not
 trained. transformers would still look into the mask's values (which meta tensors do not have) and may build
@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 CAUSAL_ATTENTION = "lowvram_causal"
+PADDED_ATTENTION = "lowvram_padded"  # T5-type: what the encoder padded stays masked
 
 
 def mask_for_window_only(
@@ -30,8 +31,19 @@ def mask_for_window_only(
     return mask
 
 
+def mask_always(**kwargs: Any) -> torch.Tensor | None:
+    """[B, 1, T, S] from the given padding mask, whatever its values: no look into them."""
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    mask: torch.Tensor | None = sdpa_mask(**kwargs)
+    return mask
+
+
+MASKS = {CAUSAL_ATTENTION: mask_for_window_only, PADDED_ATTENTION: mask_always}
+
+
 def register() -> str:
-    """Make the interface known to transformers; returns its name for `attn_implementation`."""
-    AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
-    AttentionMaskInterface.register(CAUSAL_ATTENTION, mask_for_window_only)
+    """Make the interfaces known to transformers; returns the causal one's name for `attn_implementation`."""
+    for name, mask in MASKS.items():
+        AttentionInterface.register(name, sdpa_attention_forward)
+        AttentionMaskInterface.register(name, mask)
     return CAUSAL_ATTENTION

@@ -19,15 +19,20 @@ class Batch:
     input_ids: torch.Tensor  # [B, T] int64
     positions: torch.Tensor  # [N] int64 into the flattened B*T: predicts a trained token
     targets: torch.Tensor  # [N] int64: the token that follows each position
+    source_ids: torch.Tensor | None = None  # [B, S] int64: what a T5-type model's encoder reads
+    source_mask: torch.Tensor | None = None  # [B, S] int64: 0 on the encoder's padding
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self.input_ids, self.positions, self.targets, self.source_ids, self.source_mask
 
     @property
     def trained_tokens(self) -> int:
         return int(self.targets.shape[0])
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            *(t.to(device, non_blocking=True) for t in (self.input_ids, self.positions, self.targets))
-        )
+        moved = [None if t is None else t.to(device, non_blocking=True) for t in self.tensors]
+        return Batch(*moved)  # type: ignore[arg-type]  # the first three are tensors
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:

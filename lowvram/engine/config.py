@@ -10,6 +10,7 @@ from lowvram.frozen import Frozen
 
 BasePrecision = Literal["nf4", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
+TaskType = Literal["CAUSAL_LM", "SEQ2SEQ_LM"]
 OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 
 
@@ -32,7 +33,7 @@ class Levers(Frozen):
 class StepConfig(Frozen):
     """One optimizer step: precision, adapter, shapes, optimizer and levers."""
 
-    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    task_type: TaskType = Field("CAUSAL_LM", description="SEQ2SEQ_LM for T5-type models")
     base_precision: BasePrecision = "nf4"
     compute_dtype: ComputeDtype = "bf16"
     rank: int = Field(8, ge=1, description="LoRA rank r")
@@ -44,7 +45,8 @@ class StepConfig(Frozen):
     use_rslora: bool = Field(False, description="scale by alpha/sqrt(r) (arXiv 2312.03732)")
     target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
     init: Literal["default"] = Field("default", description="adapter initialisation: A random, B zero")
-    seq_len: int = Field(1024, ge=8, description="longest sequence, tokens")
+    seq_len: int = Field(1024, ge=8, description="longest sequence, tokens; of a T5-type model its source")
+    target_len: int | None = Field(None, ge=1, description="longest target of a T5-type model, tokens")
     micro_batch: int = Field(1, ge=1, description="sequences in one forward pass")
     accumulation: int = Field(8, ge=1, description="forward passes in one optimizer step")
     optimizer: OptimizerName = "adamw"

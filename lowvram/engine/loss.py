@@ -21,6 +21,8 @@ LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # [C, H] -> [C, V]
 
 def logits_function(head: nn.Module, config: PretrainedConfig) -> LogitsOf:
     """The head with the scaling or soft cap that the model's own forward applies to its logits."""
+    if config.is_encoder_decoder:
+        return _t5_logits(head, config)
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
@@ -29,6 +31,17 @@ def logits_function(head: nn.Module, config: PretrainedConfig) -> LogitsOf:
         if scale != 1.0:
             logits = logits * scale
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    return logits_of
+
+
+def _t5_logits(head: nn.Module, config: PretrainedConfig) -> LogitsOf:
+    """T5 shrinks the hidden states before a head that it shares with its embedding (arXiv 1910.10683)."""
+    shrinks = getattr(config, "scale_decoder_outputs", False)  # mT5 does not
+
+    def logits_of(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = head(hidden * config.d_model**-0.5 if shrinks else hidden)
+        return logits
 
     return logits_of
 

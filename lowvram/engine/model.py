@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from lowvram.engine.attention import register
+from lowvram.engine.attention import CAUSAL_ATTENTION, PADDED_ATTENTION, register
 from lowvram.engine.config import BasePrecision, StepConfig
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _WHOLE = "Check that config.json and complete *.safetensors files of one model are there."
-_TRAINABLE = "Use a decoder-only model such as Llama, Qwen2, Qwen3, Mistral, Gemma 3, Phi-3 or SmolLM2."
+_TRAINABLE = "Use a model such as Llama, Qwen2, Qwen3, Mistral, Gemma, Phi-3, OPT, GPT-2 or T5."
+_T5_TYPES = ("t5", "mt5", "umt5")  # encoder-decoders whose logits the loss knows how to make
 NF4_BLOCK = 64  # weights that share one scale; bitsandbytes' default, the QLoRA paper's choice
 NESTED_BLOCK = 256  # scales that share one second-level scale under double quantisation
 
@@ -34,13 +36,11 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
     is then built from that code as well.
 
     Raises:
-        ConfigError: transformers has no causal language model for this config, or lowvram cannot train it.
+        ConfigError: transformers has no language model for this config, or lowvram cannot train it.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = _auto_class(config).from_config(
                 config,
                 dtype=storage_dtype(step.base_precision, step.compute_dtype),
                 attn_implementation=register(),
@@ -49,42 +49,65 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
     except (ValueError, ImportError, KeyError, AttributeError, TypeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"lowvram cannot build a causal language model of type '{config.model_type}': {reason}",
+            f"lowvram cannot build a language model of type '{config.model_type}': {reason}",
             _TRAINABLE,
         ) from error
-    _require_causal_attention(model)
+    model.set_attn_implementation(attention_for(model))
     if step.base_precision == "nf4":
         _replace_linears(model, step)
     return model
 
 
-def _require_causal_attention(model: PreTrainedModel) -> None:
-    """Refuse a model whose attention would not obey ours: without a mask its tokens would see the future.
+def _auto_class(config: PretrainedConfig) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def attention_for(model: PreTrainedModel) -> str:
+    """The attention that a model is trained with; one that would not obey ours is refused.
 
     transformers marks with these two attributes (no public ones exist) what goes through its attention
-    interface (Bloom, XGLM, Falcon and Mamba do not) and what SDPA computes (Gemma 2's soft cap and gpt-oss's
-    sinks are not). BERT's attention goes through it but looks both ways.
+    interface (Bloom, XGLM, Falcon and Mamba do not: without a mask their tokens would see the future) and
+    what SDPA computes. Gemma 2's soft cap and gpt-oss's sinks are not: they take transformers' own eager
+    attention, of O(T^2) memory. BERT's attention goes through the interface but looks both ways.
     """
-    obeys = model._supports_attention_backend and model._supports_sdpa
     directions = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
-    if not obeys or not directions or not all(directions):
+    if model.config.is_encoder_decoder and model.config.model_type in _T5_TYPES:
+        return PADDED_ATTENTION
+    causal = bool(directions) and all(directions) and not model.config.is_encoder_decoder
+    if not causal or not model._supports_attention_backend:
         raise ConfigError(
             f"lowvram cannot train models of type '{model.config.model_type}': their attention is not the "
-            "causal scaled-dot-product attention that it computes without a mask.",
+            "causal one that it computes without a mask.",
             _TRAINABLE,
         )
+    return CAUSAL_ATTENTION if model._supports_sdpa else "eager"
 
 
 def unquantized_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that stay in 16 bits under NF4: the output head."""
+    """Names of the linear layers that stay in 16 bits under NF4: the head, and T5's wo, which overflows."""
     head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if module is head]
+    wide = set(model._keep_in_fp32_modules or ())
+    return [n for n, m in model.named_modules() if m is head or (is_linear(m) and wide & set(n.split(".")))]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """GPT-2's Conv1D is a linear layer whose weight lies the other way."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def in_out_features(module: Any) -> tuple[int, int]:
+    """Widths of a linear layer's input and output."""
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    return int(module.in_features), int(module.out_features)
 
 
 def linear_names(model: Any) -> list[str]:
     """Last name parts of all linear layers but the head, in order of appearance: q_proj, k_proj, ..."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    names = (n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
+    names = (n for n, m in model.named_modules() if is_linear(m) and m is not head)
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
 
 
@@ -94,17 +117,17 @@ def _replace_linears(model: PreTrainedModel, step: StepConfig) -> None:
 
     keep = set(unquantized_modules(model))
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name in keep:
+        if type(module) not in (nn.Linear, Conv1D) or name in keep:
             continue
         new = bnb.nn.Linear4bit(
-            module.in_features,
-            module.out_features,
+            *in_out_features(module),
             bias=module.bias is not None,
             compute_dtype=DTYPES[step.compute_dtype],
             compress_statistics=step.levers.double_quantization,
             quant_type="nf4",
             device="meta",
         )
+        new.source_cls = type(module)  # a mark that transformers sets as well
         if module.bias is not None:
             new.bias = nn.Parameter(module.bias.data, requires_grad=False)
         model.set_submodule(name, new)
@@ -119,21 +142,21 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
     Raises:
         ConfigError: weights are missing, pickled or do not match the config.
     """
-    from transformers import AutoModelForCausalLM
-
     source.require_weights()
     kwargs: dict[str, Any] = {
         "dtype": storage_dtype(step.base_precision, step.compute_dtype),
         "device_map": {"": device},
         "attn_implementation": register(),
         "trust_remote_code": source.trust_remote_code,
+        "local_files_only": source.refusal is not None,  # cached weights; the hub's client would try in vain
         "use_safetensors": True,
     }
     if step.base_precision == "nf4":
         kwargs["quantization_config"] = _nf4_config(source, step)
     try:
         model: PreTrainedModel
-        model, report = AutoModelForCausalLM.from_pretrained(source.name, output_loading_info=True, **kwargs)
+        kind = _auto_class(source.config)
+        model, report = kind.from_pretrained(source.name, output_loading_info=True, **kwargs)
     except (OSError, ValueError, AssertionError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -142,6 +165,7 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
             f"The weights of '{source.name}' could not be loaded: {reason[0]}", _WHOLE
         ) from error
     _require_all_weights(source, report)
+    model.set_attn_implementation(attention_for(model))
     model.config.use_cache = False
     _keep_nf4_layout(model)
     return model

@@ -10,12 +10,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from lowvram.engine import hub
+from lowvram.engine.known_models import known_model, nearest_known
 from lowvram.errors import ConfigError, refusals_of_the_system
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+Origin = Literal["folder", "hub", "shipped table"]
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -47,21 +51,44 @@ class ModelSource:
         return Path(self.name).is_dir()
 
     @cached_property
+    def refusal(self) -> hub.Refusal | None:
+        """Why the hub does not give this model now; None when it does, and for a folder. Asked once."""
+        return None if self.is_local else hub.refusal(self.name)
+
+    @property
     def config(self) -> PretrainedConfig:
-        """The model's config.json.
+        """The model's config.json; of a popular model that cannot be had now, its row of the shipped table.
 
         Raises:
             ConfigError: no such model, no config.json in it, or an unknown architecture.
         """
+        return self._config_and_origin[0]
+
+    @property
+    def config_origin(self) -> Origin:
+        """Where the config came from; "hub" is also what an earlier run left in the hub's cache."""
+        return self._config_and_origin[1]
+
+    @cached_property
+    def _config_and_origin(self) -> tuple[PretrainedConfig, Origin]:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         self._refuse_bad_folder()
         bad_values = (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
         try:
-            return AutoConfig.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(self.name, **self._options())
         except (OSError, *bad_values) as error:
-            raise ConfigError(_why_not(self.name, error), _remedy(self.name, error)) from error
+            refused = None if self._cached("config.json") else self.refusal  # else the one here is wrong
+            known = known_model(self.name) if refused else None
+            if known is None:
+                raise ConfigError(*_why_not(self.name, error, refused)) from error
+            return known.config(), "shipped table"
+        return config, "folder" if self.is_local else "hub"
+
+    def _options(self) -> dict[str, Any]:
+        """For from_pretrained, which would try for half a minute what the hub has refused already."""
+        return {"trust_remote_code": self.trust_remote_code, "local_files_only": self.refusal is not None}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -74,19 +101,23 @@ class ModelSource:
 
         self._refuse_no_folder()
         try:
-            return AutoTokenizer.from_pretrained(self.name, trust_remote_code=self.trust_remote_code)
+            return AutoTokenizer.from_pretrained(self.name, **self._options())
         except (OSError, ValueError, KeyError) as error:
             if not self.is_local:
                 _ = self.config  # refuses when the whole model is missing, not its tokenizer
+            if self.refusal:
+                raise self._not_here("tokenizer", "; a plan without --data needs no tokenizer") from error
             raise ConfigError(
                 f"'{self.name}' has no tokenizer that transformers can load: {_first_line(error)}",
                 "Copy tokenizer.json and tokenizer_config.json into the model's folder.",
             ) from error
 
     def download_bytes(self) -> int | None:
-        """Bytes of weights that training would fetch first: 0 for a folder, None when the hub won't say."""
+        """Bytes of weights that training would fetch first: 0 for a folder, None when nobody knows."""
         if self.is_local:
             return 0
+        if self.refusal:
+            return 0 if self._weights_in_cache() else _published_bytes(self.name)
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -95,16 +126,18 @@ class ModelSource:
                 self.name, allow_patterns="model*.safetensors", dry_run=True, etag_timeout=10
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError):
-            return None
+            return _published_bytes(self.name)
         return sum(file.file_size or 0 for file in files if file.will_download)
 
     def require_weights(self) -> None:
-        """Refuse a local folder whose safetensors are absent, truncated or pickled, before loading.
+        """Refuse weights that are absent, truncated, pickled or out of reach, before loading.
 
         Raises:
             ConfigError: names the file. One that may not be read counts as well.
         """
         if not self.is_local:
+            if self.refusal and not self._weights_in_cache():
+                raise self._not_here("weights")
             return
         folder = Path(self.name)
         with self._readable():
@@ -118,6 +151,39 @@ class ModelSource:
                 )
             for file in files:
                 read_safetensors_header(file)
+
+    def _weights_in_cache(self) -> bool:
+        """Whether an earlier download of the weights is whole."""
+        for file in filter(None, map(self._cached, (INDEX_FILE, SINGLE_FILE))):
+            try:
+                return all(map(read_safetensors_header, local_shards(file.parent)))
+            except (ConfigError, OSError):
+                return False
+        return False
+
+    def _cached(self, file: str) -> Path | None:
+        """A file that an earlier download left in the hub's cache."""
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(self.name, file)
+        except HFValidationError:  # no hub id
+            return None
+        return Path(found) if isinstance(found, str) else None
+
+    def _not_here(self, what: str, hint: str = "") -> ConfigError:
+        """What the hub refuses and this machine lacks."""
+        known = known_model(self.name)
+        remedy = "Let this machine reach the hub, or give a local folder"
+        if self.refusal and self.refusal.needs_access:
+            remedy = _access(self.name)
+        elif known and known.gated:
+            remedy += f" (the hub asks for access to this model: huggingface.co/{self.name})"
+        return ConfigError(
+            f"This machine does not have the {what} of '{self.name}', and {self.refusal}.",
+            f"{remedy}{hint}.",
+        )
 
     def _readable(self) -> AbstractContextManager[None]:
         return refusals_of_the_system(f"The model '{self.name}' cannot be read", _UNREADABLE)
@@ -145,6 +211,11 @@ class ModelSource:
                 f"There is no folder '{self.name}'.",
                 "Check the path, or give a hub id such as Qwen/Qwen2-7B.",
             )
+
+
+def _published_bytes(name: str) -> int | None:
+    known = known_model(name)
+    return known.weights_bytes if known else None
 
 
 def absolute(name: str) -> str:
@@ -206,18 +277,27 @@ def _first_line(error: BaseException) -> str:
     return re.sub(r"( from one of)?:\s*$", "", str(error).strip().split("\n")[0])
 
 
-def _why_not(name: str, error: BaseException) -> str:
+def _why_not(name: str, error: BaseException, refusal: hub.Refusal | None) -> tuple[str, str]:
+    """Message and remedy for a config that cannot be had."""
     if Path(name).is_dir():
-        return f"transformers cannot read '{name}/config.json': {_first_line(error)}"
-    return f"Model '{name}' was not found here or on the hub: {_first_line(error)}"
+        message = f"transformers cannot read '{name}/config.json': {_first_line(error)}"
+    else:
+        cause = refusal or _first_line(error)
+        message = f"Model '{name}' was not found here or on the hub: {cause}"
+    return message, _remedy(name, f"{error} {refusal or ''}", bool(refusal and refusal.needs_access))
 
 
-def _remedy(name: str, error: BaseException) -> str:
-    text = str(error)
+def _remedy(name: str, text: str, needs_access: bool) -> str:
     if "trust_remote_code" in text or "custom code" in text:
         return "This model brings its own code: add --trust-remote-code if you trust its author."
-    if "gated" in text or "401" in text or "403" in text:
-        return f"Ask for access at huggingface.co/{name}, then run: hf auth login"
+    if needs_access or "gated" in text or "401" in text or "403" in text:
+        return f"{_access(name)}."
     if Path(name).is_dir():
         return "Update transformers (pip install -U transformers) or repair config.json."
-    return "Check the spelling (owner/name), your connection, or give a local folder."
+    nearest = nearest_known(name)
+    meant = f" Or did you mean {nearest}?" if nearest and nearest.casefold() != name.casefold() else ""
+    return f"Check the spelling (owner/name), your connection, or give a local folder.{meant}"
+
+
+def _access(name: str) -> str:
+    return f"Ask for access at huggingface.co/{name}, then run: hf auth login"

@@ -24,16 +24,32 @@ class SummedLoss(nn.Module):
         self.model = model
         base = model.get_base_model()
         self._decoder = [base.get_decoder()]  # in lists: not registered a second time
+        self._encoder = [base.get_encoder()] if base.config.is_encoder_decoder else []
         self._logits_of = [logits_function(base.get_output_embeddings(), base.config)]
         self._chunk_tokens = step.levers.loss_chunk_tokens
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:  # [B, T], [N], [N] -> []
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        source_ids: torch.Tensor | None = None,
+        source_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # [B, T], [N], [N], [B, S], [B, S] -> []
         mask = torch.ones_like(input_ids)  # a given mask keeps transformers from looking for packed rows
-        output = self._decoder[0](input_ids=input_ids, attention_mask=mask, use_cache=False)
+        source = self._encoded(source_ids, source_mask)
+        output = self._decoder[0](input_ids=input_ids, attention_mask=mask, use_cache=False, **source)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)  # [N, H]
         return summed_cross_entropy(hidden, targets, self._logits_of[0], self._chunk_tokens)
+
+    def _encoded(
+        self, ids: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> dict[str, torch.Tensor | None]:  # [B, S] -> [B, S, H]
+        """What a T5-type decoder reads of its source; nothing for a decoder-only model."""
+        if ids is None:
+            return {}
+        hidden = self._encoder[0](input_ids=ids, attention_mask=mask).last_hidden_state
+        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
 
 
 @dataclass(frozen=True)
@@ -65,35 +81,42 @@ def train_step(
     whole step's trained tokens (the fault of transformers before PR 34198 was to average averages).
 
     Args:
-        batches: the step's micro-batches, on the model's device.
+        batches: the step's micro-batches; each moves to the model's device when its turn comes.
         backward, clip: accelerate's versions while training.
         unsynced: context of all micro-batches but the last, under DDP `no_sync`.
     """
     tokens = sum(batch.trained_tokens for batch in batches)
+    parameters = trainable(loss_of).values()
+    device = next(iter(parameters)).device
     total: torch.Tensor | None = None
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with nullcontext() if last else unsynced():
-            loss = loss_of(batch.input_ids, batch.positions, batch.targets) / tokens
+            loss = loss_of(*batch.to(device).tensors) / tokens
             backward(loss)
         total = loss.detach() if total is None else total + loss.detach()
         del loss
     assert total is not None, "a step needs at least one micro-batch"
-    grad_norm = clip(trainable(loss_of).values(), max_grad_norm)
+    grad_norm = clip(parameters, max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total, torch.as_tensor(grad_norm), tokens)
 
 
 @torch.no_grad()
+def evaluate_batch(loss_of: nn.Module, batch: Batch) -> torch.Tensor:
+    """Summed loss of one micro-batch; the memory trace runs it too."""
+    loss: torch.Tensor = loss_of(*batch.tensors)
+    return loss
+
+
 def evaluate(loss_of: nn.Module, batches: Iterable[Batch], device: torch.device | str) -> float:
     """Mean loss per trained token, through the same chunked loss, without dropout."""
     was_training = loss_of.training
     loss_of.eval()
     total, tokens = 0.0, 0
     for batch in batches:
-        batch = batch.to(device)
-        total += float(loss_of(batch.input_ids, batch.positions, batch.targets))
+        total += float(evaluate_batch(loss_of, batch.to(device)))
         tokens += batch.trained_tokens
     loss_of.train(was_training)
     return total / max(tokens, 1)

@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 _PEFT_PREFIX = "base_model.model."
-_UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias")
+_UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
 
 
 class MergeResult(Frozen):
@@ -44,6 +44,11 @@ class _Delta:
     a: torch.Tensor  # [r, in]
     b: torch.Tensor  # [out, r]
     scaling: float
+
+    @property
+    def transposed(self) -> _Delta:
+        """For GPT-2's Conv1D, whose weight is [in, out]."""
+        return _Delta(self.b.T, self.a.T, self.scaling)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,6 +86,7 @@ def merge_adapter(
         raise ConfigError(
             f"'{folder}' has no *.safetensors file.", "Point the adapter at a safetensors base."
         )
+    deltas = _named_as_in_base(deltas, {name for _, name, _ in sources})
     _require_match(deltas, {name: tuple(entry["shape"]) for _, name, entry in sources})
     n_bytes = sum(_n_bytes(entry) for _, _, entry in sources)
     _require_disk(output, n_bytes)
@@ -151,14 +157,10 @@ def read_adapter(adapter: Path) -> dict[str, _Delta]:
         other = [n for n in tensors.keys() if ".lora_A." not in n and ".lora_B." not in n]  # noqa: SIM118
         if other or not names:
             raise ConfigError(f"'{weights}' holds more than LoRA weights: {other[:3]}.", _BY_PEFT)
-        return {
-            f"{name.removeprefix(_PEFT_PREFIX)}.weight": _Delta(
-                tensors.get_tensor(f"{name}.lora_A.weight"),
-                tensors.get_tensor(f"{name}.lora_B.weight"),
-                scaling,
-            )
-            for name in names
-        }
+        factors = {n: [tensors.get_tensor(f"{n}.lora_{side}.weight") for side in "AB"] for n in names}
+    deltas = {n.removeprefix(_PEFT_PREFIX): _Delta(a, b, scaling) for n, (a, b) in factors.items()}
+    turned = bool(config.get("fan_in_fan_out"))
+    return {f"{name}.weight": d.transposed if turned else d for name, d in deltas.items()}
 
 
 _BY_PEFT = "Merge it with peft's merge_and_unload; this merge does not support it yet."
@@ -213,6 +215,14 @@ def _n_bytes(entry: dict[str, Any]) -> int:
 
 
 _OWN_BASE = "Give the base that the adapter was trained on: --base PATH"
+
+
+def _named_as_in_base(deltas: dict[str, _Delta], names: set[str]) -> dict[str, _Delta]:
+    """GPT-2's file on the hub says "h.0.attn" where the model says "transformer.h.0.attn"."""
+    if any(name in names for name in deltas):
+        return deltas
+    shorter = {name.partition(".")[2]: delta for name, delta in deltas.items()}
+    return shorter if all(name in names for name in shorter) else deltas
 
 
 def _require_match(deltas: dict[str, _Delta], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
 from lowvram.memory.allocator import replay_reserved
-from lowvram.memory.kernels import Backend, Capability, cublas_bytes
+from lowvram.memory.kernels import Backend, Capability
 from lowvram.memory.layers import NotRepeatable, blocks_of, extend, with_layers
 from lowvram.memory.run import trace_step
 from lowvram.memory.trace import Allocation, Trace
@@ -38,6 +40,9 @@ class MemoryEstimate(Frozen):
     peak_reserved_bytes: int
     peak_moment: str
     components_bytes: dict[str, int]  # sums to peak_allocated_bytes
+    phases_bytes: dict[str, int] = Field(  # peak allocated of each
+        default_factory=dict, description="load, evaluation, forward, backward, clip, optimizer"
+    )
     n_events: int  # allocations and frees that were traced
 
 
@@ -56,14 +61,13 @@ def estimate(
         capability: the GPU's, for the size of cuBLAS's workspaces.
     """
     trace = trace_all_layers(config, step, backend, capability)
-    workspace = cublas_bytes(capability) if backend == "cuda" else 0
     peak_bytes, at = peak_of(trace)
     components = _components_at(trace, at)
-    components["workspaces"] = components.get("workspaces", 0) + workspace
     return MemoryEstimate(
-        peak_allocated_bytes=peak_bytes + workspace,
-        peak_reserved_bytes=_reserved(trace, step, backend) + workspace,
+        peak_allocated_bytes=peak_bytes,
+        peak_reserved_bytes=_reserved(trace, step, backend),
         peak_moment=_moment(trace, at),
+        phases_bytes=_peak_by_phase(trace),
         components_bytes={c: components[c] for c in COMPONENTS if components.get(c)},
         n_events=len(trace.events),
     )
@@ -97,6 +101,17 @@ def peak_of(trace: Trace) -> tuple[int, int]:
         if live > peak:
             peak, at = live, index
     return peak, at
+
+
+def _peak_by_phase(trace: Trace) -> dict[str, int]:
+    peaks: dict[str, int] = {}
+    live = 0
+    for event in trace.events:
+        allocation = trace.allocations[abs(event) - 1]
+        live += allocation.n_bytes if event > 0 else -allocation.n_bytes
+        if event > 0:
+            peaks[allocation.phase] = max(live, peaks.get(allocation.phase, 0))
+    return peaks
 
 
 def component_of(allocation: Allocation, trace: Trace) -> str:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lowvram.engine.attention import mask_for_window_only
+from lowvram.engine.attention import MASKS
 from lowvram.engine.model import NF4_BLOCK
 from lowvram.units import MiB
 
@@ -32,7 +32,9 @@ def choose_kernels(model: Any, backend: Backend, capability: Capability) -> None
     a device takes one fused kernel for each.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.set_attn_implementation(_traced_attention(backend, capability))
+    chosen = base.config._attn_implementation
+    if chosen != "eager":  # whose operators are traced as they are
+        base.set_attn_implementation(_traced_attention(chosen, backend, capability))
     if backend == "cuda":
         for module in list(base.modules()):
             for name, child in module.named_children():
@@ -47,10 +49,10 @@ class _FusedDropout(nn.Dropout):
         return torch.native_dropout(input, self.p, self.training)[0]
 
 
-def _traced_attention(backend: Backend, capability: Capability) -> str:
+def _traced_attention(chosen: str, backend: Backend, capability: Capability) -> str:
     """Register transformers' own attention function with SDPA replaced by the kernel SDPA would pick."""
     flash = backend == "cpu" or capability is None or capability >= (8, 0)
-    name = f"lowvram_traced_{backend}_{'fused' if flash else 'turing'}"
+    name = f"{chosen}_traced_{backend}_{'fused' if flash else 'turing'}"
     kernel = _cpu_sdpa if backend == "cpu" else _ampere_sdpa if flash else _turing_sdpa
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +60,7 @@ def _traced_attention(backend: Backend, capability: Capability) -> str:
             return sdpa_attention_forward(module, *args, **kwargs)
 
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask_for_window_only)
+    AttentionMaskInterface.register(name, MASKS[chosen])
     return name
 
 
@@ -80,7 +82,7 @@ Mask = torch.Tensor | None
 def _cpu_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Mask = None, **options: Any
 ) -> torch.Tensor:  # [B, H, T, D]
-    if options.get("dropout_p"):
+    if options.get("dropout_p") or (attn_mask is not None and attn_mask.requires_grad):  # T5's zero bias
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
     result: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, options["is_causal"], attn_mask=_additive(attn_mask, q), scale=options.get("scale")
@@ -164,7 +166,7 @@ def _flash_backward_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
     return int(accumulator + expanded)
 
 
-def cublas_bytes(capability: Capability) -> int:
-    """Workspaces that cuBLAS keeps for the life of the process."""
+def cublas_bytes(capability: Capability) -> tuple[int, ...]:
+    """Workspaces that cuBLAS keeps for the life of the process, from the first matrix product on."""
     per_handle = CUBLAS_WORKSPACE_BYTES_SM90 if capability and capability[0] >= 9 else CUBLAS_WORKSPACE_BYTES
-    return CUBLAS_WORKSPACES * per_handle
+    return (per_handle,) * CUBLAS_WORKSPACES

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lowvram.memory.trace import OUTSIDE, Trace
+from lowvram.memory.trace import ALLOC_ROUNDING, OUTSIDE, Allocation, Trace, round_up
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -125,7 +125,7 @@ class _Extension:
 
     def __init__(self, trace: Trace, runs: list[_Run], blocks: Blocks) -> None:
         self._old, self._runs, self._n_layers = trace, runs, blocks.n_blocks
-        self._period = blocks.period
+        self._period, self._blocks = blocks.period, blocks
         self._new = Trace()
         self._layer_of: dict[int, int] = {}  # old allocation -> the layer that made it
         self._place: dict[int, tuple[int, int]] = {}  # old allocation -> (sweep, number within its run)
@@ -185,11 +185,17 @@ class _Extension:
             if event > 0:
                 old = self._old.allocations[event - 1]
                 module = _renumbered(old.module, (layer - run.layer) * self._period)
-                new = replace(old, died=None, module=module)
+                new = replace(old, died=None, module=module, n_bytes=self._bytes(old))
                 self._made[(event - 1, layer)] = self._new.allocate(new, layer)
             else:
                 for index in self._freed(-event - 1, run.layer, layer):
                     self._new.free(index, layer)
+
+    def _bytes(self, old: Allocation) -> int:
+        """Larger by the repeated blocks' share, where it is something for all layers at once."""
+        middle = [b for i, b in enumerate(old.bytes_by_layer) if self._blocks.block_of(i) == _REPEATED]
+        more = (self._n_layers - _LAST - 1) * sum(middle)
+        return old.n_bytes + round_up(more, ALLOC_ROUNDING) if more else old.n_bytes
 
     def _freed(self, old: int, old_layer: int, layer: int) -> list[int]:
         """The new allocations that go when `old` goes, seen from new layer `layer`."""

@@ -99,9 +99,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self.phase = outer
 
-    def transient(self, n_bytes: int, op: str) -> None:
-        """Something of `n_bytes` exists for a moment."""
-        self._transient(n_bytes, op)
+    @contextmanager
+    def temporary(self, n_bytes: int, op: str, bytes_by_layer: tuple[int, ...] = ()) -> Iterator[None]:
+        """Something of `n_bytes` that no dispatcher sees exists while the context lasts."""
+        index = self.keep(n_bytes, op, bytes_by_layer)
+        yield
+        self.trace.free(index, self._layer)
+
+    def keep(self, n_bytes: int, op: str, bytes_by_layer: tuple[int, ...] = ()) -> int:
+        """Something of `n_bytes` that no dispatcher sees exists from now on; returns its allocation."""
+        rounded = round_up(n_bytes, self._rounding)
+        allocation = Allocation(rounded, self.phase, self._module, op, "workspaces")
+        allocation.bytes_by_layer = bytes_by_layer
+        return self.trace.allocate(allocation, self._layer)
 
     def _enter(self, name: str, layer: int) -> Any:
         def hook(_module: nn.Module, _args: Any) -> None:
@@ -141,9 +151,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.trace.free(index, self._layer)
 
     def _transient(self, n_bytes: int, op: str) -> None:
-        n_bytes = round_up(n_bytes, self._rounding)
-        allocation = Allocation(n_bytes, self.phase, self._module, op, "workspaces")
-        self.trace.free(self.trace.allocate(allocation, self._layer), self._layer)
+        with self.temporary(n_bytes, op):
+            pass
 
 
 class _OutputShapes:

@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowvram.engine.adapters import trainable
 from lowvram.engine.config import StepConfig
 from lowvram.engine.optimizer import make_optimizer
-from lowvram.engine.step import SummedLoss, train_step
-from lowvram.memory.kernels import Backend, Capability
+from lowvram.engine.step import SummedLoss, evaluate_batch, train_step
+from lowvram.memory.kernels import Backend, Capability, cublas_bytes
+from lowvram.memory.load import record_loading
 from lowvram.memory.recorder import Recorder
 from lowvram.memory.trace import ALLOC_ROUNDING, Trace
 from lowvram.memory.weights import meta_batch, meta_model
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def trace_step(
     config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability = None
 ) -> Trace:
-    """Loading, then one optimizer step at the plan's full shape, with optimizer state already there.
+    """Loading, an evaluation pass and one optimizer step at the plan's full shape, its state already there.
 
     Under accumulation the last micro-batch is traced: it is the worst, since the gradients of those before
     it live through its forward; they are put there first.
@@ -38,7 +39,11 @@ def trace_step(
         recorder.watch(model, config.get_text_config().vocab_size)
         loss_of = SummedLoss(model, step)
         parameters = trainable(model)
-        record_weights(recorder, model)
+        record_loading(recorder, model, backend)
+        for n_bytes in cublas_bytes(capability) if backend == "cuda" else ():
+            recorder.keep(n_bytes, "cublas workspace")
+        with recorder, recorder.during("evaluation"):
+            _evaluate(loss_of, step)
         label_gradients(recorder, parameters)
         optimizer = OptimizerTwin(recorder, parameters, step)
         if step.accumulation > 1:
@@ -46,6 +51,12 @@ def trace_step(
         with recorder, recorder.during("forward"):
             _run(recorder, loss_of, optimizer, step)
     return recorder.trace
+
+
+def _evaluate(loss_of: nn.Module, step: StepConfig) -> None:
+    loss_of.eval()
+    evaluate_batch(loss_of, meta_batch(step))
+    loss_of.train()
 
 
 def _run(recorder: Recorder, loss_of: nn.Module, optimizer: OptimizerTwin, step: StepConfig) -> None:
@@ -107,39 +118,6 @@ class OptimizerTwin:
         self._recorder.at("")
         for parameter in self._parameters.values():
             parameter.grad = None
-
-
-def record_weights(recorder: Recorder, model: Any) -> None:
-    """Everything that loading leaves on the device, layer by layer."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    for name, parameter in model.named_parameters():
-        recorder.at(name)
-        if parameter.requires_grad:
-            component = "adapters"
-        elif parameter is embedding:
-            component = "embeddings"
-        elif parameter is head:
-            component = "head"
-        else:
-            component = "base_weights"
-        recorder.label(parameter, component)
-        for tensor in _quantization_tensors(parameter):
-            recorder.label(tensor, "base_weights")
-    for name, buffer in model.named_buffers():
-        recorder.at(name)
-        recorder.label(buffer, "base_weights")
-    recorder.at("")
-
-
-def _quantization_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
-    state = getattr(parameter, "quant_state", None)
-    if state is None:
-        return []
-    tensors = [state.absmax, state.code, state.offset]
-    if state.state2 is not None:
-        tensors += [state.state2.absmax, state.state2.code]
-    return [t for t in tensors if t is not None]
 
 
 def label_gradients(recorder: Recorder, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -23,6 +23,7 @@ class Allocation:
     component: str | None = None  # None: decided by its life, see `estimate.component_of`
     born: int = 0
     died: int | None = None
+    bytes_by_layer: tuple[int, ...] = ()  # the share of each layer in something that all layers share
 
 
 @dataclass

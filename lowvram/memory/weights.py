@@ -79,14 +79,23 @@ def _quantized_weight(module: Any) -> None:
     module.weight = packed
 
 
+def source_bytes(parameter: Any) -> int:
+    """Of a quantised weight as it was before."""
+    state = parameter.quant_state
+    return int(math.prod(state.shape) * state.dtype.itemsize)
+
+
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def meta_batch(step: StepConfig) -> Batch:
     """A micro-batch of the plan's full shape in which every token is trained: the worst case."""
-    rows, length = step.micro_batch, step.seq_len
-    trained = rows * (length - 1)
-    return Batch(
-        _empty((rows, length), torch.int64), _empty((trained,), torch.int64), _empty((trained,), torch.int64)
-    )
+    rows = step.micro_batch
+    if step.target_len is None:
+        trained = rows * (step.seq_len - 1)
+        shapes: list[tuple[int, ...]] = [(rows, step.seq_len), (trained,), (trained,)]
+    else:
+        trained = rows * step.target_len
+        shapes = [(rows, step.target_len), (trained,), (trained,), *[(rows, step.seq_len)] * 2]
+    return Batch(*(_empty(shape, torch.int64) for shape in shapes))

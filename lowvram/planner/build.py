@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram.data.stats import DataStats
 from lowvram.engine.adapters import resolve_targets
 from lowvram.engine.config import BasePrecision, ComputeDtype, Levers, StepConfig
-from lowvram.engine.model import skeleton
+from lowvram.engine.model import in_out_features, is_linear, skeleton
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.hardware import DEFAULT_HELD_BYTES, Hardware
@@ -20,6 +20,7 @@ from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.profiles import Profile
 from lowvram.planner.reasons import explain
 from lowvram.planner.search import Found, Say, Search, rungs, split
+from lowvram.planner.survey import Survey, survey
 from lowvram.planner.wishes import Wishes
 from lowvram.units import GiB, format_bytes, format_count
 
@@ -49,6 +50,31 @@ def make_plan(
         ConfigError: a wish that contradicts the model or the data.
         DoesNotFitError: nothing fits; the remedy is the nearest plan that does.
     """
+    return _decide(source, hardware, profile, wishes, stats, say)[0]
+
+
+def make_plan_and_survey(
+    source: ModelSource,
+    hardware: Hardware,
+    profile: Profile,
+    wishes: Wishes,
+    stats: DataStats | None = None,
+    say: Say = lambda _: None,
+) -> tuple[Plan, Survey]:
+    """The plan, and what would fit on other cards, at other lengths and ranks and by other methods."""
+    plan, search, shape = _decide(source, hardware, profile, wishes, stats, say)
+    full_rank = _full_rank(shape, plan.target_modules)
+    return plan, survey(plan, hardware, search, context_limit(source), full_rank)
+
+
+def _decide(
+    source: ModelSource,
+    hardware: Hardware,
+    profile: Profile,
+    wishes: Wishes,
+    stats: DataStats | None,
+    say: Say,
+) -> tuple[Plan, Search, PreTrainedModel]:
     base = _base_step(source, hardware, profile, wishes, stats)
     shape = skeleton(source.config, base)
     search = Search(
@@ -60,7 +86,7 @@ def make_plan(
         say,
     )
     found = _find(search, base, wishes, profile)
-    return _assemble(source, hardware, profile, wishes, stats, search, found, shape)
+    return _assemble(source, hardware, profile, wishes, stats, search, found, shape), search, shape
 
 
 def checked(plan: Plan, source: ModelSource) -> Plan:
@@ -107,6 +133,8 @@ def _base_step(
     _require_rank_within(shape, targets, wishes.rank or profile.rank)
     linux_gpu = hardware.backend in ("cuda", "rocm") and platform.system() == "Linux"
     return StepConfig(
+        task_type="SEQ2SEQ_LM" if source.config.is_encoder_decoder else "CAUSAL_LM",
+        target_len=_target_len(source, profile),
         base_precision=precision,
         compute_dtype=_compute_dtype(hardware, precision),
         rank=wishes.rank or profile.rank,
@@ -123,13 +151,24 @@ def _base_step(
 
 def _require_rank_within(shape: Any, targets: tuple[str, ...], rank: int) -> None:
     """An adapter of a rank above its layer's own adds parameters and no freedom."""
-    layers = [m for n, m in shape.named_modules() if n.rsplit(".", 1)[-1] in targets]
-    full = max(min(m.in_features, m.out_features) for m in layers if hasattr(m, "in_features"))
+    full = _full_rank(shape, targets)
     if rank > full:
         raise ConfigError(
             f"--rank {rank} is above the full rank {full} of the largest target layer.",
             f"Use a rank up to {full}; 4 to 64 are usual.",
         )
+
+
+def _full_rank(shape: Any, targets: tuple[str, ...]) -> int:
+    """Of the largest target layer."""
+    return max(min(pair) for pair in _target_shapes(shape, targets))
+
+
+def _target_shapes(shape: Any, targets: tuple[str, ...]) -> list[tuple[int, int]]:
+    """(in, out) of every adapted layer."""
+    head = shape.get_output_embeddings()
+    modules = (m for n, m in shape.named_modules() if n.rsplit(".", 1)[-1] in targets)
+    return [in_out_features(m) for m in modules if is_linear(m) and m is not head]
 
 
 def _compute_dtype(hardware: Hardware, precision: BasePrecision) -> ComputeDtype:
@@ -152,6 +191,13 @@ def _seq_len(source: ModelSource, profile: Profile, wishes: Wishes, stats: DataS
     wanted = wishes.seq_len or (stats.longest_tokens if stats else profile.default_seq_len)
     _require_answers(min(wanted, limit), stats)
     return min(max(math.ceil(wanted / 8) * 8, 8), limit)
+
+
+def _target_len(source: ModelSource, profile: Profile) -> int | None:
+    """T5-type models read the longest example and write a quarter of it: T5's own 512 and 114 tokens."""
+    if not source.config.is_encoder_decoder:
+        return None
+    return max(profile.default_seq_len // 4, 8)
 
 
 def _require_answers(seq_len: int, stats: DataStats | None) -> None:
@@ -221,12 +267,13 @@ def _card_for(needed_bytes: int, hardware: Hardware, profile: Profile) -> int:
 
 def _n_trainable(shape: Any, step: StepConfig) -> int:
     """r * (in + out) for every targeted linear layer."""
-    layers = (
-        m
-        for n, m in shape.named_modules()
-        if n.rsplit(".", 1)[-1] in step.target_modules and hasattr(m, "in_features")
-    )
-    return sum(step.rank * (m.in_features + m.out_features) for m in layers)
+    return sum(step.rank * (n_in + n_out) for n_in, n_out in _target_shapes(shape, step.target_modules))
+
+
+def _origin_note(source: ModelSource) -> list[str]:
+    if source.config_origin != "shipped table":
+        return []
+    return [f"config from the shipped table ({source.refusal and source.refusal.reason})"]
 
 
 def _unquantized_note(shape: PreTrainedModel, step: StepConfig) -> list[str]:
@@ -287,5 +334,9 @@ def _assemble(
         seconds_per_step=round(search.seconds(step), 3),
         n_parameters=search.n_parameters,
         n_trainable=_n_trainable(shape, step),
-        reasons=(*explain(step, hardware, profile, wishes, stats), *_unquantized_note(shape, step)),
+        reasons=(
+            *_origin_note(source),
+            *explain(step, hardware, profile, wishes, stats),
+            *_unquantized_note(shape, step),
+        ),
     )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.hardware import Hardware
-from lowvram.memory.estimate import MemoryEstimate, estimate
+from lowvram.memory.cache import remembered_estimate
+from lowvram.memory.estimate import MemoryEstimate
 from lowvram.memory.kernels import Backend
 from lowvram.planner.time_model import seconds_per_step
 
@@ -55,7 +56,8 @@ class Search:
         key = step.model_dump_json()
         if key not in self._known:
             self.say(f"tracing {describe(step)}")
-            self._known[key] = estimate(self.config, step, self.backend, self.hardware.capability)
+            found = remembered_estimate(self.config, step, self.backend, self.hardware.capability)
+            self._known[key] = found
         return self._known[key]
 
     def reserved_bytes(self, step: StepConfig) -> int:

@@ -233,7 +233,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
 def _step(run: Run, micro_batches: list[list[Any]]) -> StepResult:
     """One optimizer step, its memory measured phase by phase."""
     with run.monitor.during("forward"):
-        batches = [run.data.collate(examples).to(run.device) for examples in micro_batches]
+        batches = [run.data.collate(examples) for examples in micro_batches]
         run.largest_batch_tokens = max(run.largest_batch_tokens, *(b.input_ids.numel() for b in batches))
         result = train_step(
             run.loss_of,

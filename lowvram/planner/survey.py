@@ -1,0 +1,139 @@
+"""Survey: what else would fit, on other cards, at other lengths and ranks, and by other methods."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from lowvram.engine.config import BasePrecision, Levers, StepConfig
+from lowvram.frozen import Frozen
+from lowvram.hardware import Hardware, card_of_size
+from lowvram.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT
+from lowvram.planner.profiles import profile_for
+from lowvram.planner.search import Search
+from lowvram.units import GiB
+
+if TYPE_CHECKING:
+    from lowvram.planner.plan import Plan
+
+CARDS_GIB = (8, 10, 11, 12, 16, 24)
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+_TRACED = (512, 2048, 8192, 32768)  # the lengths between lie under the lines between these
+_LARGEST_RANK = 1024
+_PAGES = MIDDLE_SEGMENT + SMALL_SEGMENT  # 22 MiB: by so much what is reserved may be rounded up
+
+
+class LengthNeed(Frozen):
+    """What one sequence of a length takes with every lever that saves memory, at the plan's rank."""
+
+    seq_len: int
+    reserved_bytes: int
+    traced: bool  # else on the line between two traced lengths, which memory stays under
+
+
+class CardFit(Frozen):
+    """One card, and the longest sequence that fits it."""
+
+    name: str
+    total_bytes: int
+    budget_bytes: int
+    largest_seq_len: int  # 0: not even the shortest length of the table
+
+
+class Survey(Frozen):
+    """The neighbourhood of a plan."""
+
+    lengths: tuple[LengthNeed, ...]
+    cards: tuple[CardFit, ...]
+    largest_rank: int
+    lora_16bit_bytes: int  # reserved, the same step over a 16-bit base
+    full_fine_tuning_bytes: int | None  # allocated by plain transformers, 16-bit, AdamW, recompute
+
+
+def survey(plan: Plan, hardware: Hardware, search: Search, context_limit: int, full_rank: int) -> Survey:
+    """Trace the plan's neighbours.
+
+    Args:
+        search: of the plan, so that nothing is traced twice.
+        context_limit: positions that the model knows.
+        full_rank: of the largest target layer.
+    """
+    needs = _needs(plan, search, context_limit)
+    return Survey(
+        lengths=tuple(n for n in needs if n.seq_len in LENGTHS),
+        cards=tuple(_card(card, needs) for card in _cards(hardware)),
+        largest_rank=_largest_rank(plan, search, full_rank),
+        lora_16bit_bytes=search.reserved_bytes(_sixteen_bit(plan)),
+        full_fine_tuning_bytes=None,
+    )
+
+
+def _cards(hardware: Hardware) -> list[Hardware]:
+    cards = [card_of_size(gib * GiB, hardware) for gib in CARDS_GIB]
+    known = any(abs(card.total_bytes - hardware.total_bytes) < GiB // 4 for card in cards)
+    return cards if hardware.backend == "cpu" or known else [*cards, hardware]
+
+
+def _smallest(plan: Plan) -> StepConfig:
+    levers = {**plan.levers.model_dump(), "gradient_checkpointing": True, "loss_chunk_tokens": 64}
+    saving = {"levers": Levers(**levers), "micro_batch": 1, "accumulation": 2}
+    step = StepConfig(**{name: getattr(plan, name) for name in StepConfig.model_fields})
+    if plan.device.backend != "cpu":
+        saving["optimizer"] = "paged_adamw8bit"
+    return step.model_copy(update=saving)
+
+
+def _needs(plan: Plan, search: Search, context_limit: int) -> list[LengthNeed]:
+    step = _smallest(plan)
+    ends = sorted({n for n in _TRACED if n < context_limit} | {min(context_limit, 4 * LENGTHS[-1])})
+    traced = {n: search.reserved_bytes(step.model_copy(update={"seq_len": n})) for n in ends}
+    wanted = sorted({*ends, *(n for n in LENGTHS if n <= context_limit)})
+    return [
+        LengthNeed(seq_len=n, reserved_bytes=traced.get(n) or _between(traced, n), traced=n in traced)
+        for n in wanted
+    ]
+
+
+def _between(traced: dict[int, int], seq_len: int) -> int:
+    """A page above the line through the traced neighbours.
+
+    The allocated peak is the largest of affine functions, so under the line; reserved bytes come in pages.
+    """
+    low = max(n for n in traced if n < seq_len)
+    high = min(n for n in traced if n > seq_len)
+    return round(traced[low] + (traced[high] - traced[low]) * (seq_len - low) / (high - low)) + _PAGES
+
+
+def _card(card: Hardware, needs: list[LengthNeed]) -> CardFit:
+    usable = card.total_bytes - card.held_bytes - card.context_bytes
+    budget = int(usable - profile_for(card).margin_share * card.total_bytes)
+    fit = 0
+    for low, high in itertools.pairwise(needs):
+        if low.reserved_bytes <= budget:
+            fit = low.seq_len
+            if high.reserved_bytes > budget:
+                room = max(budget - low.reserved_bytes - _PAGES, 0)
+                share = room / (high.reserved_bytes - low.reserved_bytes)
+                fit = low.seq_len + int(share * (high.seq_len - low.seq_len)) // 64 * 64
+                break
+            fit = high.seq_len
+    return CardFit(name=card.name, total_bytes=card.total_bytes, budget_bytes=budget, largest_seq_len=fit)
+
+
+def _largest_rank(plan: Plan, search: Search, full_rank: int) -> int:
+    """The plan's rank doubled as often as it fits, all else as planned."""
+    step = StepConfig(**{name: getattr(plan, name) for name in StepConfig.model_fields})
+    limit = min(full_rank, _LARGEST_RANK)
+    ranks = [r for k in range(12) if (r := plan.rank << k) <= limit] or [plan.rank]
+    low, high = 0, len(ranks) - 1
+    while low < high:  # memory grows with the rank: bisect
+        middle = (low + high + 1) // 2
+        fits = search.reserved_bytes(step.model_copy(update={"rank": ranks[middle]})) <= plan.budget_bytes
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return ranks[low]
+
+
+def _sixteen_bit(plan: Plan) -> StepConfig:
+    step = StepConfig(**{name: getattr(plan, name) for name in StepConfig.model_fields})
+    precision: BasePrecision = plan.compute_dtype
+    return step.model_copy(update={"base_precision": precision})

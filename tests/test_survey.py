@@ -1,0 +1,111 @@
+"""The survey around a plan, and the memory of traced estimates, on a small architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from lowvram.engine.config import Levers, StepConfig
+from lowvram.engine.source import ModelSource
+from lowvram.hardware import Hardware, card_of_size, probe
+from lowvram.memory import cache
+from lowvram.memory.estimate import estimate
+from lowvram.planner.build import make_plan_and_survey
+from lowvram.planner.plan import Plan
+from lowvram.planner.profiles import profile_for
+from lowvram.planner.survey import LENGTHS, Survey
+from lowvram.planner.wishes import Wishes
+from lowvram.units import GiB
+
+SMALL: dict[str, object] = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 2000,
+    "max_position_embeddings": 9000,
+}
+
+
+@pytest.fixture(scope="module")
+def around(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Survey, Hardware]:
+    folder = tmp_path_factory.mktemp("llama")
+    AutoConfig.for_model(**SMALL).save_pretrained(folder)
+    card = card_of_size(8 * GiB, probe())
+    return *make_plan_and_survey(ModelSource(str(folder)), card, profile_for(card), Wishes()), card
+
+
+def test_lengths_end_at_the_model_s_limit_and_grow(around: tuple[Plan, Survey, Hardware]) -> None:
+    _, survey, _ = around
+    assert [n.seq_len for n in survey.lengths] == [n for n in LENGTHS if n <= 9000]
+    assert all(a.reserved_bytes < b.reserved_bytes for a, b in pairwise(survey.lengths))
+
+
+def test_the_line_between_traced_lengths_is_never_below_the_trace(
+    around: tuple[Plan, Survey, Hardware],
+) -> None:
+    plan, survey, _ = around
+    between = [n for n in survey.lengths if not n.traced]
+    assert between
+    config = ModelSource(plan.model).config
+    levers = Levers(**plan.levers.model_dump() | {"gradient_checkpointing": True, "loss_chunk_tokens": 64})
+    step = StepConfig(**{name: getattr(plan, name) for name in StepConfig.model_fields})
+    saving = {"levers": levers, "micro_batch": 1, "accumulation": 2, "optimizer": "paged_adamw8bit"}
+    for need in between:
+        traced = estimate(config, step.model_copy(update=saving | {"seq_len": need.seq_len}), "cuda", (8, 6))
+        assert traced.peak_reserved_bytes <= need.reserved_bytes
+
+
+def test_cards_hold_more_the_larger_they_are(around: tuple[Plan, Survey, Hardware]) -> None:
+    _, survey, _ = around
+    assert [round(c.total_bytes / GiB) for c in survey.cards] == [8, 10, 11, 12, 16, 24]
+    assert all(a.largest_seq_len <= b.largest_seq_len for a, b in pairwise(survey.cards))
+    for card in survey.cards:
+        fitting = [n.seq_len for n in survey.lengths if n.reserved_bytes <= card.budget_bytes]
+        assert max(fitting) <= card.largest_seq_len <= 9000
+
+
+def test_largest_rank_fits_and_is_within_the_full_rank(around: tuple[Plan, Survey, Hardware]) -> None:
+    plan, survey, _ = around
+    assert survey.largest_rank == 256  # the full rank: this model is small for its card
+    assert survey.lora_16bit_bytes > plan.estimate.peak_reserved_bytes / 2
+
+
+def test_an_estimate_is_traced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time it comes from disk; another step or a broken file is traced."""
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    traced: list[StepConfig] = []
+    whole = cache.estimate
+
+    def counted(config: Any, step: StepConfig, *where: Any) -> Any:
+        traced.append(step)
+        return whole(config, step, *where)
+
+    monkeypatch.setattr(cache, "estimate", counted)
+    config, step = AutoConfig.for_model(**SMALL), StepConfig(seq_len=64)
+    ask: Callable[[StepConfig], Any] = lambda s: cache.remembered_estimate(config, s, "cuda", (8, 6))  # noqa: E731
+    first = ask(step)
+    assert ask(step) == first
+    assert len(traced) == 1
+    assert ask(step.model_copy(update={"seq_len": 128})) != first
+    for file in (tmp_path / "traces").iterdir():
+        file.write_text("{}")
+    assert ask(step) == first
+    assert len(traced) == 3
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    monkeypatch.setenv("LOWVRAM_CACHE", str(blocker))
+    config = AutoConfig.for_model(**SMALL)
+    assert cache.remembered_estimate(config, StepConfig(seq_len=64), "cuda", None).peak_allocated_bytes > 0
