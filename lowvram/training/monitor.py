@@ -82,6 +82,11 @@ class MemoryMonitor:
             with self._lock:
                 self._resident = self._process.memory_info().rss
 
+    def forget(self) -> None:
+        """Let the peaks so far go: what comes is measured by itself."""
+        self.enter(self._phase)
+        self._peaks.clear()
+
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
         """`phase`, then the one before it again."""

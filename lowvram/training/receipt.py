@@ -58,7 +58,7 @@ def make_receipt(run: Run) -> Receipt:
         predicted_peak_allocated_bytes=estimate.peak_allocated_bytes,
         predicted_peak_reserved_bytes=estimate.peak_reserved_bytes,
         predicted_context_bytes=plan.device.context_bytes,
-        **_measured_peaks(peaks),
+        **{f"measured_peak_{k}_bytes": v for k, v in whole_peak(peaks)._asdict().items()},
         measured_context_bytes=run.monitor.context_bytes,
         measured_held_bytes=run.monitor.held_bytes,
         measured_steps=run.measured_steps,
@@ -80,12 +80,13 @@ def by_phase(predicted_bytes: dict[str, int], peaks: dict[Phase, Peak]) -> dict[
     }
 
 
-def _measured_peaks(peaks: dict[Phase, Peak]) -> dict[str, int | None]:
+def whole_peak(peaks: dict[Phase, Peak]) -> Peak:
+    """The highest of all phases but `other`, saving and what hooks do: not planned, so not compared."""
     whole = Peak()
     for phase, peak in peaks.items():
-        if phase != "other":  # saving and what hooks do: not planned, so not compared
+        if phase != "other":
             whole = whole.joined(peak)
-    return {f"measured_peak_{name}_bytes": value for name, value in whole._asdict().items()}
+    return whole
 
 
 def _device(run: Run) -> tuple[str, int]:
