@@ -16,7 +16,7 @@ _BAR = 44  # pixels high
 _HEIGHT = 320
 _FLOOR = 292  # y of zero bytes; the axis is written below
 _LEFT, _RIGHT = 5.0, 95.0  # per cent of the width
-_LABEL_APART = 13  # pixels between two labels of one column
+_LABEL_APART = 14  # pixels between two labels of one column
 _LABEL_COLUMN = 62  # pixels from one column of labels to the next
 _COLORS = 9
 
@@ -99,8 +99,8 @@ def _axis(needs: Sequence[LengthNeed]) -> Iterator[str]:
 
 
 def _card_lines(cards: Sequence[CardFit], top: float) -> Iterator[str]:
-    """Labels that would overlap move to the next column to the right."""
-    lowest: list[float] = []  # y of the last label of each column
+    """Lines, then labels over them; labels that would overlap move to the next column to the right."""
+    labels, lowest = [], list[float]()  # lowest: y of the last label of each column
     for card in sorted(cards, key=lambda card: card.budget_bytes):
         y = _y(card.budget_bytes, top)
         free = (i for i, last in enumerate(lowest) if last - y >= _LABEL_APART)
@@ -108,7 +108,10 @@ def _card_lines(cards: Sequence[CardFit], top: float) -> Iterator[str]:
         lowest[column : column + 1] = [y]
         yield f'<line class="card" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
         label = f"{card.total_bytes / GiB:.3g} GB"
-        yield f'<text class="cardname" x="{column * _LABEL_COLUMN + 2}" y="{y - 3:.1f}">{label}</text>'
+        labels.append(
+            f'<text class="cardname" x="{column * _LABEL_COLUMN + 2}" y="{y + 4:.1f}">{label}</text>'
+        )
+    yield from labels
 
 
 def _curve(needs: Sequence[LengthNeed], top: float) -> Iterator[str]:

@@ -78,24 +78,28 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
 def _legend(plan: Plan) -> str:
     """The bar's colours with their numbers, then the totals."""
     estimate = plan.estimate
-    rows = [
-        f'<tr><td><i class="{part.css}"></i>{_text(part.name)}</td><td>{format_bytes(part.n_bytes)}</td></tr>'
-        for part in segments(plan)
-    ]
+    rows = [_legend_row(plan, part.name, part.n_bytes, "", part.css) for part in segments(plan)]
     totals = {
         "allocated": estimate.peak_allocated_bytes,
         "reserved": estimate.peak_reserved_bytes,
         "budget": plan.budget_bytes,
         "card": plan.device.total_bytes,
     }
-    rows += [f'<tr class="sum"><td>{k}</td><td>{format_bytes(n)}</td></tr>' for k, n in totals.items()]
+    rows += [_legend_row(plan, name, n_bytes, "sum") for name, n_bytes in totals.items()]
     table = f'<table class="legend"><tbody>{"".join(rows)}</tbody></table>'
-    return table + _note(f"The peak is at {estimate.peak_moment}.")
+    return table + _note(f"The peak is at {estimate.peak_moment}. Free memory beyond the budget is margin.")
+
+
+def _legend_row(plan: Plan, name: str, n_bytes: int, row_css: str, css: str = "") -> str:
+    share = f"{100 * n_bytes / max(plan.device.total_bytes, 1):.1f} %"
+    swatch = f'<i class="{css}"></i>' if css else ""
+    cells = f"<td>{swatch}{_text(name)}</td><td>{format_bytes(n_bytes)}</td><td>{share}</td>"
+    return f'<tr class="{row_css}">{cells}</tr>'
 
 
 def _neighbourhood(plan: Plan, survey: Survey) -> list[str]:
-    method = "One sequence at a time, every memory lever on, at the plan's rank."
-    lines = "A card's line is what it leaves for training. Hollow points lie at or above what is needed."
+    method = "Share of what the card leaves for training: one sequence at a time, every memory lever on."
+    lines = "A card's line is what it leaves for training. A hollow point is an upper bound between two traced lengths."
     chart = length_chart(survey)
     return [
         _section("Context by card", _cards(survey), _note(method)),
@@ -123,7 +127,7 @@ def _row(need: LengthNeed, cards: Iterable[CardFit]) -> str:
 def _cell(need: LengthNeed, card: CardFit) -> str:
     """How much of what the card leaves is needed; never told by colour alone."""
     fits = need.reserved_bytes <= card.budget_bytes
-    share = f"{100 * need.reserved_bytes / max(card.budget_bytes, 1):.0f} %"
+    share = f"{int(100 * need.reserved_bytes / max(card.budget_bytes, 1))} %"
     return f'<td class="yes">{share}</td>' if fits else '<td class="no">no</td>'
 
 
@@ -205,12 +209,14 @@ ul { margin: 0; padding-left: 20px; } li { overflow-wrap: anywhere; margin: 2px 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: 4px 10px; text-align: right; white-space: nowrap; font-weight: normal; }
 thead th, .sum td, .sum th { font-weight: 600; }
-.legend { width: 100%; max-width: 420px; margin-top: 10px; }
+.legend { width: 100%; max-width: 560px; margin-top: 10px; }
 .legend td:first-child { text-align: left; padding-left: 0; }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 9px; }
 .wide { overflow-x: auto; }
 .cards { width: 100%; } .cards td.yes, .cards td.no { text-align: center; border: 2px solid var(--sheet); }
 .cards thead th:nth-child(n+3), .cards .sum td:nth-child(n+3) { text-align: center; }
+@media (max-width: 520px) { main { padding: 10px 8px; } header, section { padding: 12px; }
+  .cards { font-size: 12.5px; } .cards td, .cards th { padding: 4px 3px; } }
 .method { display: grid; grid-template-columns: 140px 1fr; gap: 0 12px; margin-bottom: 10px; }
 .method em { grid-column: 1 / -1; }
 .method i { grid-column: 1 / -1; height: 8px; border-radius: 4px; background: var(--need); }
