@@ -142,3 +142,20 @@ def replay_reserved(events: Iterable[int], sizes: list[int], expandable: bool = 
         else:
             allocator.release(blocks.pop(-event))
     return allocator.peak_reserved_bytes
+
+
+def replay_allocated(events: Iterable[int], sizes: list[int]) -> int:
+    """Peak of what the allocator calls allocated: it counts a block whole when it is not worth splitting."""
+    allocator = CachingAllocator()
+    blocks: dict[int, _Block] = {}
+    live = peak = 0
+    for event in events:
+        if event > 0:
+            block = blocks[event] = allocator.allocate(sizes[event - 1])
+            live += block.size
+            peak = max(peak, live)
+        else:
+            block = blocks.pop(-event)
+            live -= block.size
+            allocator.release(block)
+    return peak
