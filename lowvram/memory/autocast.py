@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_LOW_PRECISION = {  # of torch's list, the operators that language models call
+_LOW_PRECISION = {  # of torch's list, what language models call; attention's kernels cast by themselves
     F.linear,
     torch.matmul,
     torch.Tensor.matmul,
     torch.Tensor.__matmul__,
     torch.bmm,
-    F.scaled_dot_product_attention,
 }
 
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import nn
 
 from lowvram.engine.adapters import trainable
+from lowvram.engine.attention import PADDED_ATTENTION
 from lowvram.engine.config import StepConfig
 from lowvram.engine.model import skeleton
 from lowvram.frozen import Frozen
@@ -48,6 +49,9 @@ class PlainStep(Frozen):
     seq_len: int = Field(2048, ge=8)
     checkpointing: Literal["no", "reentrant", "non-reentrant"] = "no"
     attention: Literal["sdpa", "fa2", "eager"] = "sdpa"
+    builds_mask: bool = Field(
+        False, description="SDPA gets a [T, T] mask, as from transformers 4.5x without padding or a mask"
+    )
     norms_in_fp32: bool = Field(False, description="as prepare_model_for_kbit_training leaves them")
     loss: Literal["padded-labels", "shifted-logits", "fp32-head"] = Field(
         "padded-labels",
@@ -134,6 +138,8 @@ def plain_model(config: PretrainedConfig, plain: PlainStep, backend: Backend, ca
     model.config.use_cache = False
     if plain.attention == "eager":
         model.set_attn_implementation("eager")
+    elif plain.builds_mask:
+        model.set_attn_implementation(PADDED_ATTENTION)
     _set_loss(model, plain)
     if plain.method != "full":
         model = _with_adapters(model, plain)
