@@ -62,6 +62,13 @@ class CachingAllocator:
                 block = _merge(left, right)
         self._insert(block)
 
+    def empty_cache(self) -> None:
+        """Give back the segments in which nothing lives."""
+        for small, pool in self._free.items():
+            whole = [entry for entry in pool if entry[2].before is None and entry[2].after is None]
+            self.reserved_bytes -= sum(entry[0] for entry in whole)
+            self._free[small] = [entry for entry in pool if entry not in whole]
+
     def _take(self, size: int, small: bool) -> _Block | None:
         pool = self._free[small]
         at = bisect_left(pool, (size, -1))
@@ -144,15 +151,31 @@ def replay_reserved(events: Iterable[int], sizes: list[int], expandable: bool = 
     return allocator.peak_reserved_bytes
 
 
-def replay_allocated(events: Iterable[int], sizes: list[int]) -> int:
-    """Peak of what the allocator calls allocated: it counts a block whole when it is not worth splitting."""
+def replay_allocated(events: list[int], sizes: list[int], start: int = 0, repeats: int = 1) -> int:
+    """Peak of what the allocator calls allocated: it counts a block whole when it is not worth splitting.
+
+    Args:
+        start: the event before which the peak is reset and the cache emptied.
+        repeats: how often what comes from there on happens.
+    """
     allocator = CachingAllocator()
     blocks: dict[int, _Block] = {}
-    live = peak = 0
+    _peak_allocated(allocator, blocks, events[:start], sizes)
+    peak = 0
+    for _ in range(repeats):
+        allocator.empty_cache()
+        peak = max(peak, _peak_allocated(allocator, blocks, events[start:], sizes))
+    return peak
+
+
+def _peak_allocated(
+    allocator: CachingAllocator, blocks: dict[int, _Block], events: Iterable[int], sizes: list[int]
+) -> int:
+    live = peak = sum(block.size for block in blocks.values())
     for event in events:
         if event > 0:
-            block = blocks[event] = allocator.allocate(sizes[event - 1])
-            live += block.size
+            blocks[event] = allocator.allocate(sizes[event - 1])
+            live += blocks[event].size
             peak = max(peak, live)
         else:
             block = blocks.pop(-event)

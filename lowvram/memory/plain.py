@@ -24,7 +24,7 @@ from lowvram.memory.kernels import Backend, Capability, choose_kernels, cublas_b
 from lowvram.memory.layers import NotRepeatable, blocks_of, extend, with_layers
 from lowvram.memory.load import record_weight
 from lowvram.memory.recorder import Recorder
-from lowvram.memory.run import create_gradients, label_gradients
+from lowvram.memory.run import label_gradients
 from lowvram.memory.trace import ALLOC_ROUNDING, Trace
 from lowvram.memory.weights import onto_meta, quantize_weight
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Model = Any  # a PreTrainedModel or a PeftModel around one
 
 _MAX_NORM = 1.0
+_WARM_UP = "warm-up"
 
 
 class PlainStep(Frozen):
@@ -59,6 +60,7 @@ class PlainStep(Frozen):
     )
     keeps_outputs: bool = Field(False, description="the loop holds the logits until backward is over")
     keeps_gradients: bool = Field(False, description="zero_grad(set_to_none=False)")
+    empties_cache: bool = Field(False, description="before the measured step, and resets the peak")
     clips: bool = Field(False, description="clip_grad_norm_ before the optimizer")
     more_inputs: int = Field(0, ge=0, description="[B, T] int64 tensors on the device besides the ids")
 
@@ -74,7 +76,13 @@ def plain_peak_bytes(
     if backend == "cpu":
         return peak_of(trace)[0]
     sizes = [a.n_bytes for a in trace.allocations]
-    return replay_allocated(trace.events, sizes) + cublas_bytes(capability)
+    start = steady_start(trace) if plain.empties_cache else 0
+    return replay_allocated(trace.events, sizes, start) + cublas_bytes(capability)
+
+
+def steady_start(trace: Trace) -> int:
+    """The event at which the second step begins."""
+    return next(a.born for a in trace.allocations if a.phase == "forward")
 
 
 def trace_plain(
@@ -92,7 +100,7 @@ def trace_plain(
 def trace_plain_layers(
     config: PretrainedConfig, plain: PlainStep, backend: Backend = "cuda", capability: Capability = None
 ) -> Trace:
-    """One steady step with the optimizer's state already there."""
+    """Weights, the first step, in which the optimizer's state comes about, and a steady one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' deprecations
         model = plain_model(config, plain, backend, capability)
@@ -103,10 +111,11 @@ def trace_plain_layers(
         label_gradients(recorder, parameters)
         for name, parameter in parameters.items():
             recorder.own(parameter, name)
-        optimizer = _optimizer_with_state(recorder, parameters)
-        if plain.keeps_gradients:
-            create_gradients(recorder, parameters)
-        _run(recorder, model, optimizer, parameters, plain)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=1e-5, foreach=True)
+        for phase in (_WARM_UP, "forward"):
+            with recorder, recorder.during(phase):
+                _run(recorder, model, optimizer, parameters, plain)
+        recorder.stop()
     return recorder.trace
 
 
@@ -116,13 +125,22 @@ class _PlainRecorder(Recorder):
     _elements: Iterator[torch.Tensor] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not str(func).startswith("aten._foreach_"):
-            return super().__torch_dispatch__(func, types, args, kwargs)
+        name = str(func)
+        if not name.startswith("aten._foreach_"):
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            if name == "aten.zeros_like.default" and self.owner_of(args[0]):
+                self.label(result, "optimizer_state")
+                self.own(result, self.owner_of(args[0]))
+            return result
         self._elements = iter(args[0])
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self._elements = None
         self.at("")
         return result
+
+    def stop(self) -> None:
+        """What is released from now on is no part of the step."""
+        self._index_of.clear()
 
     def _record(self, tensor: torch.Tensor, op: str) -> None:
         if not tensor.is_meta:
@@ -217,24 +235,6 @@ def _record_weights(recorder: Recorder, model: Model) -> None:
     recorder.at("")
 
 
-def _optimizer_with_state(recorder: Recorder, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """A first update makes the state; its gradients were there before and are not counted."""
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-5, foreach=True)
-    for parameter in parameters.values():
-        parameter.grad = torch.empty_like(parameter)
-        recorder.exclude(parameter.grad)
-    with recorder, recorder.during("optimizer"):
-        optimizer.step()
-    for name, parameter in parameters.items():
-        for value in optimizer.state[parameter].values():
-            if value.is_meta:  # the count of steps is on the host
-                recorder.label(value, "optimizer_state")
-                recorder.own(value, name)
-    optimizer.zero_grad()
-    recorder.at("")
-    return optimizer
-
-
 def _run(
     recorder: _PlainRecorder,
     model: Model,
@@ -242,25 +242,28 @@ def _run(
     parameters: dict[str, nn.Parameter],
     plain: PlainStep,
 ) -> None:
-    with recorder, recorder.during("forward"):
-        recorder.at("")
-        ids = torch.empty((plain.batch, plain.seq_len), dtype=torch.int64, device="meta")
-        kept = [torch.empty_like(ids) for _ in range(plain.more_inputs)]
-        unseen = torch.ones_like(ids)  # else transformers looks into the ids' values for packed sequences
-        recorder.exclude(unseen)
-        loss, outputs = _forward(model, ids, unseen, plain)
-        recorder.at("")
-        with recorder.during("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
-        recorder.at("")
-        del loss, outputs
-        if plain.clips:
-            with recorder.during("clip"):
-                nn.utils.clip_grad_norm_(parameters.values(), _MAX_NORM)
-        with recorder.during("optimizer"):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=not plain.keeps_gradients)
-        del kept
+    recorder.at("")
+    ids = torch.empty((plain.batch, plain.seq_len), dtype=torch.int64, device="meta")
+    kept = [torch.empty_like(ids) for _ in range(plain.more_inputs)]
+    unseen = torch.ones_like(ids)  # else transformers looks into the ids' values for packed sequences
+    recorder.exclude(unseen)
+    loss, outputs = _forward(model, ids, unseen, plain)
+    recorder.at("")
+    with recorder.during(_named("backward", recorder)):
+        loss.backward()  # type: ignore[no-untyped-call]
+    recorder.at("")
+    del loss, outputs
+    if plain.clips:
+        with recorder.during(_named("clip", recorder)):
+            nn.utils.clip_grad_norm_(parameters.values(), _MAX_NORM)
+    with recorder.during(_named("optimizer", recorder)):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=not plain.keeps_gradients)
+    del kept
+
+
+def _named(phase: str, recorder: Recorder) -> str:
+    return _WARM_UP if recorder.phase == _WARM_UP else phase
 
 
 def _forward(
