@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from lowvram.demo.model import demo_model
 from lowvram.engine.adapters import add_adapters, trainable
@@ -46,8 +47,14 @@ _LLAMA_70B: dict[str, Any] = {
     "vocab_size": 32000,
 }
 _WEIGHTS = {"base_weights", "embeddings", "head", "adapters", "optimizer_state"}
-_PIECES = "mask of [T, T] as transformers 4.57 builds it; whole allocator blocks"
-_TRL_445 = "peak in the last layer's MLP backward, 12,288 B a token more with peft 0.13 and bitsandbytes 0.43"
+_NOTES = {  # what explains a difference
+    "vramcalc": "512 B: transformers 5 keeps a second rotary buffer",
+    "vramcalc-llama-3.2-1b-full-bf16-eager": "one [T, T] mask is made in other pieces; whole allocator blocks",
+    "vramcalc-qwen2.5-1.5b-full-bf16": "peak in the optimizer's 1.5 B of foreach temporaries: which whole blocks hold them",
+    "fms": "one 512 B block a tensor in clipping, and small per-step tensors of the Trainer",
+    "fms-mistral-7b-lora-b4-tf445": "the logits' copies die in another order in transformers 4.45",
+    "fms-llama-2-70b": "not explained: 60.8 MB, at 0.09 %",
+}
 _TORCHTUNE = "torchtune's own model code, NF4 and loss chunks, torch.compile; printed to 0.1 GiB"
 
 
@@ -74,17 +81,22 @@ def published() -> Iterator[Row]:
     for row in rows:
         kind = row["id"].split("-")[0]
         if kind == "vramcalc" and row["method"] != "inference":
-            yield _plain_row(row, _vramcalc(row), _A6000, _PIECES)
+            yield _plain_row(row, _vramcalc(row), _A6000)
         elif kind == "fms" and _is_plain_fms(row):
-            note = _TRL_445 if "trl" in row["id"] and "tf445" in row["id"] else ""
-            yield _plain_row(row, _fms(row), _A100, note)
+            yield _plain_row(row, _fms(row), _A100)
         elif row["id"].startswith("torchtune-llama-3.1-8b"):
             yield _torchtune(row)
 
 
-def _plain_row(row: dict[str, str], plain: PlainStep, capability: tuple[int, int], note: str) -> Row:
+def _plain_row(row: dict[str, str], plain: PlainStep, capability: tuple[int, int]) -> Row:
     predicted = plain_peak_bytes(_config(row["model"]), plain, "cuda", capability)
-    return Row(row["id"], "exact", predicted, _bytes(row), row["source"], note)
+    return Row(row["id"], "exact", predicted, _bytes(row), row["source"], _note(row["id"]))
+
+
+def _note(name: str) -> str:
+    """The note of the longest matching beginning."""
+    matching = [start for start in _NOTES if name.startswith(start)]
+    return _NOTES[max(matching, key=len)] if matching else ""
 
 
 def _bytes(row: dict[str, str]) -> int:
@@ -99,7 +111,7 @@ def _config(model: str) -> PretrainedConfig:
 
 
 def _is_plain_fms(row: dict[str, str]) -> bool:
-    """Not the fused kernels, nor models whose modules transformers has since rewritten (Mixtral's experts)."""
+    """Not the fused kernels, nor Mixtral, whose experts transformers has since rewritten."""
     return "foak" not in row["id"] and ("mistral-7b" in row["id"] or "llama-2-70b" in row["id"])
 
 
@@ -128,6 +140,7 @@ def _fms(row: dict[str, str]) -> PlainStep:
         batch=int(row["batch"]),
         seq_len=int(row["seq_len"]),
         loss="fp32-head" if "tf445" in row["id"] else "shifted-logits",
+        expands_kv="tf445" in row["id"],
         norms_in_fp32=row["upcast_norms"] == "yes",
         more_inputs=2,  # labels and mask
         clips=True,
@@ -199,35 +212,45 @@ _COMMON: dict[str, Any] = {
 
 def executed(console: Console) -> Iterator[Row]:
     """The real SmolLM2-135M's step on this CPU, its allocations seen by torch's profiler."""
+    disable_progress_bar()
     source = ModelSource(demo_model(console.print))
+    bases: dict[tuple[str, bool], Any] = {}  # loading takes longer than a step
     for name, changes in EXECUTED.items():
         step = StepConfig.model_validate({**_COMMON, **changes})
         try:
             trace = trace_step(source.config, step, "cpu")
             held = sum(a.n_bytes for a in trace.allocations if a.component in _WEIGHTS)
-            measured = held + _measured_bytes(source, step)
+            measured = held + _measured_bytes(source, step, bases)
         except (RuntimeError, NotImplementedError) as error:  # an optimizer that this CPU has no kernel for
             console.print(f"{name} cannot run here: {str(error).splitlines()[0]}")
             continue
-        yield Row(f"smollm2-135m-{name}", "executed", peak_of(trace)[0], measured, "this script, CPU")
         gc.collect()
+        console.print(f"{name}: {peak_of(trace)[0]:,} predicted, {measured:,} measured")
+        yield Row(f"smollm2-135m-{name}", "executed", peak_of(trace)[0], measured, "this script, CPU")
 
 
-def _measured_bytes(source: ModelSource, step: StepConfig) -> int:
+def _measured_bytes(source: ModelSource, step: StepConfig, bases: dict[tuple[str, bool], Any]) -> int:
     """Peak bytes that torch's profiler sees the step allocate, beyond weights and optimizer state."""
-    model = add_adapters(load(source, step, "cpu"), step).train()
+    kind = (step.base_precision, step.levers.double_quantization)
+    model = add_adapters(bases.pop(kind, None) or load(source, step, "cpu"), step).train()
     loss_of, parameters = SummedLoss(model, step), trainable(model)
     optimizer = make_optimizer(parameters.values(), step, 1e-4)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         batches = [_batch(step) for _ in range(min(step.accumulation, 2))]
-        train_step(loss_of, optimizer, batches, max_grad_norm=1.0)
+        train_step(loss_of, optimizer, batches, max_grad_norm=step.max_grad_norm)
+    bases[kind] = _without_adapters(model)
     return _peak_of_profile(profile)
+
+
+def _without_adapters(model: Any) -> Any:
+    base = model.unload()
+    base.activation_checkpointing_disable()
+    return base
 
 
 def _batch(step: StepConfig) -> Batch:
@@ -252,8 +275,19 @@ def _write(rows: list[Row], path: Path) -> None:
             writer.writerow({**asdict(row), "signed_error": f"{row.signed_error:+.6f}"})
 
 
+def _kept(path: Path, only: str | None) -> list[Row]:
+    """What the file says of the part that does not run now."""
+    if only is None or not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if k != "signed_error"} for row in csv.DictReader(file)]
+    sizes = ("predicted_bytes", "reference_bytes")
+    kept = [Row(**{k: int(v) if k in sizes else v for k, v in row.items()}) for row in rows]  # type: ignore[arg-type]
+    return [row for row in kept if (row.kind == "executed") == (only == "published")]
+
+
 def _table(rows: list[Row]) -> Table:
-    table = Table("Step", "Kind", "Predicted, bytes", "Reference, bytes", "Error")
+    table = Table(Column("Step", no_wrap=True), "Kind", "Predicted, bytes", "Reference, bytes", "Error")
     for row in rows:
         error = row.signed_error
         colour = "green" if abs(error) < 0.005 else "yellow" if abs(error) < 0.05 else "red"
@@ -278,9 +312,10 @@ def main() -> None:
     parser.add_argument("--only", choices=("published", "executed"))
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "prediction.csv")
     args = parser.parse_args()
-    console, rows = Console(), list[Row]()
+    console = Console()
+    rows = _kept(args.out, args.only)
     if args.only != "executed":
-        rows += published()
+        rows = [*published(), *rows]
     if args.only != "published":
         rows += executed(console)
     _write(rows, args.out)

@@ -59,7 +59,9 @@ class Bf16Autocast(TorchFunctionMode):
 
 @contextmanager
 def _unless_enabled() -> Iterator[None]:
-    entered: AbstractContextManager[Any] = nullcontext() if torch.is_autocast_enabled("cuda") else Bf16Autocast()
+    entered: AbstractContextManager[Any] = (
+        nullcontext() if torch.is_autocast_enabled("cuda") else Bf16Autocast()
+    )
     with entered:
         yield
 

@@ -11,9 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from lowvram.engine.adapters import trainable
-from lowvram.engine.attention import PADDED_ATTENTION
+from lowvram.engine.attention import PADDED_ATTENTION, mask_for_window_only
 from lowvram.engine.config import StepConfig
 from lowvram.engine.model import skeleton
 from lowvram.frozen import Frozen
@@ -52,6 +54,9 @@ class PlainStep(Frozen):
     attention: Literal["sdpa", "fa2", "eager"] = "sdpa"
     builds_mask: bool = Field(
         False, description="SDPA gets a [T, T] mask, as from transformers 4.5x without padding or a mask"
+    )
+    expands_kv: bool = Field(
+        False, description="repeats K and V for each query head, as transformers 4.45 does before FlashAttention"
     )
     norms_in_fp32: bool = Field(False, description="as prepare_model_for_kbit_training leaves them")
     loss: Literal["padded-labels", "shifted-logits", "fp32-head"] = Field(
@@ -150,7 +155,9 @@ class _PlainRecorder(Recorder):
         super()._record(tensor, op)
 
 
-def plain_model(config: PretrainedConfig, plain: PlainStep, backend: Backend, capability: Capability) -> Model:
+def plain_model(
+    config: PretrainedConfig, plain: PlainStep, backend: Backend, capability: Capability
+) -> Model:
     """transformers' model with peft's own LoRA layers, whose float32 adapters cast activations up."""
     model: Model = skeleton(config, _as_step(plain))
     model.config.use_cache = False
@@ -167,7 +174,25 @@ def plain_model(config: PretrainedConfig, plain: PlainStep, backend: Backend, ca
         _checkpoint(model, plain)
     onto_meta(model)
     choose_kernels(model, backend, capability)
+    if plain.expands_kv:
+        _expand_kv(model)
     return model.train()
+
+
+def _expand_kv(model: Model) -> None:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = AttentionInterface()[base.config._attn_implementation]
+    name = f"{base.config._attn_implementation}_expanded"
+
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:  # [B, Hq, T, D], [B, Hkv, T, D] twice
+        groups = module.num_key_value_groups
+        return inner(module, query, repeat_kv(key, groups), repeat_kv(value, groups), *args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask_for_window_only)
+    base.set_attn_implementation(name)
 
 
 def _as_step(plain: PlainStep) -> StepConfig:
