@@ -141,8 +141,10 @@ def ask_zero(stage: int) -> Callable[[Row, str], Question | None]:
             return None
         total, largest = PARAMETERS[folder_name(row["model"])]
         layers = f", largest_layer_params={largest}" if stage == 3 else ""
-        code = (f"from deepspeed.runtime.zero.{module} import {function}; "
-                f"{function}(total_params={total}{layers}, num_gpus_per_node=1, num_nodes=1)")
+        code = (
+            f"from deepspeed.runtime.zero.{module} import {function}; "
+            f"{function}(total_params={total}{layers}, num_gpus_per_node=1, num_nodes=1)"
+        )
         read = gib_after(r"\|(?=[ \d.]*GB \| .*offload_optimizer=none)")
         return Question(["python", "-c", code], read, f"ZeRO-{stage}, 1 GPU, no offload: model states", True)
 
@@ -194,9 +196,20 @@ def hf_vram_calc_lacks(row: Row) -> str:
 
 
 def ask_vramcalc(row: Row, folder: str) -> Question:
-    command = ["vramcalc", folder, "--train", "--json", "--batch", row["batch"], "--seq", seq_len(row),
-               "--precision", "amp" if row["base_precision"] == "fp32-amp" else "pure",
-               "--attn", "flash" if row["attention"] == "fa2" else row["attention"]]
+    command = [
+        "vramcalc",
+        folder,
+        "--train",
+        "--json",
+        "--batch",
+        row["batch"],
+        "--seq",
+        seq_len(row),
+        "--precision",
+        "amp" if row["base_precision"] == "fp32-amp" else "pure",
+        "--attn",
+        "flash" if row["attention"] == "fa2" else row["attention"],
+    ]
     command += ["--lora", row["rank"]] if row["rank"] else []
     command += ["--grad-checkpoint"] if row["checkpointing"] == "yes" else []
     quantised = row["method"] == "qlora"
@@ -216,14 +229,29 @@ def vramcalc_lacks(row: Row) -> str:
 
 TOOLS = (
     Tool("vramcalc", "vramcalc", ["vramcalc==0.1.2"], ask_vramcalc, vramcalc_lacks),
-    Tool("hf-vram-calc", "hf-vram-calc", [TORCH, "transformers==5.24.0", "hf-vram-calc==1.0.9"],
-         ask_hf_vram_calc, hf_vram_calc_lacks),
-    Tool("accelerate", "accelerate", [TORCH, "transformers==5.24.0", "accelerate==1.15.0"],
-         ask_accelerate, accelerate_lacks),
+    Tool(
+        "hf-vram-calc",
+        "hf-vram-calc",
+        [TORCH, "transformers==5.24.0", "hf-vram-calc==1.0.9"],
+        ask_hf_vram_calc,
+        hf_vram_calc_lacks,
+    ),
+    Tool(
+        "accelerate",
+        "accelerate",
+        [TORCH, "transformers==5.24.0", "accelerate==1.15.0"],
+        ask_accelerate,
+        accelerate_lacks,
+    ),
     Tool("deepspeed-zero2", "deepspeed", [TORCH, "deepspeed==0.19.8"], ask_zero(2), zero_lacks),
     Tool("deepspeed-zero3", "deepspeed", [TORCH, "deepspeed==0.19.8"], ask_zero(3), zero_lacks),
-    Tool("llm-resource-planner", "llm-resource-planner",
-         ["transformers==5.24.0", "llm-resource-planner==0.2.0"], ask_planner, planner_lacks),
+    Tool(
+        "llm-resource-planner",
+        "llm-resource-planner",
+        ["transformers==5.24.0", "llm-resource-planner==0.2.0"],
+        ask_planner,
+        planner_lacks,
+    ),
 )
 
 
@@ -288,8 +316,11 @@ def judged(question: Question, output: str, row: Row) -> Row:
 
 def error(predicted: int, row: Row) -> Row:
     reference = int(row["published_bytes"])
-    return {"predicted_bytes": str(predicted), "reference_bytes": str(reference),
-            "signed_error": f"{predicted / reference - 1:+.4f}"}
+    return {
+        "predicted_bytes": str(predicted),
+        "reference_bytes": str(reference),
+        "signed_error": f"{predicted / reference - 1:+.4f}",
+    }
 
 
 def ours(rows: list[Row]) -> Iterator[Row]:
@@ -299,15 +330,31 @@ def ours(rows: list[Row]) -> Iterator[Row]:
     version = (ROOT / "lowvram/__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
     for row in rows:
         if known.get(row["id"], {}).get("predicted_bytes"):
-            yield {"id": row["id"], "estimator": "lowvram", "version": version, "mode": "trace of the step",
-                   "fits": "yes", "command": "python scripts/bench_prediction.py",
-                   **error(int(known[row["id"]]["predicted_bytes"]), row)}
+            yield {
+                "id": row["id"],
+                "estimator": "lowvram",
+                "version": version,
+                "mode": "trace of the step",
+                "fits": "yes",
+                "command": "python scripts/bench_prediction.py",
+                **error(int(known[row["id"]]["predicted_bytes"]), row),
+            }
 
 
 # Writing ----------------------------------------------------------------------------------------------------
 
-COLUMNS = ("id", "estimator", "version", "command", "predicted_bytes", "reference_bytes", "signed_error",
-           "fits", "mode", "cannot_express")
+COLUMNS = (
+    "id",
+    "estimator",
+    "version",
+    "command",
+    "predicted_bytes",
+    "reference_bytes",
+    "signed_error",
+    "fits",
+    "mode",
+    "cannot_express",
+)
 NOTE = """
 Signed error of the predicted peak; + is an over-estimate. In brackets: the tool has no mode for this method
 (or the row does not publish what it asks for), and its nearest mode was asked; such cells stay out of the
@@ -357,8 +404,11 @@ def asked(rows: list[Row], work: Path) -> list[Row]:
 def recorded() -> list[Row]:
     """The last run's lines of the other tools."""
     lines = csv.DictReader((BENCH / "estimators.csv").open())
-    return [{key: value for key, value in line.items() if value} for line in lines
-            if line["estimator"] != "lowvram"]
+    return [
+        {key: value for key, value in line.items() if value}
+        for line in lines
+        if line["estimator"] != "lowvram"
+    ]
 
 
 def write(rows: list[Row], lines: list[Row]) -> None:

@@ -45,7 +45,7 @@ def _cublas(emit: Emit) -> None:
     a, b = (torch.ones(256, 256, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(2))
     bias = torch.ones(256, device="cuda", dtype=torch.float16)
     matrix = 256 * 256 * 2
-    all_handles = cublas_bytes(torch.cuda.get_device_capability(0))
+    all_handles = sum(cublas_bytes(torch.cuda.get_device_capability(0)))
     product, kept, _ = _spent(lambda: a @ b)
     forward = kept - matrix
     emit(_row("cublas", all_handles // 2, forward, "workspace after the process's first product"))

@@ -25,8 +25,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = self._content()
         self.send_response(404 if content is None else 200)
         data = b"{}" if content is None else content
-        for key, value in (("Content-Length", str(len(data))), ("Content-Type", "application/json"),
-                           ("X-Repo-Commit", COMMIT), ("ETag", f'"{hashlib.sha1(data).hexdigest()}"')):
+        for key, value in (
+            ("Content-Length", str(len(data))),
+            ("Content-Type", "application/json"),
+            ("X-Repo-Commit", COMMIT),
+            ("ETag", f'"{hashlib.sha1(data).hexdigest()}"'),
+        ):
             self.send_header(key, value)
         if content is None:
             self.send_header("X-Error-Code", "EntryNotFound")
