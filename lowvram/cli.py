@@ -70,7 +70,6 @@ def _console(stderr: bool = False) -> Console:
 def _quiet_libraries() -> None:
     """Keep the libraries' progress bars and deprecation notes out of our view."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|bitsandbytes")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -360,6 +359,7 @@ def _show_result(result: Any, folder: Path, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: our errors become one message, its remedy and their exit code."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # speaks when imported
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what came of them is in our message

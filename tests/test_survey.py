@@ -12,6 +12,8 @@ from transformers import AutoConfig
 
 from lowvram import pipeline
 from lowvram.engine.config import Levers, StepConfig
+from lowvram.engine.known_models import known_config
+from lowvram.engine.model import skeleton
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware, card_of_size, probe
@@ -130,3 +132,12 @@ def test_other_families_are_planned_by_name(name: str) -> None:
 def test_training_an_encoder_decoder_is_refused_before_anything_else(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="encoder-decoder"):
         pipeline.preflight(ModelSource("google-t5/t5-base"), tmp_path / "run")
+
+
+def test_flan_t5_has_a_head_of_its_own() -> None:
+    """google/flan-t5-base: 247,577,856 parameters on its card; T5's own base shares its head: 222,903,552."""
+    steps = StepConfig(task_type="SEQ2SEQ_LM", base_precision="bf16")
+    for name, parameters in (("google/flan-t5-base", 247_577_856), ("google-t5/t5-base", 222_903_552)):
+        config = known_config(name)
+        assert config is not None
+        assert sum(p.numel() for p in skeleton(config, steps).parameters()) == parameters

@@ -53,9 +53,18 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
             _TRAINABLE,
         ) from error
     model.set_attn_implementation(attention_for(model))
+    _untie_head(model)
     if step.base_precision == "nf4":
         _replace_linears(model, step)
     return model
+
+
+def _untie_head(model: PreTrainedModel) -> None:
+    """FLAN-T5 and mT5 have a head of their own, which transformers finds only when it loads their weights."""
+    config = model.config
+    if config.is_encoder_decoder and not getattr(config, "scale_decoder_outputs", False):
+        head: Any = model.get_output_embeddings()
+        head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
