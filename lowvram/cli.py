@@ -122,14 +122,16 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Predict what training would need: no GPU, no weights. Exit code 3 when it does not fit."""
-    flags = dict(locals())
-    from lowvram import compare_view
     from lowvram.frozen import require_new_file
 
+    flags = dict(locals())
     files = {flag: path for flag, path in (("--output", output), ("--html", html)) if path is not None}
-    compare_view.require_comparable(model, files)
     for flag, path in files.items():
         require_new_file(path, flag)
+    _quiet_libraries()
+    from lowvram import compare_view  # loads what was quieted
+
+    compare_view.require_comparable(model, files)
     if len(model) > 1:
         _compare(flags, as_json)
         return

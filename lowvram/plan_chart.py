@@ -15,7 +15,7 @@ from lowvram.units import GiB, format_bytes, printable
 _BAR = 44  # pixels high
 _HEIGHT = 320
 _FLOOR = 292  # y of zero bytes; the axis is written below
-_LEFT, _RIGHT = 5.0, 95.0  # per cent of the width
+_LEFT, _RIGHT = 13.0, 95.0  # per cent of the width
 _LABEL_APART = 14  # pixels between two labels of one column
 _LABEL_COLUMN = 62  # pixels from one column of labels to the next
 _COLORS = 9

@@ -99,7 +99,7 @@ def _legend_row(plan: Plan, name: str, n_bytes: int, row_css: str, css: str = ""
 
 def _neighbourhood(plan: Plan, survey: Survey) -> list[str]:
     method = "Share of what the card leaves for training: one sequence at a time, every memory lever on."
-    lines = "A card's line is what it leaves for training. A hollow point is an upper bound between two traced lengths."
+    lines = "A card's line is what it leaves for training. A hollow point is an upper bound."
     chart = length_chart(survey)
     return [
         _section("Context by card", _cards(survey), _note(method)),
@@ -216,7 +216,9 @@ thead th, .sum td, .sum th { font-weight: 600; }
 .cards { width: 100%; } .cards td.yes, .cards td.no { text-align: center; border: 2px solid var(--sheet); }
 .cards thead th:nth-child(n+3), .cards .sum td:nth-child(n+3) { text-align: center; }
 @media (max-width: 520px) { main { padding: 10px 8px; } header, section { padding: 12px; }
-  .cards { font-size: 12.5px; } .cards td, .cards th { padding: 4px 3px; } }
+  .cards { font-size: 12.5px; } .cards td, .cards th { padding: 4px 3px; }
+  .legend { font-size: 14px; } .legend td { padding: 3px 0 3px 8px; }
+  .legend td:first-child { white-space: normal; } }
 .method { display: grid; grid-template-columns: 140px 1fr; gap: 0 12px; margin-bottom: 10px; }
 .method em { grid-column: 1 / -1; }
 .method i { grid-column: 1 / -1; height: 8px; border-radius: 4px; background: var(--need); }

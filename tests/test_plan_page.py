@@ -26,9 +26,10 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 512,
+    "max_position_embeddings": 4096,
 }
 HOSTILE = "<script>alert('x')</script>&\"\x1b[31m"
-_EMPTY = {"meta", "line", "circle", "rect"}
+_EMPTY = {"meta"}
 
 
 class _Reader(HTMLParser):
@@ -137,6 +138,7 @@ def test_labels_of_cards_do_not_overlap(planned: Planned) -> None:
 
 
 def _main(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # an error that is told shuts out Ctrl-C
     monkeypatch.setattr("sys.argv", ["lowvram", *map(str, args)])
     with pytest.raises(SystemExit) as stopped:
         cli._run()
