@@ -35,6 +35,9 @@ data_app = typer.Typer(help="Look at training data before it is trained on.", no
 app.add_typer(data_app, name="data")
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id, such as Qwen/Qwen2-7B.")]
+Models = Annotated[
+    list[str], typer.Option("--model", "-m", help="Folder or hub id; up to four are compared.")
+]
 Data = Annotated[str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet or a hub data set id.")]
 MaybeData = Annotated[str | None, typer.Option("--data", "-d", help="Plan for this data's lengths.")]
 Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, such as 8GB.")]
@@ -97,7 +100,7 @@ def probe(as_json: AsJson = False) -> None:
 
 @app.command()
 def plan(
-    model: Model,
+    model: Models,
     data: MaybeData = None,
     vram: Vram = None,
     rank: Rank = None,
@@ -116,25 +119,29 @@ def plan(
     learning_rate: LearningRate = None,
     trust_remote_code: Remote = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the plan as YAML.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Save the plan as a page for a browser.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict what training would need: no GPU, no weights. Exit code 3 when it does not fit."""
+    flags = dict(locals())
+    from lowvram import compare_view
     from lowvram.frozen import require_new_file
 
-    flags = dict(locals())
-    if output is not None:
-        require_new_file(output)
+    files = {flag: path for flag, path in (("--output", output), ("--html", html)) if path is not None}
+    compare_view.require_comparable(model, files)
+    for flag, path in files.items():
+        require_new_file(path, flag)
+    if len(model) > 1:
+        _compare(flags, as_json)
+        return
     try:
-        planned = _planned(flags, with_survey=True)
+        planned = _planned({**flags, "model": model[0]}, with_survey=True)
     except LowvramError as error:
         if as_json and error.exit_code == 3:
-            typer.echo(
-                json.dumps({"fits": False, "model": model, "message": error.message, "nearest": error.remedy})
-            )
+            typer.echo(json.dumps(compare_view.Column(model[0], error).as_json()))
         raise
     _show(planned, as_json)
-    if output is not None:
-        _save_plan(planned, output, _console(stderr=as_json))
+    _save(planned, files, _console(stderr=as_json))
 
 
 @app.command()
@@ -260,6 +267,25 @@ def demo(
     run_demo(output, steps, _console())
 
 
+def _compare(flags: dict[str, Any], as_json: bool) -> None:
+    """Plan each model; one that does not fit is a column like the others. Exit code 3 when none fits."""
+    from lowvram import compare_view
+    from lowvram.errors import DoesNotFitError
+
+    columns: list[compare_view.Column] = []
+    for name in flags["model"]:
+        try:
+            columns.append(compare_view.Column(name, _planned(flags | {"model": name}, with_survey=True)))
+        except DoesNotFitError as error:
+            columns.append(compare_view.Column(name, error))
+    if as_json:
+        typer.echo(json.dumps([column.as_json() for column in columns], indent=2))
+    else:
+        compare_view.show_comparison(columns, _console())
+    if not any(column.planned for column in columns):
+        raise DoesNotFitError(f"None of the {len(columns)} models fits.", "Take one of the nearest plans.")
+
+
 def _planned(flags: dict[str, Any], with_survey: bool = False) -> Planned:
     """Everything up to the plan, from a command's flags."""
     _quiet_libraries()
@@ -309,14 +335,18 @@ def _show(planned: Planned, as_json: bool, console: Console | None = None) -> No
         survey_view.show_survey(planned, console)
 
 
-def _save_plan(planned: Planned, output: Path, console: Console) -> None:
+def _save(planned: Planned, files: dict[str, Path], console: Console) -> None:
+    from lowvram import plan_page
     from lowvram.errors import refusals_of_the_system
     from lowvram.frozen import require_new_file, write_atomically
 
-    require_new_file(output)  # once more: planning takes a while
-    with refusals_of_the_system(f"'{output}' cannot be written", "Give another --output."):
-        write_atomically(output, planned.plan.to_yaml())
-    console.print(f"Saved. Run it with: lowvram train {escape(str(output))}")
+    told = {"--output": "Saved. Run it with: lowvram train", "--html": "Saved. Open it in a browser:"}
+    for flag, path in files.items():
+        require_new_file(path, flag)  # once more: planning takes a while
+        text = planned.plan.to_yaml() if flag == "--output" else plan_page.page(planned)
+        with refusals_of_the_system(f"'{path}' cannot be written", f"Give another {flag}."):
+            write_atomically(path, text)
+        console.print(f"{told[flag]} {escape(str(path))}")
 
 
 def _show_result(result: Any, folder: Path, as_json: bool) -> None:

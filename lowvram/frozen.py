@@ -17,15 +17,15 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
 
-def require_new_file(path: Path) -> None:
+def require_new_file(path: Path, flag: str = "--output") -> None:
     """Refuse a `path` that is there already or cannot be written, before the work whose result it will hold.
 
     Raises:
         ConfigError: something is there, or its folder is missing or takes no file.
     """
-    with refusals_of_the_system(f"'{path}' cannot be written", "Give an --output in a folder of yours."):
+    with refusals_of_the_system(f"'{path}' cannot be written", f"Give an {flag} in a folder of yours."):
         if os.path.lexists(path):
-            raise ConfigError(f"'{path}' exists already.", "Give another --output; nothing was overwritten.")
+            raise ConfigError(f"'{path}' exists already.", f"Give another {flag}; nothing was overwritten.")
         if not path.parent.exists():
             raise ConfigError(f"There is no folder '{path.parent}'.", f"Make it: mkdir -p {path.parent}")
         tempfile.TemporaryFile(dir=path.parent).close()  # permission bits alone do not tell

@@ -90,7 +90,7 @@ def preflight(source: ModelSource, output: Path, log_with: Iterable[str] = ()) -
         DoesNotFitError: too little disk for the download or for any run.
     """
     require_trackers(log_with)
-    _ = source.config
+    _require_decoder_only(source)
     source.require_weights()
     RunFolder.refuse_used(output)
     require_disk(output, _RUN_FILES_BYTES)
@@ -135,6 +135,7 @@ def from_saved(plan: Plan, again: str) -> Planned:
         raise ConfigError(
             f"The model's folder '{plan.model}' is gone.", f"Move it back or link to it, then: {again}"
         )
+    _require_decoder_only(source)
     source.require_weights()
     return Planned(source, plan, prepare(plan.data, source, plan.held_out_share))
 
@@ -180,6 +181,15 @@ def start(
     with refusals_of_the_system(f"{folder.plan_file} cannot be written", "Give another --output."):
         write_atomically(folder.plan_file, planned.plan.to_yaml())
     return _train(planned, folder, console, log_with, before, after)
+
+
+def _require_decoder_only(source: ModelSource) -> None:
+    """T5-type models are planned and their step is tested; data for them is not prepared yet."""
+    if source.config.is_encoder_decoder:
+        raise ConfigError(
+            f"'{source.name}' is an encoder-decoder: lowvram plans its memory and does not train it yet.",
+            "See its plan with --dry-run, or train a decoder-only model.",
+        )
 
 
 def _require_download_room(source: ModelSource) -> None:

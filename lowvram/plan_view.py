@@ -47,6 +47,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "budget_bytes": plan.budget_bytes,
         "peak_allocated_bytes": plan.estimate.peak_allocated_bytes,
         "peak_reserved_bytes": plan.estimate.peak_reserved_bytes,
+        "fragmentation_bytes": _fragmentation_bytes(plan),
+        "phases_bytes": plan.estimate.phases_bytes,
         "peak_moment": plan.estimate.peak_moment,
         "components_bytes": plan.estimate.components_bytes,
         "host_ram_bytes": plan.host_ram_bytes,
@@ -98,8 +100,14 @@ def _rows(plan: Plan, bar_width: int) -> Iterator[tuple[str, Text | str, str]]:
         bar = Text("█" * max(1, round(bar_width * n_bytes / largest)), style=_COLORS[index % len(_COLORS)])
         yield name.replace("_", " "), bar, format_bytes(n_bytes)
     yield "[bold]allocated", "", f"[bold]{format_bytes(estimate.peak_allocated_bytes)}"
+    yield "fragmentation", "[dim]kept between blocks", format_bytes(_fragmentation_bytes(plan))
     yield "[bold]reserved", "", f"[bold]{format_bytes(estimate.peak_reserved_bytes)}"
     yield "budget", f"[dim]{_budget_note(plan)}", format_bytes(plan.budget_bytes)
+
+
+def _fragmentation_bytes(plan: Plan) -> int:
+    """What the allocator holds beyond what is allocated at the peak."""
+    return plan.estimate.peak_reserved_bytes - plan.estimate.peak_allocated_bytes
 
 
 def _bar_width(plan: Plan, width: int) -> int:

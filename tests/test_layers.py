@@ -20,7 +20,10 @@ ORDER = [
     {"training"},
     {"export"},
     {"pipeline"},
-    {"probe_view", "plan_view", "survey_view", "data_view", "result_view", "merge_command"},
+    {
+        *("probe_view", "plan_view", "plan_chart", "plan_page", "compare_view"),
+        *("survey_view", "data_view", "result_view", "merge_command"),
+    },
     {"demo"},
     {"cli"},
 ]

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from lowvram import pipeline
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.source import ModelSource
+from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware, card_of_size, probe
 from lowvram.memory import cache
 from lowvram.memory.estimate import estimate
-from lowvram.planner.build import make_plan_and_survey
+from lowvram.planner.build import make_plan, make_plan_and_survey
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import profile_for
 from lowvram.planner.survey import LENGTHS, Survey
@@ -109,3 +111,22 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     monkeypatch.setenv("LOWVRAM_CACHE", str(blocker))
     config = AutoConfig.for_model(**SMALL)
     assert cache.remembered_estimate(config, StepConfig(seq_len=64), "cuda", None).peak_allocated_bytes > 0
+
+
+@pytest.mark.parametrize("name", ["google-t5/t5-base", "openai-community/gpt2", "google/gemma-2-2b"])
+def test_other_families_are_planned_by_name(name: str) -> None:
+    """From the shipped table, without the hub: T5 with its target, GPT-2's Conv1D, Gemma 2's soft cap."""
+    card = card_of_size(8 * GiB, probe())
+    plan = make_plan(ModelSource(name), card, profile_for(card), Wishes(seq_len=256, batch=1))
+    assert plan.fits
+    assert plan.task_type == ("SEQ2SEQ_LM" if "t5" in name else "CAUSAL_LM")
+    assert plan.n_trainable > 1e5
+    assert sum(plan.estimate.components_bytes.values()) == plan.estimate.peak_allocated_bytes
+    phases = plan.estimate.phases_bytes
+    assert {"load", "evaluation", "forward", "backward", "clip", "optimizer"} <= set(phases)
+    assert max(phases.values()) == plan.estimate.peak_allocated_bytes
+
+
+def test_training_an_encoder_decoder_is_refused_before_anything_else(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="encoder-decoder"):
+        pipeline.preflight(ModelSource("google-t5/t5-base"), tmp_path / "run")

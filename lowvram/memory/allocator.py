@@ -256,6 +256,24 @@ def replay_reserved(events: Iterable[int], sizes: Sequence[int], expandable: boo
     return allocator.peak_reserved_bytes
 
 
+def replay_allocated(events: Sequence[int], sizes: Sequence[int], start: int = 0, repeats: int = 1) -> int:
+    """Peak of what the allocator calls allocated: it counts a block whole when it is not worth splitting.
+
+    Args:
+        start: the event before which the peak is reset and the cache emptied.
+        repeats: how often what comes from there on happens.
+    """
+    allocator = CachingAllocator()
+    addresses = _replay(allocator, events[:start], sizes)
+    peak = 0
+    for _ in range(repeats):
+        allocator.empty_cache()
+        allocator.peak_allocated_bytes = allocator.allocated_bytes
+        _replay(allocator, events[start:], sizes, addresses)
+        peak = max(peak, allocator.peak_allocated_bytes)
+    return peak
+
+
 def fits(events: Iterable[int], sizes: Sequence[int], budget_bytes: int, expandable: bool = False) -> bool:
     """Whether the events run where torch can reserve no more than `budget_bytes`.
 
@@ -269,10 +287,17 @@ def fits(events: Iterable[int], sizes: Sequence[int], budget_bytes: int, expanda
     return True
 
 
-def _replay(allocator: CachingAllocator, events: Iterable[int], sizes: Sequence[int]) -> None:
-    addresses: dict[int, int] = {}
+def _replay(
+    allocator: CachingAllocator,
+    events: Iterable[int],
+    sizes: Sequence[int],
+    addresses: dict[int, int] | None = None,
+) -> dict[int, int]:
+    """Returns where what is still alive lies; `addresses` says so of what is alive before."""
+    addresses = {} if addresses is None else addresses
     for event in events:
         if event > 0:
             addresses[event] = allocator.allocate(sizes[event - 1])
         else:
             allocator.release(addresses.pop(-event))
+    return addresses

@@ -60,7 +60,11 @@ def estimate(
         backend: whose hidden kernel buffers and allocator to count.
         capability: the GPU's, for the size of cuBLAS's workspaces.
     """
-    trace = trace_all_layers(config, step, backend, capability)
+    return estimate_of(trace_all_layers(config, step, backend, capability), step, backend)
+
+
+def estimate_of(trace: Trace, step: StepConfig, backend: Backend) -> MemoryEstimate:
+    """What a whole model's trace says."""
     peak_bytes, at = peak_of(trace)
     components = _components_at(trace, at)
     return MemoryEstimate(

@@ -72,8 +72,11 @@ class _SdpaAs(TorchFunctionMode):
         self._kernel = kernel
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        chosen = self._kernel if func is F.scaled_dot_product_attention else func
-        return chosen(*args, **(kwargs or {}))
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        if torch.is_autocast_enabled("cuda"):
+            args = tuple(a.to(torch.bfloat16) if isinstance(a, torch.Tensor) else a for a in args)
+        return self._kernel(*args, **(kwargs or {}))
 
 
 Mask = torch.Tensor | None

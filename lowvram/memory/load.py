@@ -31,7 +31,7 @@ def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
     named = {base.get_output_embeddings().weight: "head", base.get_input_embeddings().weight: "embeddings"}
     for name, parameter in sorted(frozen, key=lambda item: _natural(item[0])):
         recorder.at(name)
-        _record_weight(recorder, parameter, named.get(parameter, "base_weights"))
+        record_weight(recorder, parameter, named.get(parameter, "base_weights"))
     for name, buffer in model.named_buffers():
         recorder.at(name)
         recorder.label(buffer, "base_weights")
@@ -42,7 +42,7 @@ def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
     recorder.at("")
 
 
-def _record_weight(recorder: Recorder, parameter: nn.Parameter, component: str) -> None:
+def record_weight(recorder: Recorder, parameter: nn.Parameter, component: str) -> None:
     """A quantised weight was there in 16 bits, with its scales in float32, while it was made."""
     tensors = _quantization_tensors(parameter)
     if not tensors:

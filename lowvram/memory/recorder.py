@@ -80,6 +80,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Operators that start from `tensor` are `module`'s, whichever module ran last."""
         self._owners[_key(tensor)] = module
 
+    def owner_of(self, tensor: torch.Tensor) -> str:
+        """As `own` was told, "" if it was not."""
+        return self._owners.get(_key(tensor), "")
+
     def exclude(self, tensor: torch.Tensor) -> None:
         """This storage lives in host memory, or is counted elsewhere."""
         key = _key(tensor)

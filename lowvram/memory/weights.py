@@ -31,13 +31,13 @@ def meta_model(
     model = add_adapters(skeleton(config, step), step)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            _quantized_weight(module)
-    _onto_meta(model)
+            quantize_weight(module)
+    onto_meta(model)
     choose_kernels(model, backend, capability)
     return model.train()
 
 
-def _onto_meta(model: nn.Module) -> None:
+def onto_meta(model: nn.Module) -> None:
     """Adapters and the buffers that a constructor computes are real tensors until here; ties are kept."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -49,7 +49,7 @@ def _onto_meta(model: nn.Module) -> None:
                 setattr(module, name, buffer.to("meta"))
 
 
-def _quantized_weight(module: Any) -> None:
+def quantize_weight(module: Any) -> None:
     """Packed weight, scales and (double quantisation) scales of scales, as bitsandbytes stores them."""
     from bitsandbytes.functional import QuantState
 

@@ -213,8 +213,10 @@ def _require_answers(seq_len: int, stats: DataStats | None) -> None:
 
 
 def context_limit(source: ModelSource) -> int:
-    """Positions that the model knows."""
-    return int(getattr(source.config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+    """Positions that the model knows, or (T5, whose positions are relative) was trained on."""
+    text = source.config.get_text_config()
+    known = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(known or 1 << 20)
 
 
 def _effective_batch(profile: Profile, wishes: Wishes, stats: DataStats | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.frozen import Frozen
@@ -64,7 +64,7 @@ def survey(plan: Plan, hardware: Hardware, search: Search, context_limit: int, f
         cards=tuple(_card(card, needs) for card in _cards(hardware)),
         largest_rank=_largest_rank(plan, search, full_rank),
         lora_16bit_bytes=search.reserved_bytes(_sixteen_bit(plan)),
-        full_fine_tuning_bytes=None,
+        full_fine_tuning_bytes=_full_fine_tuning_bytes(plan, search),
     )
 
 
@@ -131,6 +131,19 @@ def _largest_rank(plan: Plan, search: Search, full_rank: int) -> int:
         fits = search.reserved_bytes(step.model_copy(update={"rank": ranks[middle]})) <= plan.budget_bytes
         low, high = (middle, high) if fits else (low, middle - 1)
     return ranks[low]
+
+
+def _full_fine_tuning_bytes(plan: Plan, search: Search) -> int | None:
+    """What a plain transformers loop takes to train every weight; a T5-type model's is not traced."""
+    from lowvram.memory.plain import PlainStep, plain_peak_bytes
+
+    if plan.task_type != "CAUSAL_LM":
+        return None
+    precision: Literal["bf16", "fp32"] = "fp32" if plan.compute_dtype == "fp32" else "bf16"
+    plain = PlainStep(
+        method="full", precision=precision, seq_len=plan.seq_len, checkpointing="non-reentrant", clips=True
+    )
+    return plain_peak_bytes(search.config, plain, search.backend, search.hardware.capability)
 
 
 def _sixteen_bit(plan: Plan) -> StepConfig:
