@@ -45,14 +45,14 @@ def _cublas(emit: Emit) -> None:
     a, b = (torch.ones(256, 256, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(2))
     bias = torch.ones(256, device="cuda", dtype=torch.float16)
     matrix = 256 * 256 * 2
-    all_handles = sum(cublas_bytes(torch.cuda.get_device_capability(0)))
+    first, second = cublas_bytes(torch.cuda.get_device_capability(0))
     product, kept, _ = _spent(lambda: a @ b)
     forward = kept - matrix
-    emit(_row("cublas", all_handles // 2, forward, "workspace after the process's first product"))
+    emit(_row("cublas", first, forward, "workspace after the process's first product"))
     _, kept, _ = _spent(lambda: product.sum().backward())
     backward = kept - 2 * matrix  # both gradients stay
-    emit(_row("cublas", all_handles // 2, backward, "workspace of autograd's thread"))
-    emit(_row("cublas", all_handles, forward + backward, "all workspaces"))
+    emit(_row("cublas", second, backward, "workspace of autograd's thread"))
+    emit(_row("cublas", first + second, forward + backward, "all workspaces"))
     _, kept, _ = _spent(lambda: F.linear(a.detach(), b.detach(), bias))
     emit(_row("cublas", 0, kept - matrix, "more after the first linear with bias (cuBLASLt)"))
 

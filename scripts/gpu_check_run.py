@@ -23,6 +23,7 @@ from lowvram.errors import DoesNotFitError
 from lowvram.frozen import Frozen, write_atomically
 from lowvram.hardware import Hardware, card_of_size
 from lowvram.memory.estimate import MemoryEstimate, estimate
+from lowvram.memory.snapshot import replay_snapshot
 from lowvram.planner.build import context_limit, make_plan
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import profile_for
@@ -107,8 +108,8 @@ def _run_plan(job: Job, trial: Trial, emit: Emit) -> None:
     plan, seconds = job.plan, [float("inf")]
 
     def run() -> None:
+        trial.evaluate(plan)  # first, as training does
         seconds[:] = [trial.step(plan) for _ in range(_STEPS)][1:]
-        trial.evaluate(plan)
 
     outcome = attempt(run)
     tokens = plan.micro_batch * plan.seq_len * min(plan.accumulation, 2)
@@ -119,7 +120,12 @@ def _run_plan(job: Job, trial: Trial, emit: Emit) -> None:
 
 def _run_longest(job: Job, trial: Trial, emit: Emit) -> None:
     longest = job.plan.model_copy(update={"seq_len": job.plan.largest_seq_len})
-    outcome = _alone(trial, lambda: trial.last_of(longest))
+
+    def run() -> None:
+        trial.evaluate(longest)
+        trial.last_of(longest)
+
+    outcome = _alone(trial, run)
     _emit_measured(job.row("largest", longest.seq_len), outcome, job.at_largest, job, trial.monitor, emit)
 
 
@@ -190,10 +196,6 @@ def small_step(emit: Emit, keep: Path) -> Hardware:
 
 def _replayed(snapshot: dict[str, Any]) -> Row:
     """Our allocator's rules on what CUDA's really allocated: its own reserved bytes should come out."""
-    try:
-        from lowvram.memory.snapshot import replay_snapshot
-    except ImportError:
-        return Row(check="replay", outcome="not run: there is no lowvram.memory.snapshot")
     found = replay_snapshot(snapshot)
     return Row(
         check="replay",

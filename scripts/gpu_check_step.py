@@ -66,7 +66,7 @@ class Trial:
     def evaluate(self, step: StepConfig) -> None:
         """The held-out loss of one full batch."""
         with self.monitor.during("evaluation"):
-            evaluate(self._loss_of, [full_batch(step, self._vocab_size, "cpu")], self.device)
+            evaluate(self._loss_of, [full_batch(step, self._vocab_size)], self.device)
 
     def clear(self) -> None:
         """As after loading: no gradients, nothing cached."""
@@ -78,7 +78,7 @@ class Trial:
         self._synchronize()
         started = time.perf_counter()
         with self.monitor.during("forward"):
-            batches = [full_batch(step, self._vocab_size, self.device) for _ in range(n_batches)]
+            batches = [full_batch(step, self._vocab_size) for _ in range(n_batches)]
             train_step(
                 self._loss_of,
                 self._optimizer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -133,6 +134,23 @@ def test_what_a_stage_measured_outlives_it(
     assert [row.seq_len for row in rows] == [64] * n_rows
 
 
+def test_a_recorded_step_is_replayed_and_kept_as_json() -> None:
+    """1,000 bytes in a segment of 2 MiB, as torch records them; what is kept replays to the same."""
+    place = {"addr": 1 << 30, "stream": 0, "frames": [{"name": "f", "line": 1, "filename": "x"}]}
+    trace = [
+        {"action": "segment_alloc", "size": 2 * MiB, **place},
+        {"action": "alloc", "size": 1000, **place},
+    ]
+    block = {"address": 1 << 30, "size": 1024, "requested_size": 1000, "state": "active_allocated"}
+    segment = {"device": 0, "total_size": 2 * MiB, "blocks": [block]}
+    snapshot = {"segments": [segment], "device_traces": [trace]}
+    row = gpu_check_run._replayed(snapshot)
+    assert (row.assumed_bytes, row.measured_bytes, row.measured_allocated_bytes) == (2 * MiB, 2 * MiB, 1024)
+    kept = json.loads(json.dumps(gpu_check_run._without_frames(snapshot)))
+    assert "frames" not in json.dumps(kept)
+    assert gpu_check_run._replayed(kept) == row
+
+
 _STUB = """
 import json, os, sys, time
 stage, given = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
@@ -188,8 +206,10 @@ def test_what_most_ask_for_comes_first() -> None:
 
 @pytest.mark.parametrize(("name", "known"), [("qwen2-7b", QWEN2_7B), ("llama-8b", LLAMA_8B)])
 def test_shapes_are_the_published_ones(name: str, known: dict[str, object]) -> None:
+    """The longest context is to be a matter of memory, so all models know as many positions."""
     config = gpu_check_model.config_of(name)
-    assert {key: getattr(config, key) for key in known} == known
+    shape = {key: value for key, value in known.items() if key != "architectures"}
+    assert {key: getattr(config, key) for key in shape} == shape
 
 
 def test_a_plan_for_an_emulated_card() -> None:
@@ -214,16 +234,16 @@ def test_what_cannot_fit_is_refused_by_the_planner() -> None:
 def test_every_stage_of_a_card_really_runs() -> None:
     """The whole sequence, on the CPU, which has no counters: each stage tells that it ran."""
     job = gpu_check_run.plan_job("tiny", 8.0, _here())
-    changes = {"compute_dtype": "fp32", "seq_len": 64, "micro_batch": 1, "accumulation": 4}
-    plan = job.plan.model_copy(update={**changes, "optimizer": "adamw", "largest_seq_len": 100})
+    changes = {"compute_dtype": "fp32", "seq_len": 32, "micro_batch": 1, "accumulation": 4}
+    plan = job.plan.model_copy(update={**changes, "optimizer": "adamw", "largest_seq_len": 50})
     job = job.model_copy(update={"plan": plan})
     rows: list[Row] = []
     gpu_check_run.run_job(job, rows.append, device="cpu")
     whole = [row for row in rows if row.phase == "all"]
     assert [(row.check, row.seq_len, row.outcome) for row in whole] == [
-        ("plan", 64, "ran"),
-        ("largest", 100, "ran"),
-        ("beyond", 105, "ran"),
+        ("plan", 32, "ran"),
+        ("largest", 50, "ran"),
+        ("beyond", 52, "ran"),
     ]
     planned = {row.phase for row in rows if row.check == "plan"}
     assert planned == {"all", "load", "forward", "backward", "clip", "optimizer", "evaluation", "other"}
@@ -232,6 +252,6 @@ def test_every_stage_of_a_card_really_runs() -> None:
     assert whole[0].predicted_reserved_bytes == plan.estimate.peak_reserved_bytes
     assert whole[1].predicted_reserved_bytes == job.at_largest.peak_reserved_bytes
     assert whole[2].predicted_reserved_bytes is None
-    rows.clear()
-    gpu_check_run.run_job(job.model_copy(update={"model_limit": 100}), rows.append, device="cpu")
-    assert rows[-1].outcome == "not run: the model knows 100 positions"
+    limited: Any = job.model_copy(update={"model_limit": 50})
+    gpu_check_run._run_beyond(limited, None, rows.append)  # type: ignore[arg-type]  # no trial is touched
+    assert rows[-1].outcome == "not run: the model knows 50 positions"
