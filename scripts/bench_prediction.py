@@ -49,11 +49,16 @@ _LLAMA_70B: dict[str, Any] = {
 _WEIGHTS = {"base_weights", "embeddings", "head", "adapters", "optimizer_state"}
 _NOTES = {  # what explains a difference
     "vramcalc": "512 B: transformers 5 keeps a second rotary buffer",
-    "vramcalc-llama-3.2-1b-full-bf16-eager": "one [T, T] mask is made in other pieces; whole allocator blocks",
-    "vramcalc-qwen2.5-1.5b-full-bf16": "peak in the optimizer's 1.5 B of foreach temporaries: which whole blocks hold them",
-    "fms": "one 512 B block a tensor in clipping, and small per-step tensors of the Trainer",
-    "fms-mistral-7b-lora-b4-tf445": "the logits' copies die in another order in transformers 4.45",
-    "fms-llama-2-70b": "not explained: 60.8 MB, at 0.09 %",
+    "vramcalc-llama-3.2-1b-full-bf16-eager": "0.13 MB, not explained",
+    "vramcalc-qwen2.5-1.5b-full-bf16": "21 MB: whole allocator blocks, which hang on the order of all frees",
+    "fms": "0.2 MB at most: small tensors of the Trainer and of older transformers, not traced one by one",
+    "fms-mistral-7b-lora-b4-tf445": "2 MB, not explained",
+    "fms-mistral-7b-lora-b8-tf445": "2 MB, not explained",
+    "fms-mistral-7b-qlora-b4-tf445": "2 MB, not explained",
+    "fms-mistral-7b-qlora-b8-tf445": "2 MB, not explained",
+    "fms-mistral-7b-qlora-trl-b4-tf445": "2 MB, not explained",
+    "fms-mistral-7b-qlora-trl-b8-tf445": "2 MB, not explained",
+    "fms-llama-2-70b": "whole allocator blocks of a card that was full; -11 MB without them",
 }
 _TORCHTUNE = "torchtune's own model code, NF4 and loss chunks, torch.compile; printed to 0.1 GiB"
 
