@@ -49,11 +49,16 @@ _LLAMA_70B: dict[str, Any] = {
 _WEIGHTS = {"base_weights", "embeddings", "head", "adapters", "optimizer_state"}
 _NOTES = {  # what explains a difference
     "vramcalc": "512 B: transformers 5 keeps a second rotary buffer",
-    "vramcalc-llama-3.2-1b-full-bf16-eager": "one [T, T] mask is made in other pieces; whole allocator blocks",
-    "vramcalc-qwen2.5-1.5b-full-bf16": "peak in the optimizer's 1.5 B of foreach temporaries: which whole blocks hold them",
-    "fms": "one 512 B block a tensor in clipping, and small per-step tensors of the Trainer",
-    "fms-mistral-7b-lora-b4-tf445": "the logits' copies die in another order in transformers 4.45",
-    "fms-llama-2-70b": "not explained: 60.8 MB, at 0.09 %",
+    "vramcalc-llama-3.2-1b-full-bf16-eager": "0.13 MB, not explained",
+    "vramcalc-qwen2.5-1.5b-full-bf16": "21 MB: whole allocator blocks, which hang on the order of all frees",
+    "fms": "0.2 MB at most: small tensors of the Trainer and of older transformers, not traced one by one",
+    "fms-mistral-7b-lora-b4-tf445": "2 MB, not explained",
+    "fms-mistral-7b-lora-b8-tf445": "2 MB, not explained",
+    "fms-mistral-7b-qlora-b4-tf445": "2 MB, not explained",
+    "fms-mistral-7b-qlora-b8-tf445": "2 MB, not explained",
+    "fms-mistral-7b-qlora-trl-b4-tf445": "2 MB, not explained",
+    "fms-mistral-7b-qlora-trl-b8-tf445": "2 MB, not explained",
+    "fms-llama-2-70b": "whole allocator blocks of a card that was full; -11 MB without them",
 }
 _TORCHTUNE = "torchtune's own model code, NF4 and loss chunks, torch.compile; printed to 0.1 GiB"
 
@@ -140,7 +145,7 @@ def _fms(row: dict[str, str]) -> PlainStep:
         batch=int(row["batch"]),
         seq_len=int(row["seq_len"]),
         loss="fp32-head" if "tf445" in row["id"] else "shifted-logits",
-        expands_kv="tf445" in row["id"],
+        expands_kv="mistral-7b" in row["id"] and "tf445" in row["id"],  # Llama's FlashAttention never did
         norms_in_fp32=row["upcast_norms"] == "yes",
         more_inputs=2,  # labels and mask
         clips=True,
@@ -171,7 +176,7 @@ def _levers(checkpointing: bool, chunk: int, double: bool = True) -> dict[str, A
 
 
 EXECUTED: dict[str, dict[str, Any]] = {
-    "nf4-r8-ckpt": {"levers": _levers(True, 64)},
+    "nf4-r8-ckpt": {"seq_len": 256, "levers": _levers(True, 64)},
     "nf4-r8": {"levers": _levers(False, 64)},
     "nf4-r64-ckpt-all": {"rank": 64, "target_modules": ATTENTION + MLP, "levers": _levers(True, 100)},
     "nf4-r16-qv-whole-loss": {
@@ -179,17 +184,17 @@ EXECUTED: dict[str, dict[str, Any]] = {
         "target_modules": ("q_proj", "v_proj"),
         "levers": _levers(True, 1024),
     },
-    "nf4-single-b2": {"micro_batch": 2, "seq_len": 128, "levers": _levers(True, 32, double=False)},
-    "nf4-b4-t128": {"micro_batch": 4, "seq_len": 128, "levers": _levers(False, 128)},
-    "nf4-accumulation": {"accumulation": 4, "seq_len": 192, "levers": _levers(True, 64)},
-    "nf4-accumulation-r128": {"accumulation": 2, "rank": 128, "seq_len": 128, "levers": _levers(True, 32)},
-    "nf4-adamw8bit": {"optimizer": "adamw8bit", "rank": 64, "seq_len": 128, "levers": _levers(True, 64)},
+    "nf4-single-b2": {"micro_batch": 2, "seq_len": 64, "levers": _levers(True, 32, double=False)},
+    "nf4-b2": {"micro_batch": 2, "seq_len": 96, "levers": _levers(False, 128)},
+    "nf4-accumulation": {"accumulation": 4, "levers": _levers(True, 64)},
+    "nf4-accumulation-r128": {"accumulation": 2, "rank": 128, "seq_len": 64, "levers": _levers(True, 32)},
+    "nf4-adamw8bit": {"optimizer": "adamw8bit", "rank": 64, "levers": _levers(True, 64)},
     "fp32-r8-ckpt": {"base_precision": "fp32", "levers": _levers(True, 128)},
     "fp32-r8": {"base_precision": "fp32", "seq_len": 200, "levers": _levers(False, 50)},
     "fp32-b3-accumulation": {
         "base_precision": "fp32",
         "micro_batch": 3,
-        "seq_len": 128,
+        "seq_len": 64,
         "accumulation": 2,
         "levers": _levers(False, 64),
     },
@@ -204,7 +209,7 @@ EXECUTED: dict[str, dict[str, Any]] = {
 }
 _COMMON: dict[str, Any] = {
     "compute_dtype": "fp32",  # a CPU without bf16 takes ten times as long in it
-    "seq_len": 256,
+    "seq_len": 128,
     "target_modules": ATTENTION,
     "accumulation": 1,
 }
@@ -317,7 +322,9 @@ def main() -> None:
     if args.only != "executed":
         rows = [*published(), *rows]
     if args.only != "published":
-        rows += executed(console)
+        for row in executed(console):
+            rows.append(row)
+            _write(rows, args.out)
     _write(rows, args.out)
     console.print(_table(rows))
     for line in _summary(rows):

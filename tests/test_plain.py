@@ -48,7 +48,6 @@ def _published(name: str) -> int:
         ("lora-bf16", {"method": "lora"}),
         ("full-bf16-ckpt", {"method": "full", "checkpointing": "non-reentrant"}),
         ("lora-amp", {"method": "lora", **_AMP}),
-        ("lora-amp-ckpt", {"method": "lora", "checkpointing": "non-reentrant", **_AMP}),
         ("full-amp", {"method": "full", **_AMP}),
     ],
 )

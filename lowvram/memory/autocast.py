@@ -33,10 +33,10 @@ class Bf16Autocast(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         torch.set_autocast_enabled("cuda", True)
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch.set_autocast_enabled("cuda", False)
         self._casts.clear()
 
@@ -70,7 +70,7 @@ def keep_in_recomputation(model: nn.Module) -> None:
     """A checkpointed layer computes under autocast the second time too, with a cache that ends with it."""
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = _under_autocast(module._gradient_checkpointing_func)  # type: ignore[arg-type, assignment]
+            module._gradient_checkpointing_func = _under_autocast(module._gradient_checkpointing_func)  # type: ignore[arg-type]
 
 
 def _under_autocast(checkpoint: Callable[..., Any]) -> Any:

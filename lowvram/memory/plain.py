@@ -57,7 +57,7 @@ class PlainStep(Frozen):
     )
     expands_kv: bool = Field(
         False,
-        description="repeats K and V for each query head, as transformers 4.45 does before FlashAttention",
+        description="repeats K and V for each query head, as Mistral in transformers 4.45 before FlashAttention",
     )
     norms_in_fp32: bool = Field(False, description="as prepare_model_for_kbit_training leaves them")
     loss: Literal["padded-labels", "shifted-logits", "fp32-head"] = Field(
@@ -125,7 +125,7 @@ def trace_plain_layers(
     return recorder.trace
 
 
-class _PlainRecorder(Recorder):
+class _PlainRecorder(Recorder):  # type: ignore[no-untyped-call]
     """Knows operators over lists, too: result i belongs to the owner of element i. The host costs nothing."""
 
     _elements: Iterator[torch.Tensor] | None = None
