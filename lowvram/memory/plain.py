@@ -57,7 +57,7 @@ class PlainStep(Frozen):
     )
     expands_kv: bool = Field(
         False,
-        description="repeats K and V for each query head, as Mistral in transformers 4.45 before FlashAttention",
+        description="repeats K and V for all query heads, as Mistral in transformers 4.45 does",
     )
     norms_in_fp32: bool = Field(False, description="as prepare_model_for_kbit_training leaves them")
     loss: Literal["padded-labels", "shifted-logits", "fp32-head"] = Field(
