@@ -57,7 +57,7 @@ class PlainStep(Frozen):
     )
     expands_kv: bool = Field(
         False,
-        description="K and V repeated for each query head, as in Mistral of transformers 4.45",
+        description="repeats K and V for all query heads, as Mistral in transformers 4.45 does",
     )
     norms_in_fp32: bool = Field(False, description="as prepare_model_for_kbit_training leaves them")
     loss: Literal["padded-labels", "shifted-logits", "fp32-head"] = Field(
