@@ -21,7 +21,7 @@ from lowvram.memory import cache
 from lowvram.memory.estimate import estimate
 from lowvram.planner.build import make_plan, make_plan_and_survey
 from lowvram.planner.plan import Plan
-from lowvram.planner.profiles import profile_for
+from lowvram.planner.profiles import load_profile, profile_for
 from lowvram.planner.survey import LENGTHS, Survey
 from lowvram.planner.wishes import Wishes
 from lowvram.units import GiB
@@ -141,3 +141,13 @@ def test_flan_t5_has_a_head_of_its_own() -> None:
         config = known_config(name)
         assert config is not None
         assert sum(p.numel() for p in skeleton(config, steps).parameters()) == parameters
+
+
+def test_a_cpu_s_plan_has_the_table_of_cards_too(around: tuple[Plan, Survey, Hardware]) -> None:
+    """As a card would run it: the same needs as in a card's own survey."""
+    plan, survey, _ = around
+    none = {"backend": "cpu", "capability": None, "context_bytes": 0, "held_bytes": 0, "bf16": False}
+    here = probe().model_copy(update=none)
+    _, cpu = make_plan_and_survey(ModelSource(plan.model), here, load_profile("8gb"), Wishes())
+    assert [n.reserved_bytes for n in cpu.lengths] == [n.reserved_bytes for n in survey.lengths]
+    assert [c.largest_seq_len for c in cpu.cards] == [c.largest_seq_len for c in survey.cards]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +185,7 @@ class _Extension:
             if event > 0:
                 old = self._old.allocations[event - 1]
                 module = _renumbered(old.module, (layer - run.layer) * self._period)
-                new = replace(old, died=None, module=module, n_bytes=self._bytes(old))
+                new = Allocation(self._bytes(old), old.phase, module, old.op, old.component)
                 self._made[(event - 1, layer)] = self._new.allocate(new, layer)
             else:
                 for index in self._freed(-event - 1, run.layer, layer):
@@ -193,6 +193,8 @@ class _Extension:
 
     def _bytes(self, old: Allocation) -> int:
         """Larger by the repeated blocks' share, where it is something for all layers at once."""
+        if not old.bytes_by_layer:
+            return old.n_bytes
         middle = [b for i, b in enumerate(old.bytes_by_layer) if self._blocks.block_of(i) == _REPEATED]
         more = (self._n_layers - _LAST - 1) * sum(middle)
         return old.n_bytes + round_up(more, ALLOC_ROUNDING) if more else old.n_bytes

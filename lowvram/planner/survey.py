@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import platform
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from lowvram.engine.config import BasePrecision, Levers, StepConfig
@@ -58,7 +60,7 @@ def survey(plan: Plan, hardware: Hardware, search: Search, context_limit: int, f
         context_limit: positions that the model knows.
         full_rank: of the largest target layer.
     """
-    needs = _needs(plan, search, context_limit)
+    needs = _needs(_smallest(plan), _on_a_card(search), context_limit)
     return Survey(
         lengths=tuple(n for n in needs if n.seq_len in LENGTHS),
         cards=tuple(_card(card, needs) for card in _cards(hardware)),
@@ -74,17 +76,25 @@ def _cards(hardware: Hardware) -> list[Hardware]:
     return cards if hardware.backend == "cpu" or known else [*cards, hardware]
 
 
+def _on_a_card(search: Search) -> Search:
+    """A plan for a CPU has the table of cards too: its step as a card would run it."""
+    if search.hardware.backend != "cpu":
+        return search
+    return replace(search, hardware=card_of_size(CARDS_GIB[-1] * GiB, search.hardware), _known={})
+
+
 def _smallest(plan: Plan) -> StepConfig:
     levers = {**plan.levers.model_dump(), "gradient_checkpointing": True, "loss_chunk_tokens": 64}
-    saving = {"levers": Levers(**levers), "micro_batch": 1, "accumulation": 2}
+    saving = {"micro_batch": 1, "accumulation": 2, "optimizer": "paged_adamw8bit"}
+    if plan.device.backend == "cpu":
+        levers["expandable_segments"] = platform.system() == "Linux"
+        saving["compute_dtype"] = "bf16"
+        saving["base_precision"] = "nf4" if plan.base_precision == "nf4" else "bf16"
     step = StepConfig(**{name: getattr(plan, name) for name in StepConfig.model_fields})
-    if plan.device.backend != "cpu":
-        saving["optimizer"] = "paged_adamw8bit"
-    return step.model_copy(update=saving)
+    return step.model_copy(update=saving | {"levers": Levers(**levers)})
 
 
-def _needs(plan: Plan, search: Search, context_limit: int) -> list[LengthNeed]:
-    step = _smallest(plan)
+def _needs(step: StepConfig, search: Search, context_limit: int) -> list[LengthNeed]:
     ends = sorted({n for n in _TRACED if n < context_limit} | {min(context_limit, 4 * LENGTHS[-1])})
     traced = {n: search.reserved_bytes(step.model_copy(update={"seq_len": n})) for n in ends}
     wanted = sorted({*ends, *(n for n in LENGTHS if n <= context_limit)})
