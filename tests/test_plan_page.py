@@ -84,7 +84,9 @@ def test_it_parses_and_tells_everything(planned: Planned) -> None:
     assert cells == len(planned.survey.cards) * len(planned.survey.lengths)
     assert read.count("line", "card") == len(planned.survey.cards)
     assert read.count("line", "need") == len(planned.survey.lengths) - 1
-    assert "full fine-tuning" not in read.text
+    full = planned.survey.full_fine_tuning_bytes
+    assert full is not None
+    assert "full fine-tuning" + format_bytes(full) in read.text
 
 
 def test_it_asks_for_nothing(planned: Planned) -> None:

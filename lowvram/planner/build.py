@@ -17,7 +17,7 @@ from lowvram.hardware import card_of_size as hardware_of_size
 from lowvram.memory.estimate import estimate
 from lowvram.memory.kernels import Backend
 from lowvram.planner.plan import Plan, PlannedDevice
-from lowvram.planner.profiles import Profile
+from lowvram.planner.profiles import Profile, budget
 from lowvram.planner.reasons import explain
 from lowvram.planner.search import Found, Say, Search, rungs, split
 from lowvram.planner.survey import Survey, survey
@@ -113,14 +113,6 @@ def checked(plan: Plan, source: ModelSource) -> Plan:
             "Lower seq_len or micro_batch in the plan, or make a new one: lowvram plan ... -o FILE",
         )
     return plan.model_copy(update={"estimate": predicted})
-
-
-def budget(hardware: Hardware, profile: Profile) -> int:
-    """Bytes that a step may reserve: the card less context, other programs and the profile's margin."""
-    if hardware.backend == "cpu":
-        return int(hardware.host_free_bytes * (1 - profile.margin_share))
-    usable = hardware.total_bytes - hardware.held_bytes - hardware.context_bytes
-    return int(usable - profile.margin_share * hardware.total_bytes)
 
 
 def _base_step(

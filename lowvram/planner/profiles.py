@@ -46,6 +46,14 @@ def profile_for(hardware: Hardware) -> Profile:
     return load_profile(next((name for limit, name in _SIZES if size_gib < limit), "24gb"))
 
 
+def budget(hardware: Hardware, profile: Profile) -> int:
+    """Bytes that a step may reserve: the card less context, other programs and the profile's margin."""
+    if hardware.backend == "cpu":
+        return int(hardware.host_free_bytes * (1 - profile.margin_share))
+    usable = hardware.total_bytes - hardware.held_bytes - hardware.context_bytes
+    return int(usable - profile.margin_share * hardware.total_bytes)
+
+
 def load_profile(name_or_file: str) -> Profile:
     """A shipped profile by name, or a user's YAML file.
 

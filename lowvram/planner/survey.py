@@ -11,7 +11,7 @@ from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.frozen import Frozen
 from lowvram.hardware import Hardware, card_of_size
 from lowvram.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT
-from lowvram.planner.profiles import profile_for
+from lowvram.planner.profiles import budget, profile_for
 from lowvram.planner.search import Search
 from lowvram.units import GiB
 
@@ -60,10 +60,16 @@ def survey(plan: Plan, hardware: Hardware, search: Search, context_limit: int, f
         context_limit: positions that the model knows.
         full_rank: of the largest target layer.
     """
-    needs = _needs(_smallest(plan), _on_a_card(search), context_limit)
+    cards = _cards(hardware)
+    needs = _needs(
+        _smallest(plan),
+        _on_a_card(search),
+        context_limit,
+        max(budget(card, profile_for(card)) for card in cards),
+    )
     return Survey(
         lengths=tuple(n for n in needs if n.seq_len in LENGTHS),
-        cards=tuple(_card(card, needs) for card in _cards(hardware)),
+        cards=tuple(_card(card, needs) for card in cards),
         largest_rank=_largest_rank(plan, search, full_rank),
         lora_16bit_bytes=search.reserved_bytes(_sixteen_bit(plan)),
         full_fine_tuning_bytes=_full_fine_tuning_bytes(plan, search),
@@ -94,10 +100,18 @@ def _smallest(plan: Plan) -> StepConfig:
     return step.model_copy(update=saving | {"levers": Levers(**levers)})
 
 
-def _needs(step: StepConfig, search: Search, context_limit: int) -> list[LengthNeed]:
-    ends = sorted({n for n in _TRACED if n < context_limit} | {min(context_limit, 4 * LENGTHS[-1])})
-    traced = {n: search.reserved_bytes(step.model_copy(update={"seq_len": n})) for n in ends}
-    wanted = sorted({*ends, *(n for n in LENGTHS if n <= context_limit)})
+def _needs(step: StepConfig, search: Search, context_limit: int, most_bytes: int) -> list[LengthNeed]:
+    """Of the table's lengths, and of a longer one where the largest card has room for it."""
+
+    def need(seq_len: int) -> int:
+        return search.reserved_bytes(step.model_copy(update={"seq_len": seq_len}))
+
+    ends = sorted({n for n in _TRACED if n < context_limit} | {min(context_limit, LENGTHS[-1])})
+    traced = {n: need(n) for n in ends}
+    longest = min(context_limit, 4 * LENGTHS[-1])
+    if longest > ends[-1] and traced[ends[-1]] < most_bytes:
+        traced[longest] = need(longest)
+    wanted = sorted({*traced, *(n for n in LENGTHS if n <= context_limit)})
     return [
         LengthNeed(seq_len=n, reserved_bytes=traced.get(n) or _between(traced, n), traced=n in traced)
         for n in wanted
@@ -115,19 +129,27 @@ def _between(traced: dict[int, int], seq_len: int) -> int:
 
 
 def _card(card: Hardware, needs: list[LengthNeed]) -> CardFit:
-    usable = card.total_bytes - card.held_bytes - card.context_bytes
-    budget = int(usable - profile_for(card).margin_share * card.total_bytes)
+    room_bytes = budget(card, profile_for(card))
+    return CardFit(
+        name=card.name,
+        total_bytes=card.total_bytes,
+        budget_bytes=room_bytes,
+        largest_seq_len=_largest_seq_len(needs, room_bytes),
+    )
+
+
+def _largest_seq_len(needs: list[LengthNeed], room_bytes: int) -> int:
+    """On the lines between the lengths, whole 64 tokens and a page below them; 0 when none fits."""
     fit = 0
     for low, high in itertools.pairwise(needs):
-        if low.reserved_bytes <= budget:
-            fit = low.seq_len
-            if high.reserved_bytes > budget:
-                room = max(budget - low.reserved_bytes - _PAGES, 0)
-                share = room / (high.reserved_bytes - low.reserved_bytes)
-                fit = low.seq_len + int(share * (high.seq_len - low.seq_len)) // 64 * 64
-                break
-            fit = high.seq_len
-    return CardFit(name=card.name, total_bytes=card.total_bytes, budget_bytes=budget, largest_seq_len=fit)
+        if low.reserved_bytes > room_bytes:
+            return fit
+        if high.reserved_bytes > room_bytes:
+            room = max(room_bytes - low.reserved_bytes - _PAGES, 0)
+            share = room / (high.reserved_bytes - low.reserved_bytes)
+            return low.seq_len + int(share * (high.seq_len - low.seq_len)) // 64 * 64
+        fit = high.seq_len
+    return fit
 
 
 def _largest_rank(plan: Plan, search: Search, full_rank: int) -> int:
