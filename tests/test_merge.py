@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lowvram.engine.adapters import add_adapters, trainable
+from lowvram.engine.config import StepConfig
+from lowvram.engine.model import load
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.export.merge import merge_adapter
@@ -37,6 +41,38 @@ def _made(folder: Path, *, tied: bool = False, shard: str = "1GB", rslora: bool 
             torch.nn.init.normal_(parameter, std=0.1)
     peft_model.save_pretrained(folder / "adapter")
     return base, folder / "adapter"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_gpt2_s_turned_weights_merge(tmp_path: Path, precision: str, prefixed: bool) -> None:
+    """Conv1D keeps [in, out]: trained by our engine, merged onto the 32-bit file, equal to peft's merge.
+
+    The hub's GPT-2 file names its tensors without "transformer.".
+    """
+    torch.manual_seed(0)
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 32}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    if not prefixed:
+        tensors = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
+        save_file(tensors, file, {"format": "pt"})
+    step = StepConfig.model_validate(
+        {"base_precision": precision, "compute_dtype": "fp32", "target_modules": ("c_attn", "c_proj")}
+    )
+    model = add_adapters(load(ModelSource(str(tmp_path / "base")), step, "cpu"), step)
+    for parameter in trainable(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    result = merge_adapter(ModelSource(str(tmp_path / "base")), tmp_path / "adapter", tmp_path / "out")
+    assert result.n_merged == 6
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = plain.transformer.h[0].attn.c_proj.weight.clone()
+    wanted = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, value in merged.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
+    assert (merged["transformer.h.0.attn.c_proj.weight"] - before).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
