@@ -301,7 +301,10 @@ def _planned(flags: dict[str, Any], with_survey: bool = False) -> Planned:
     profile = profile_for(hardware) if flags["profile"] is None else load_profile(flags["profile"])
     source = ModelSource(flags["model"], flags["trust_remote_code"])
     with Console(stderr=True).status("planning") as status:
-        say = lambda text: status.update(escape(text))  # noqa: E731
+
+        def say(text: str) -> None:
+            status.update(escape(text))
+
         return pipeline.plan_for(source, flags["data"], hardware, profile, wishes, say, with_survey)
 
 

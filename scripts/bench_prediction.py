@@ -31,6 +31,7 @@ from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss, train_step
 from lowvram.memory.estimate import estimate, peak_of
 from lowvram.memory.plain import PlainStep, plain_peak_bytes
+from lowvram.memory.profiled import profiled_peak_bytes
 from lowvram.memory.run import trace_step
 from lowvram.memory.weights import meta_batch
 
@@ -245,12 +246,14 @@ def _measured_bytes(source: ModelSource, step: StepConfig, bases: dict[tuple[str
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+
+    def run() -> None:
         batches = [_batch(step) for _ in range(min(step.accumulation, 2))]
         train_step(loss_of, optimizer, batches, max_grad_norm=step.max_grad_norm)
+
+    peak = profiled_peak_bytes(run)
     bases[kind] = _without_adapters(model)
-    return _peak_of_profile(profile)
+    return peak
 
 
 def _without_adapters(model: Any) -> Any:
@@ -263,15 +266,6 @@ def _without_adapters(model: Any) -> Any:
 
 def _batch(step: StepConfig) -> Batch:
     return Batch(*(torch.randint(5, 40, t.shape) for t in meta_batch(step).tensors if t is not None))
-
-
-def _peak_of_profile(profile: Any) -> int:
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def _write(rows: list[Row], path: Path) -> None:

@@ -17,6 +17,7 @@ from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.step import SummedLoss, evaluate, train_step
 from lowvram.memory.estimate import MemoryEstimate, estimate
+from lowvram.memory.profiled import profiled_peak_bytes
 from lowvram.training.monitor import MemoryMonitor, watched
 from lowvram.training.receipt import by_phase, whole_peak
 
@@ -131,11 +132,13 @@ def self_check() -> Row:
     config, step = config_of("tiny"), SELF_CHECK_STEP
     monitor = MemoryMonitor("cpu")
     monitor.start()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+
+    def run() -> None:
         trial = Trial(config, step, "cpu", monitor)
         for _ in range(2):  # the second finds the optimizer's state in memory
             trial.step(step)
+
+    measured = profiled_peak_bytes(run)
     monitor.stop()
     predicted = estimate(config, step, "cpu")
     return Row(
@@ -143,7 +146,7 @@ def self_check() -> Row:
         model="tiny",
         phase="all",
         predicted_allocated_bytes=predicted.peak_allocated_bytes,
-        measured_allocated_bytes=_profiled_peak(profile),
+        measured_allocated_bytes=measured,
         **shape_of(step),
     )
 
@@ -152,12 +155,3 @@ def shape_of(step: StepConfig) -> dict[str, Any]:
     """The columns that say which step it was."""
     names = ("seq_len", "micro_batch", "rank", "optimizer")
     return {**{name: getattr(step, name) for name in names}, "levers": step.levers.model_dump()}
-
-
-def _profiled_peak(profile: Any) -> int:
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak

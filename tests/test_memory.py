@@ -19,6 +19,7 @@ from lowvram.engine.step import SummedLoss, train_step
 from lowvram.memory.allocator import replay_reserved
 from lowvram.memory.estimate import estimate, peak_of
 from lowvram.memory.layers import blocks_of, extend, with_layers
+from lowvram.memory.profiled import profiled_peak_bytes
 from lowvram.memory.run import trace_step
 from lowvram.memory.trace import Trace
 from lowvram.memory.weights import meta_batch
@@ -62,16 +63,12 @@ def _really_allocated(source: ModelSource, step: StepConfig) -> int:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+
+    def run() -> None:
         batches = [_batch(step) for _ in range(min(step.accumulation, 2))]
         train_step(loss_of, optimizer, batches, max_grad_norm=1.0)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+
+    return profiled_peak_bytes(run)
 
 
 @pytest.mark.parametrize(

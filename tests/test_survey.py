@@ -60,10 +60,11 @@ def test_the_line_between_traced_lengths_is_never_below_the_trace(
     assert between
     config = ModelSource(plan.model).config
     levers = Levers(**plan.levers.model_dump() | {"gradient_checkpointing": True, "loss_chunk_tokens": 64})
-    step = StepConfig(**{name: getattr(plan, name) for name in StepConfig.model_fields})
     saving = {"levers": levers, "micro_batch": 1, "accumulation": 2, "optimizer": "paged_adamw8bit"}
     for need in between:
-        traced = estimate(config, step.model_copy(update=saving | {"seq_len": need.seq_len}), "cuda", (8, 6))
+        traced = estimate(
+            config, plan.step.model_copy(update=saving | {"seq_len": need.seq_len}), "cuda", (8, 6)
+        )
         assert traced.peak_reserved_bytes <= need.reserved_bytes
 
 

@@ -44,9 +44,8 @@ def remembered_estimate(
 
 
 def _file(config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability) -> Path:
-    facts = StepConfig(**{name: getattr(step, name) for name in StepConfig.model_fields})  # of a Plan as well
     model = config.to_json_string(use_diff=False)
-    key = "\n".join((model, facts.model_dump_json(), backend, str(capability), _code()))
+    key = "\n".join((model, step.model_dump_json(), backend, str(capability), _code()))
     return traces_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
 
 
@@ -60,6 +59,7 @@ def _code() -> str:
 
 
 def _drop_oldest(folder: Path) -> None:
-    files = sorted(folder.glob("*.json"), key=os.path.getmtime)
-    for file in files[: max(len(files) - _MOST_KEPT, 0)]:
+    files = list(folder.glob("*.json"))
+    too_many = max(len(files) - _MOST_KEPT, 0)
+    for file in sorted(files, key=os.path.getmtime)[:too_many] if too_many else ():
         file.unlink(missing_ok=True)

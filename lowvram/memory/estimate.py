@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -11,7 +10,7 @@ from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
 from lowvram.memory.allocator import replay_reserved
 from lowvram.memory.kernels import Backend, Capability
-from lowvram.memory.layers import NotRepeatable, blocks_of, extend, with_layers
+from lowvram.memory.layers import trace_repeating
 from lowvram.memory.run import trace_step
 from lowvram.memory.trace import Allocation, Trace
 
@@ -81,12 +80,7 @@ def trace_all_layers(
     config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability = None
 ) -> Trace:
     """The whole model's trace: extended from a few layers where they repeat, else of every layer."""
-    blocks = blocks_of(config)
-    if blocks is not None:
-        short = with_layers(config, blocks.traced_layers)
-        with suppress(NotRepeatable):
-            return extend(trace_step(short, step, backend, capability), blocks)
-    return trace_step(config, step, backend, capability)
+    return trace_repeating(config, lambda c: trace_step(c, step, backend, capability))
 
 
 def _reserved(trace: Trace, step: StepConfig, backend: Backend) -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,15 @@ def with_layers(config: PretrainedConfig, n_layers: int) -> PretrainedConfig:
     for name, values in lists.items():
         setattr(text, name, values[:n_layers])
     return short
+
+
+def trace_repeating(config: PretrainedConfig, trace: Callable[[PretrainedConfig], Trace]) -> Trace:
+    """The whole model's trace: extended from a few layers where they repeat, else of every layer."""
+    blocks = blocks_of(config)
+    if blocks is not None:
+        with suppress(NotRepeatable):
+            return extend(trace(with_layers(config, blocks.traced_layers)), blocks)
+    return trace(config)
 
 
 @dataclass

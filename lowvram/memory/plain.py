@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from lowvram.memory.allocator import replay_allocated
 from lowvram.memory.autocast import Bf16Autocast, keep_in_recomputation
 from lowvram.memory.estimate import peak_of
 from lowvram.memory.kernels import Backend, Capability, choose_kernels, cublas_bytes
-from lowvram.memory.layers import NotRepeatable, blocks_of, extend, with_layers
+from lowvram.memory.layers import trace_repeating
 from lowvram.memory.load import record_weight
 from lowvram.memory.recorder import Recorder
 from lowvram.memory.run import label_gradients
@@ -95,12 +95,7 @@ def trace_plain(
     config: PretrainedConfig, plain: PlainStep, backend: Backend = "cuda", capability: Capability = None
 ) -> Trace:
     """The whole model's trace: extended from a few layers where they repeat, else of every layer."""
-    blocks = blocks_of(config)
-    if blocks is not None:
-        short = with_layers(config, blocks.traced_layers)
-        with suppress(NotRepeatable):
-            return extend(trace_plain_layers(short, plain, backend, capability), blocks)
-    return trace_plain_layers(config, plain, backend, capability)
+    return trace_repeating(config, lambda c: trace_plain_layers(c, plain, backend, capability))
 
 
 def trace_plain_layers(

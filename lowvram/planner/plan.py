@@ -63,6 +63,11 @@ class Plan(StepConfig):
         return self
 
     @property
+    def step(self) -> StepConfig:
+        """What one step computes, without the rest of the plan."""
+        return StepConfig(**{name: getattr(self, name) for name in StepConfig.model_fields})
+
+    @property
     def fits(self) -> bool:
         return self.estimate.peak_reserved_bytes <= self.budget_bytes
 

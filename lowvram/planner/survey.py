@@ -96,8 +96,7 @@ def _smallest(plan: Plan) -> StepConfig:
         levers["expandable_segments"] = platform.system() == "Linux"
         saving["compute_dtype"] = "bf16"
         saving["base_precision"] = "nf4" if plan.base_precision == "nf4" else "bf16"
-    step = StepConfig(**{name: getattr(plan, name) for name in StepConfig.model_fields})
-    return step.model_copy(update=saving | {"levers": Levers(**levers)})
+    return plan.step.model_copy(update=saving | {"levers": Levers(**levers)})
 
 
 def _needs(step: StepConfig, search: Search, context_limit: int, most_bytes: int) -> list[LengthNeed]:
@@ -154,13 +153,14 @@ def _largest_seq_len(needs: list[LengthNeed], room_bytes: int) -> int:
 
 def _largest_rank(plan: Plan, search: Search, full_rank: int) -> int:
     """The plan's rank doubled as often as it fits, all else as planned."""
-    step = StepConfig(**{name: getattr(plan, name) for name in StepConfig.model_fields})
     limit = min(full_rank, _LARGEST_RANK)
     ranks = [r for k in range(12) if (r := plan.rank << k) <= limit] or [plan.rank]
     low, high = 0, len(ranks) - 1
     while low < high:  # memory grows with the rank: bisect
         middle = (low + high + 1) // 2
-        fits = search.reserved_bytes(step.model_copy(update={"rank": ranks[middle]})) <= plan.budget_bytes
+        fits = (
+            search.reserved_bytes(plan.step.model_copy(update={"rank": ranks[middle]})) <= plan.budget_bytes
+        )
         low, high = (middle, high) if fits else (low, middle - 1)
     return ranks[low]
 
@@ -179,6 +179,5 @@ def _full_fine_tuning_bytes(plan: Plan, search: Search) -> int | None:
 
 
 def _sixteen_bit(plan: Plan) -> StepConfig:
-    step = StepConfig(**{name: getattr(plan, name) for name in StepConfig.model_fields})
     precision: BasePrecision = plan.compute_dtype
-    return step.model_copy(update={"base_precision": precision})
+    return plan.step.model_copy(update={"base_precision": precision})

@@ -12,7 +12,6 @@ import torch
 
 import lowvram
 from lowvram.cache import receipts_folder
-from lowvram.engine.config import StepConfig
 from lowvram.frozen import write_atomically
 from lowvram.memory.receipt import PHASES, Phase, PhaseMemory, Receipt
 from lowvram.training.monitor import Peak
@@ -50,7 +49,7 @@ def make_receipt(run: Run) -> Receipt:
     return Receipt(
         finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=plan.model,
-        step=StepConfig(**{field: getattr(plan, field) for field in StepConfig.model_fields}),
+        step=plan.step,
         device=name,
         device_bytes=n_bytes,
         backend=plan.device.backend,
