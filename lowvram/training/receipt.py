@@ -62,7 +62,7 @@ def make_receipt(run: Run) -> Receipt:
         measured_held_bytes=run.monitor.held_bytes,
         measured_steps=run.measured_steps,
         largest_batch_tokens=run.largest_batch_tokens,
-        phases=by_phase(getattr(estimate, "phases_bytes", {}), peaks),
+        phases=by_phase(estimate.phases_bytes, peaks),
         versions={"lowvram": lowvram.__version__, **{name: version(name) for name in _VERSIONS}},
     )
 
