@@ -121,7 +121,7 @@ def measured_rows(
         f"measured_{name}_bytes": getattr(whole, name) for name in ("allocated", "reserved", "driver")
     }
     rows = [base.model_copy(update={"phase": "all", **known, **measured})]
-    for phase, memory in by_phase(predicted.phases_bytes, peaks).items():
+    for phase, memory in by_phase(predicted.phases_bytes if predicted else {}, peaks).items():
         told = memory.model_dump(exclude={"measured_resident_bytes"})
         rows.append(base.model_copy(update={"phase": phase, "tokens_per_second": None, **told}))
     return rows
