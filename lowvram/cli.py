@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -22,7 +23,7 @@ from lowvram.units import printable
 
 if TYPE_CHECKING:
     from lowvram.hardware import Hardware
-    from lowvram.pipeline import Planned
+    from lowvram.planning import Planned
 
 app = typer.Typer(
     name="lowvram",
@@ -67,13 +68,11 @@ def _console(stderr: bool = False) -> Console:
     return Console(highlight=False, stderr=stderr)
 
 
-def _quiet_libraries() -> None:
-    """Keep the libraries' progress bars and deprecation notes out of our view."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|bitsandbytes")
+def _hide_loading_bars() -> None:
+    """transformers' bars for loading weights would break our view; the hub's bars for downloads stay."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
 
 
 @app.callback(invoke_without_command=True)
@@ -128,8 +127,7 @@ def plan(
     files = {flag: path for flag, path in (("--output", output), ("--html", html)) if path is not None}
     for flag, path in files.items():
         require_new_file(path, flag)
-    _quiet_libraries()
-    from lowvram import compare_view  # loads what was quieted
+    from lowvram import compare_view
 
     compare_view.require_comparable(model, files)
     if len(model) > 1:
@@ -171,25 +169,25 @@ def auto(
     as_json: AsJson = False,
 ) -> None:
     """Probe, check the data, plan, train, save the adapter."""
+    flags = dict(locals())
+    if dry_run:
+        _show(_planned(flags), as_json)
+        return
     from lowvram import pipeline
     from lowvram.engine.source import ModelSource
     from lowvram.training.run_folder import default_path
 
-    flags = dict(locals())
+    _hide_loading_bars()
     folder = output or default_path(Path("runs"), model, data)
-    if not dry_run:
-        _quiet_libraries()
-        if vram is not None:
-            pipeline.require_here(
-                _hardware(vram),
-                "Add --dry-run to see the plan only, or leave --vram out to plan for this machine.",
-            )
-        pipeline.preflight(ModelSource(model, trust_remote_code), folder, log_with or ())
+    if vram is not None:
+        pipeline.require_here(
+            _hardware(vram),
+            "Add --dry-run to see the plan only, or leave --vram out to plan for this machine.",
+        )
+    pipeline.preflight(ModelSource(model, trust_remote_code), folder, log_with or ())
     planned = _planned(flags)
     console = _console(stderr=as_json)  # with --json, stdout holds the one object and nothing else
-    _show(planned, as_json and dry_run, console)
-    if dry_run:
-        return
+    _show(planned, False, console)
     result = pipeline.start(planned, folder, console, log_with or ())
     _show_result(result, folder, as_json)
 
@@ -205,7 +203,7 @@ def train(
     from lowvram.planner.plan import Plan
     from lowvram.training.run_folder import RunFolder, default_path
 
-    _quiet_libraries()
+    _hide_loading_bars()
     if output is not None:
         RunFolder.refuse_used(output)
     saved = Plan.from_yaml(plan_file)
@@ -222,7 +220,7 @@ def resume(run: Annotated[Path, typer.Argument(help="A run folder.")], log_with:
     from lowvram import pipeline
 
     _require_writable(run)
-    _quiet_libraries()
+    _hide_loading_bars()
     result = pipeline.resume(run, _console(), log_with or ())
     _show_result(result, run, False)
 
@@ -236,7 +234,7 @@ def merge(
     """Merge the adapter into the original 16-bit weights, in bounded memory."""
     from lowvram import merge_command
 
-    _quiet_libraries()
+    _hide_loading_bars()
     merge_command.merge_run(run, output, _console(), base)
 
 
@@ -251,8 +249,6 @@ def data_check(
     """Show format, counts and lengths, and the first example as the model sees it."""
     from lowvram import data_view
 
-    if model is not None:
-        _quiet_libraries()
     data_view.check(data, model, as_json, _console())
 
 
@@ -264,7 +260,7 @@ def demo(
     """The whole pipeline on a small real model and a bundled data set: no account, no GPU, minutes."""
     from lowvram.demo.run import run_demo
 
-    _quiet_libraries()
+    _hide_loading_bars()
     run_demo(output, steps, _console())
 
 
@@ -289,8 +285,7 @@ def _compare(flags: dict[str, Any], as_json: bool) -> None:
 
 def _planned(flags: dict[str, Any], with_survey: bool = False) -> Planned:
     """Everything up to the plan, from a command's flags."""
-    _quiet_libraries()
-    from lowvram import pipeline
+    from lowvram import planning
     from lowvram.engine.source import ModelSource
     from lowvram.planner.profiles import load_profile, profile_for
     from lowvram.planner.wishes import Wishes, wishes_from
@@ -305,15 +300,14 @@ def _planned(flags: dict[str, Any], with_survey: bool = False) -> Planned:
         def say(text: str) -> None:
             status.update(escape(text))
 
-        return pipeline.plan_for(source, flags["data"], hardware, profile, wishes, say, with_survey)
+        return planning.plan_for(source, flags["data"], hardware, profile, wishes, say, with_survey)
 
 
 def _hardware(vram: str | None) -> Hardware:
     from lowvram import hardware
     from lowvram.units import parse_bytes
 
-    found = hardware.probe()
-    return found if vram is None else hardware.card_of_size(parse_bytes(vram), found)
+    return hardware.probe(trial=False) if vram is None else hardware.imagined_card(parse_bytes(vram))
 
 
 def _require_writable(run: Path) -> None:
@@ -367,8 +361,10 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # speaks when imported
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what came of them is in our message
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # it logs what it raises as well
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|bitsandbytes")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a plan with a ? for a bar is better than none
@@ -376,6 +372,8 @@ def main() -> None:
         _run()
     except KeyboardInterrupt:  # before or while an error is told
         sys.exit(130)
+    finally:
+        gc.freeze()  # the last collection would walk a million objects of torch: a second for nothing
 
 
 def _run() -> None:

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowvram.errors import ConfigError, LowvramError
-from lowvram.pipeline import Planned, needs_on_disk
 from lowvram.plan_view import plan_json
 from lowvram.planner.survey import CardFit
+from lowvram.planning import Planned, needs_on_disk
 from lowvram.survey_view import survey_json
 from lowvram.units import GiB, format_bytes, format_count, format_seconds, printable
 

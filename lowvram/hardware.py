@@ -36,7 +36,7 @@ from lowvram.gpu_problems import (
 )
 from lowvram.units import GiB, format_bytes
 
-__all__ = ["GpuProcess", "Hardware", "Problem", "card_of_size", "probe"]
+__all__ = ["GpuProcess", "Hardware", "Problem", "card_of_size", "imagined_card", "probe"]
 
 Backend = Literal["cuda", "rocm", "xpu", "mps", "cpu"]
 
@@ -58,6 +58,7 @@ AMD_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")  # MI100 and
 CGROUP_FOLDER = Path("/sys/fs/cgroup")
 LOW_HOST_BYTES = 2 * GiB
 LOW_DISK_BYTES = 5 * GiB
+GPU_FILES = tuple(map(Path, ("/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dri", "/dev/dxg")))
 
 
 class Hardware(Frozen):
@@ -93,19 +94,32 @@ class Hardware(Frozen):
         return "cuda" if self.backend == "rocm" else self.backend
 
 
-def probe(folder: Path = Path(".")) -> Hardware:
+def probe(folder: Path = Path("."), trial: bool = True) -> Hardware:
     """This machine now, with the disk that holds `folder`. Never raises: see `problems`.
 
     On a GPU it creates this process's context, in order to measure it, and leaves it in place.
+
+    Args:
+        trial: without a GPU as well, try bitsandbytes' 4-bit kernels, which takes 3 s to import.
     """
     driver = read_driver()  # before torch makes a context: what is free now is what the others left
     host = _host(folder)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            return _with_torch(host, driver, caught)
+            return _with_torch(host, driver, caught, trial)
         except Exception as error:  # a broken torch or driver can raise anything
             return _add(host, [broken_torch(driver, host.versions["torch"], error), *driver.problems])
+
+
+def imagined_card(total_bytes: int, folder: Path = Path(".")) -> Hardware:
+    """`card_of_size` in this machine. Without any GPU, torch is not asked: it takes 2 s to import."""
+    return card_of_size(total_bytes, _host(folder) if _without_gpu() else probe(folder, trial=False))
+
+
+def _without_gpu() -> bool:
+    """On Linux a GPU of every make is a device file."""
+    return platform.system() == "Linux" and not any(file.exists() for file in GPU_FILES)
 
 
 def card_of_size(total_bytes: int, host: Hardware) -> Hardware:
@@ -246,7 +260,9 @@ def _add(hardware: Hardware, problems: list[Problem]) -> Hardware:
 # --- the device ---
 
 
-def _with_torch(host: Hardware, driver: Driver, caught: list[warnings.WarningMessage]) -> Hardware:
+def _with_torch(
+    host: Hardware, driver: Driver, caught: list[warnings.WarningMessage], trial: bool
+) -> Hardware:
     import torch
 
     # torch names its CUDA build (2.13.0+cu130), its package from PyPI does not (2.13.0).
@@ -258,7 +274,9 @@ def _with_torch(host: Hardware, driver: Driver, caught: list[warnings.WarningMes
     if torch.backends.mps.is_available():
         return _mps(host)
     problems = why_no_gpu(driver, [first_line(warning.message) for warning in caught])
-    return _add(_replace(host, bf16=_cpu_bf16()), problems + four_bit_problems("cpu"))
+    if trial:
+        problems += four_bit_problems("cpu")
+    return _add(_replace(host, bf16=_cpu_bf16()), problems)
 
 
 def _gpu(host: Hardware, backend: Backend, module: Any, driver: Driver) -> Hardware:

@@ -3,83 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lowvram import hardware as machine
-from lowvram.engine.source import ModelSource, absolute
+from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, refusals_of_the_system
 from lowvram.frozen import write_atomically
 from lowvram.hardware import Hardware
 from lowvram.planner.build import checked as check_plan
-from lowvram.planner.build import make_plan, make_plan_and_survey
 from lowvram.planner.plan import Plan, PlannedDevice
-from lowvram.planner.profiles import Profile
-from lowvram.planner.receipts import experience_on, with_experience
-from lowvram.planner.search import Say
-from lowvram.planner.survey import Survey
-from lowvram.planner.wishes import Wishes
-from lowvram.training.data import PreparedData, prepare
+from lowvram.planning import RUN_FILES_BYTES, Planned, anywhere, run_bytes
+from lowvram.training.data import prepare
 from lowvram.training.live import make_view
 from lowvram.training.loop import Run, train
 from lowvram.training.result import RunResult
 from lowvram.training.run_folder import RunFolder, require_disk
-from lowvram.units import MiB
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 Hook = Callable[[Run], None]
-_CHECKPOINTS_KEPT = 2
-_RUN_FILES_BYTES = 64 * MiB  # tokenizer copies, metrics, plan
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A plan with the data it was made for; `prepared` is None when no data was given."""
-
-    source: ModelSource
-    plan: Plan
-    prepared: PreparedData | None
-    survey: Survey | None = None
-
-
-def plan_for(
-    source: ModelSource,
-    data: str | None,
-    hardware: Hardware,
-    profile: Profile,
-    wishes: Wishes,
-    say: Say,
-    with_survey: bool = False,
-) -> Planned:
-    """Read the config and the data, then plan. No weights are read."""
-    _ = source.config  # a wrong model is refused before the data is read
-    prepared = None
-    if data is not None:
-        say(f"reading {data}")
-        prepared = prepare(data, source)
-    stats = prepared.stats if prepared else None
-    experience = experience_on(hardware)
-    device = with_experience(hardware, experience)
-    around = None
-    if with_survey:
-        plan, around = make_plan_and_survey(source, device, profile, wishes, stats, say)
-    else:
-        plan = make_plan(source, device, profile, wishes, stats, say)
-    reasons = (*plan.reasons, *([experience.sentence] if experience.sentence else []))
-    plan = _anywhere(plan.model_copy(update={"reasons": reasons}), source)
-    return Planned(source, plan, prepared, around)
-
-
-def _anywhere(plan: Plan, source: ModelSource) -> Plan:
-    """The plan with absolute names of a local model and data file, so that it runs from every directory."""
-    is_file = plan.data is not None and Path(plan.data).is_file()
-    data = absolute(str(plan.data)) if is_file else plan.data
-    return plan.model_copy(update={"model": source.name, "data": data})
 
 
 def preflight(source: ModelSource, output: Path, log_with: Iterable[str] = ()) -> None:
@@ -93,7 +40,7 @@ def preflight(source: ModelSource, output: Path, log_with: Iterable[str] = ()) -
     _require_decoder_only(source)
     source.require_weights()
     RunFolder.refuse_used(output)
-    require_disk(output, _RUN_FILES_BYTES)
+    require_disk(output, RUN_FILES_BYTES)
     _require_download_room(source)
 
 
@@ -149,17 +96,6 @@ def checked(planned: Planned) -> Planned:
     return replace(planned, plan=check_plan(planned.plan, planned.source))
 
 
-def needs_on_disk(planned: Planned) -> tuple[int | None, int]:
-    """(bytes to download first, None when nobody says; bytes of the run folder)."""
-    return planned.source.download_bytes(), run_bytes(planned.plan)
-
-
-def run_bytes(plan: Plan) -> int:
-    """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files."""
-    adapter = 4 * plan.n_trainable
-    return 3 * adapter * (_CHECKPOINTS_KEPT + 1) + adapter + _RUN_FILES_BYTES
-
-
 def start(
     planned: Planned,
     output: Path,
@@ -175,7 +111,7 @@ def start(
         DoesNotFitError: too little disk.
     """
     preflight(planned.source, output, log_with)
-    planned = replace(planned, plan=_anywhere(planned.plan, planned.source))
+    planned = replace(planned, plan=anywhere(planned.plan, planned.source))
     require_disk(output, run_bytes(planned.plan))
     folder = RunFolder.create(output)
     with refusals_of_the_system(f"{folder.plan_file} cannot be written", "Give another --output."):

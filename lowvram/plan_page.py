@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from html import escape
 
 from lowvram import __version__
-from lowvram.pipeline import Planned, needs_on_disk
 from lowvram.plan_chart import length_chart, memory_bar, segments
 from lowvram.planner.plan import Plan
 from lowvram.planner.survey import CardFit, LengthNeed, Survey
+from lowvram.planning import Planned, needs_on_disk
 from lowvram.units import GiB, format_bytes, format_count, format_seconds, printable
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the browser would refuse what we never ask for

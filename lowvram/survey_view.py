@@ -9,9 +9,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lowvram.pipeline import Planned, needs_on_disk
 from lowvram.planner.plan import Plan
 from lowvram.planner.survey import Survey
+from lowvram.planning import Planned, needs_on_disk
 from lowvram.units import GiB, format_bytes
 
 _UNKNOWN = "unknown: the hub is not reachable"

@@ -22,9 +22,10 @@ from lowvram.engine.source import ModelSource
 from lowvram.errors import DoesNotFitError
 from lowvram.frozen import Frozen, write_atomically
 from lowvram.hardware import Hardware, card_of_size
+from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate, estimate
 from lowvram.memory.snapshot import replay_snapshot
-from lowvram.planner.build import context_limit, make_plan
+from lowvram.planner.build import make_plan
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import profile_for
 from lowvram.planner.receipts import Experience, with_experience
@@ -73,7 +74,7 @@ def plan_job(model: str, card_gib: float, here: Hardware) -> Job:
         plan = make_plan(source, card, profile_for(card), Wishes())
         longest = plan.model_copy(update={"seq_len": plan.largest_seq_len})
         at_largest = estimate(source.config, longest, "cuda", card.capability)
-        limit = context_limit(source)
+        limit = RememberedModel(source).shape.context_limit
     return Job(card_gib=card_gib, model=model, plan=plan, at_largest=at_largest, model_limit=limit)
 
 

@@ -26,13 +26,14 @@ from transformers import (
 )
 
 from lowvram.data.tokens import Example
-from lowvram.engine.adapters import add_adapters, resolve_targets, trainable
+from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.attention import register
 from lowvram.engine.batch import Batch, collate
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.loss import summed_cross_entropy
-from lowvram.engine.model import attention_for, linear_names, load, skeleton
+from lowvram.engine.model import attention_for, load, skeleton
 from lowvram.engine.optimizer import make_optimizer
+from lowvram.engine.shape import shape_of
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss, evaluate, train_step
 from lowvram.errors import ConfigError
@@ -194,12 +195,24 @@ def test_padding_changes_nothing() -> None:
 
 def test_targets() -> None:
     model = MODELS["llama"]()
-    assert resolve_targets(model, "all-linear") == tuple(linear_names(model))
-    assert "lm_head" not in resolve_targets(model, "all-linear")
-    assert resolve_targets(model, "qv") == ("q_proj", "v_proj")
-    assert resolve_targets(model, "up_proj, down_proj") == ("up_proj", "down_proj")
+    shape = shape_of(model.config)
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert shape.resolve_targets("all-linear") == layers
+    assert shape.resolve_targets("qv") == ("q_proj", "v_proj")
+    assert shape.resolve_targets("up_proj, down_proj") == ("up_proj", "down_proj")
     with pytest.raises(ConfigError, match=r"no linear layer called query.*q_proj"):
-        resolve_targets(model, "query")
+        shape.resolve_targets("query")
+
+
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_shape_says_what_the_model_has(family: str) -> None:
+    """Counted on the model with its adapters: what a plan says of parameters is what trains."""
+    model = MODELS[family]()
+    shape, step = shape_of(model.config), _step()
+    assert shape.n_parameters == sum(p.numel() for p in model.parameters())
+    step = step.model_copy(update={"target_modules": shape.resolve_targets("all-linear")})
+    adapted = trainable(add_adapters(model, step))
+    assert shape.n_trainable(step.target_modules, step.rank) == sum(p.numel() for p in adapted.values())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])

@@ -19,6 +19,7 @@ ORDER = [
     {"planner"},
     {"training"},
     {"export"},
+    {"planning"},
     {"pipeline"},
     {
         *("probe_view", "plan_view", "plan_chart", "plan_page", "compare_view"),

@@ -6,7 +6,7 @@ import pytest
 
 from lowvram.engine.config import StepConfig, TaskType
 from lowvram.engine.known_models import known_config
-from lowvram.engine.model import linear_names, skeleton
+from lowvram.engine.shape import shape_of
 from lowvram.memory.estimate import COMPONENTS, estimate, estimate_of
 from lowvram.memory.layers import blocks_of
 from lowvram.memory.run import trace_step
@@ -44,7 +44,7 @@ def test_shortcut_equals_the_whole_trace_and_components_sum(name: str) -> None:
     assert config is not None
     assert (blocks_of(config) is None) == (name in _WHOLE)
     task: TaskType = "SEQ2SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
-    targets = tuple(linear_names(skeleton(config, StepConfig(task_type=task))))
+    targets = shape_of(config).resolve_targets("all-linear")
     step = StepConfig(
         task_type=task,
         target_modules=targets,

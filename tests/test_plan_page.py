@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lowvram import cli, hardware, pipeline, plan_chart, plan_page
+from lowvram import cli, hardware, plan_chart, plan_page, planning
 from lowvram.engine.source import ModelSource
-from lowvram.pipeline import Planned
 from lowvram.planner.profiles import profile_for
 from lowvram.planner.wishes import Wishes
+from lowvram.planning import Planned
 from lowvram.units import GiB, format_bytes
 from tests.conftest import QWEN2_7B
 
@@ -68,7 +68,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
     (folder / "config.json").write_text(json.dumps(QWEN2_7B | TINY))
     card = hardware.card_of_size(8 * GiB, hardware.probe())
     wishes = Wishes(seq_len=512)
-    return pipeline.plan_for(
+    return planning.plan_for(
         ModelSource(str(folder)), None, card, profile_for(card), wishes, lambda _: None, with_survey=True
     )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lowvram import hardware, pipeline
+from lowvram import hardware, planning
 from lowvram.engine.config import StepConfig
 from lowvram.engine.source import ModelSource
 from lowvram.gpu_driver import Card, Driver, OwnMemory
@@ -179,7 +179,7 @@ def test_the_next_plan_uses_and_tells_them(kept: Callable[..., Path], tmp_path: 
         source = ModelSource(str(tmp_path / "tiny"))
         wishes = Wishes(rank=2, seq_len=64, batch=2)
         profile = load_profile("12gb")
-        return pipeline.plan_for(source, None, _gpu(), profile, wishes, lambda _: None).plan
+        return planning.plan_for(source, None, _gpu(), profile, wishes, lambda _: None).plan
 
     before = planned()
     assert not any("earlier run" in reason for reason in before.reasons)

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from lowvram import cli, pipeline
+from lowvram import cli, planning
 from lowvram.engine import hub
 from lowvram.engine.hub import Refusal
 from lowvram.engine.source import INDEX_FILE, SINGLE_FILE, ModelSource
@@ -299,7 +299,7 @@ def test_a_plan_says_that_its_config_is_from_the_table(
 def test_training_is_refused_before_planning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "plan_for", lambda *_: pytest.fail("planned what cannot be trained"))
+    monkeypatch.setattr(planning, "plan_for", lambda *_: pytest.fail("planned what cannot be trained"))
     data = tmp_path / "rows.jsonl"
     data.write_text('{"question": "1 + 1?", "answer": "2"}\n')
     assert _cli(monkeypatch, "auto", "--model", NAME, "--data", data, "-o", tmp_path / "run") == 2

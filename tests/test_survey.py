@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from lowvram.planner.survey import LENGTHS, Survey
 from lowvram.planner.wishes import Wishes
 from lowvram.units import GiB
 
-SMALL: dict[str, object] = {
+SMALL: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 256,
     "intermediate_size": 640,
@@ -94,8 +96,11 @@ def test_an_estimate_is_traced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return whole(config, step, *where)
 
     monkeypatch.setattr(cache, "estimate", counted)
-    config, step = AutoConfig.for_model(**SMALL), StepConfig(seq_len=64)
-    ask: Callable[[StepConfig], Any] = lambda s: cache.remembered_estimate(config, s, "cuda", (8, 6))  # noqa: E731
+    step = StepConfig(seq_len=64)
+
+    def ask(step: StepConfig, **facts: Any) -> Any:
+        return cache.RememberedModel(_source(tmp_path, **facts)).estimate(step, "cuda", (8, 6))
+
     first = ask(step)
     assert ask(step) == first
     assert len(traced) == 1
@@ -104,6 +109,36 @@ def test_an_estimate_is_traced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         file.write_text("{}")
     assert ask(step) == first
     assert len(traced) == 3
+    assert ask(step, vocab_size=2 * SMALL["vocab_size"]) != first  # the folder's config.json was edited
+    assert len(traced) == 4
+
+
+def test_a_model_that_may_bring_code_is_traced_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    source = ModelSource(_source(tmp_path).name, trust_remote_code=True)
+    assert cache.RememberedModel(source).shape.n_layers == SMALL["num_hidden_layers"]
+    assert not (tmp_path / "traces").exists()
+
+
+def test_a_known_plan_needs_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time the same command imports neither torch nor transformers, and says the same."""
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    words = ["lowvram", "plan", "--model", _source(tmp_path).name, "--vram", "8GB", "--json"]
+    code = (
+        "import sys, lowvram.hardware\nlowvram.hardware.GPU_FILES = ()\n"
+        f"from lowvram.cli import main\nsys.argv = {words}\ntry:\n    main()\n"
+        "finally:\n    print([m for m in ('torch', 'transformers') if m in sys.modules], file=sys.stderr)"
+    )
+
+    def run() -> tuple[str, str]:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return done.stdout, done.stderr.splitlines()[-1]
+
+    first, second = run(), run()
+    assert first == (second[0], "['torch', 'transformers']")
+    assert second[1] == "[]"
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
@@ -112,8 +147,16 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     blocker = tmp_path / "file"
     blocker.write_text("")
     monkeypatch.setenv("LOWVRAM_CACHE", str(blocker))
-    config = AutoConfig.for_model(**SMALL)
-    assert cache.remembered_estimate(config, StepConfig(seq_len=64), "cuda", None).peak_allocated_bytes > 0
+    model = cache.RememberedModel(_source(tmp_path))
+    assert model.estimate(StepConfig(seq_len=64), "cuda", None).peak_allocated_bytes > 0
+
+
+def _source(folder: Path, **facts: Any) -> ModelSource:
+    """SMALL in a folder, with other facts where given."""
+    model = folder / "small"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(SMALL | facts))
+    return ModelSource(str(model))
 
 
 @pytest.mark.parametrize("name", ["google-t5/t5-base", "openai-community/gpt2", "google/gemma-2-2b"])

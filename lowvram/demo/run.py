@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from lowvram import hardware, pipeline
+from lowvram import hardware, pipeline, planning
 from lowvram.demo.model import demo_model
 from lowvram.engine.generate import greedy_answers
 from lowvram.engine.source import ModelSource
@@ -54,7 +54,7 @@ def _first_run(output: Path, steps: int | None, console: Console, answers: _Answ
     here = hardware.probe()
     wishes = Wishes(epochs=_EPOCHS, steps=steps)
     with console.status("planning: running the training step on meta tensors"):
-        planned = pipeline.plan_for(source, str(DATA), here, profile_for(here), wishes, lambda _: None)
+        planned = planning.plan_for(source, str(DATA), here, profile_for(here), wishes, lambda _: None)
     show_plan(planned.plan, console)
     return pipeline.start(planned, output, console, before=answers.before, after=answers.after)
 

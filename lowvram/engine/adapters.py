@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,17 +14,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowvram.engine.config import StepConfig
-from lowvram.engine.model import linear_names
-from lowvram.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PEFT_TASKS = {"CAUSAL_LM": "CAUSAL_LM", "SEQ2SEQ_LM": "SEQ_2_SEQ_LM"}
-NAMED_TARGETS: dict[str, tuple[str, ...]] = {
-    "attention-qv": ("q_proj", "v_proj"),
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-}
 
 
 def compute_dtype_lora(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:  # [.., in] -> [.., out]
@@ -68,32 +61,6 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]  # peft ships no types
             return compute_dtype_lora(self, x)
         result: torch.Tensor = super().forward(x, *args, **kwargs)
         return result
-
-
-def resolve_targets(model: nn.Module, wish: str | Sequence[str]) -> tuple[str, ...]:
-    """Module names for `all-linear`, `attention`, `attention-qv` (`qv`) or an explicit list.
-
-    Raises:
-        ConfigError: a name is no linear layer of this model.
-    """
-    available = linear_names(model)
-    if not available:
-        raise ConfigError(
-            "This model has no linear layer that lowvram can adapt.",
-            "Use a model with linear layers, such as Llama, Qwen2 or Mistral.",
-        )
-    if wish == "all-linear":
-        return tuple(available)
-    names = NAMED_TARGETS.get("attention-qv" if wish == "qv" else str(wish))
-    if names is None:
-        names = tuple(n.strip() for n in wish.split(",")) if isinstance(wish, str) else tuple(wish)
-    missing = [n for n in names if n not in available]
-    if missing:
-        raise ConfigError(
-            f"This model has no linear layer called {', '.join(missing)}; it has {', '.join(available)}.",
-            "Use --targets all-linear, or names from that list.",
-        )
-    return tuple(dict.fromkeys(names))
 
 
 def lora_config(step: StepConfig) -> LoraConfig:

@@ -113,13 +113,6 @@ def in_out_features(module: Any) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)
 
 
-def linear_names(model: Any) -> list[str]:
-    """Last name parts of all linear layers but the head, in order of appearance: q_proj, k_proj, ..."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    names = (n for n, m in model.named_modules() if is_linear(m) and m is not head)
-    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
-
-
 def _replace_linears(model: PreTrainedModel, step: StepConfig) -> None:
     """Every linear layer but the head becomes bitsandbytes' Linear4bit, as transformers does when loading."""
     import bitsandbytes as bnb

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,36 +56,63 @@ class ModelSource:
         """Why the hub does not give this model now; None when it does, and for a folder. Asked once."""
         return None if self.is_local else hub.refusal(self.name)
 
-    @property
+    @cached_property
     def config(self) -> PretrainedConfig:
         """The model's config.json; of a popular model that cannot be had now, its row of the shipped table.
 
         Raises:
             ConfigError: no such model, no config.json in it, or an unknown architecture.
         """
-        return self._config_and_origin[0]
-
-    @property
-    def config_origin(self) -> Origin:
-        """Where the config came from; "hub" is also what an earlier run left in the hub's cache."""
-        return self._config_and_origin[1]
-
-    @cached_property
-    def _config_and_origin(self) -> tuple[PretrainedConfig, Origin]:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
-        self._refuse_bad_folder()
+        if self.config_origin == "shipped table" and (known := known_model(self.name)):
+            return known.config()
         bad_values = (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
         try:
-            config = AutoConfig.from_pretrained(self.name, **self._options())
+            return AutoConfig.from_pretrained(self.name, **self._options())
         except (OSError, *bad_values) as error:
-            refused = None if self._cached("config.json") else self.refusal  # else the one here is wrong
-            known = known_model(self.name) if refused else None
-            if known is None:
-                raise ConfigError(*_why_not(self.name, error, refused)) from error
-            return known.config(), "shipped table"
-        return config, "folder" if self.is_local else "hub"
+            refused = None if self._config_json else self.refusal  # else the one that is here is wrong
+            raise ConfigError(*_why_not(self.name, error, refused)) from error
+
+    @property
+    def config_origin(self) -> Origin:
+        """Where the config comes from; "hub" is also what an earlier run left in the hub's cache."""
+        if self.is_local:
+            return "folder"
+        missing = self._config_json is None and self.refusal is not None
+        return "shipped table" if missing and known_model(self.name) else "hub"
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Tells this model's config from every other without reading it through transformers.
+
+        None where nothing does: the model is not to be had, or may bring code that decides as well.
+
+        Raises:
+            ConfigError: a folder without config.json.
+        """
+        known = known_model(self.name) if self.config_origin == "shipped table" else None
+        content = json.dumps(known.facts).encode() if known else self._config_json
+        if content is None or self.trust_remote_code:
+            return None
+        return hashlib.sha256(content).hexdigest()
+
+    @cached_property
+    def _config_json(self) -> bytes | None:
+        """The file as the folder, the hub or the hub's cache has it; None where none of them does."""
+        self._refuse_bad_folder()
+        with self._readable():
+            file = Path(self.name) / "config.json" if self.is_local else self._downloaded_config()
+            return file.read_bytes() if file else None
+
+    def _downloaded_config(self) -> Path | None:
+        if self.refusal is None:
+            from huggingface_hub import hf_hub_download
+
+            with suppress(OSError, ValueError):  # `config` meets it again, and says what it is
+                return Path(hf_hub_download(self.name, "config.json"))
+        return self._cached("config.json")
 
     def _options(self) -> dict[str, Any]:
         """For from_pretrained, which would try for half a minute what the hub has refused already."""

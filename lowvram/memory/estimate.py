@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -9,10 +12,8 @@ from pydantic import Field
 from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
 from lowvram.memory.allocator import replay_reserved
-from lowvram.memory.kernels import Backend, Capability
 from lowvram.memory.layers import trace_repeating
-from lowvram.memory.run import trace_step
-from lowvram.memory.trace import Allocation, Trace
+from lowvram.memory.trace import Allocation, Backend, Capability, Trace
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,7 +60,20 @@ def estimate(
         backend: whose hidden kernel buffers and allocator to count.
         capability: the GPU's, for the size of cuBLAS's workspaces.
     """
-    return estimate_of(trace_all_layers(config, step, backend, capability), step, backend)
+    with _no_collections():
+        return estimate_of(trace_all_layers(config, step, backend, capability), step, backend)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Python's cyclic collector walks all of torch's million objects, 0.25 s each time that it runs."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def estimate_of(trace: Trace, step: StepConfig, backend: Backend) -> MemoryEstimate:
@@ -80,6 +94,8 @@ def trace_all_layers(
     config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability = None
 ) -> Trace:
     """The whole model's trace: extended from a few layers where they repeat, else of every layer."""
+    from lowvram.memory.run import trace_step  # brings torch, which an estimate from disk does without
+
     return trace_repeating(config, lambda c: trace_step(c, step, backend, capability))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lowvram.engine.attention import MASKS
 from lowvram.engine.model import NF4_BLOCK
+from lowvram.memory.trace import Backend, Capability
 from lowvram.units import MiB
-
-Backend = Literal["cuda", "cpu"]
-Capability = tuple[int, int] | None
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680  # torch's default :4096:2:16:8 before sm_90
 CUBLAS_WORKSPACE_BYTES_SM90 = 32 * MiB

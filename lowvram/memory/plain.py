@@ -22,12 +22,12 @@ from lowvram.frozen import Frozen
 from lowvram.memory.allocator import replay_allocated
 from lowvram.memory.autocast import Bf16Autocast, keep_in_recomputation
 from lowvram.memory.estimate import peak_of
-from lowvram.memory.kernels import Backend, Capability, choose_kernels, cublas_bytes
+from lowvram.memory.kernels import choose_kernels, cublas_bytes
 from lowvram.memory.layers import trace_repeating
 from lowvram.memory.load import record_weight
 from lowvram.memory.recorder import Recorder
 from lowvram.memory.run import label_gradients
-from lowvram.memory.trace import ALLOC_ROUNDING, Trace
+from lowvram.memory.trace import ALLOC_ROUNDING, Backend, Capability, Trace
 from lowvram.memory.weights import onto_meta, quantize_weight
 
 if TYPE_CHECKING:

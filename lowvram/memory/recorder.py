@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram.memory.kernels import HIDING, Backend, hidden_bytes
-from lowvram.memory.trace import ALLOC_ROUNDING, OUTSIDE, Allocation, Trace, round_up
+from lowvram.memory.kernels import HIDING, hidden_bytes
+from lowvram.memory.trace import ALLOC_ROUNDING, OUTSIDE, Allocation, Backend, Trace, round_up
 
 _ALIASING = {"aten._unsafe_view.default"}  # returns its input's storage although its schema does not say so
 

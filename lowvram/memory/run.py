@@ -14,10 +14,10 @@ from lowvram.engine.adapters import trainable
 from lowvram.engine.config import StepConfig
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.step import SummedLoss, evaluate_batch, train_step
-from lowvram.memory.kernels import Backend, Capability, cublas_bytes
+from lowvram.memory.kernels import cublas_bytes
 from lowvram.memory.load import record_loading
 from lowvram.memory.recorder import Recorder
-from lowvram.memory.trace import ALLOC_ROUNDING, Trace
+from lowvram.memory.trace import ALLOC_ROUNDING, Backend, Capability, Trace
 from lowvram.memory.weights import meta_batch, meta_model
 
 if TYPE_CHECKING:
@@ -87,9 +87,13 @@ class OptimizerTwin:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             self._twins = {n: nn.Parameter(torch.empty(p.shape)) for n, p in parameters.items()}
+            shapes = {p.shape for p in parameters.values()}
+            self._gradients = {shape: torch.empty(shape) for shape in shapes}  # only read: one does for all
         for name, twin in self._twins.items():
             recorder.exclude(twin)
             recorder.own(twin, name)
+        for gradient in self._gradients.values():
+            recorder.exclude(gradient)
         self._optimizer = make_optimizer(self._twins.values(), step, learning_rate=1e-4)
         self._create_state()
 
@@ -106,12 +110,10 @@ class OptimizerTwin:
     def step(self) -> None:
         with self._recorder.during("optimizer"), self._mode:
             for twin in self._twins.values():
-                twin.grad = torch.empty_like(twin)
-                self._recorder.exclude(twin.grad)
+                twin.grad = self._gradients[twin.shape]
+            self._recorder.at("")
             with self._recorder:
                 self._optimizer.step()
-            for twin in self._twins.values():
-                twin.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         assert set_to_none, "lowvram frees gradients"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+Backend = Literal["cuda", "cpu"]
+Capability = tuple[int, int] | None
 
 ALLOC_ROUNDING = 512  # the CUDA caching allocator's smallest unit, bytes
 OUTSIDE = -1  # the layer of what runs outside all layers

@@ -13,7 +13,8 @@ from lowvram.engine.adapters import add_adapters
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
 from lowvram.engine.model import NESTED_BLOCK, NF4_BLOCK, skeleton
-from lowvram.memory.kernels import Backend, Capability, choose_kernels
+from lowvram.memory.kernels import choose_kernels
+from lowvram.memory.trace import Backend, Capability
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,7 +29,8 @@ def meta_model(
     """
     import bitsandbytes as bnb
 
-    model = add_adapters(skeleton(config, step), step)
+    with torch.device("meta"):
+        model = add_adapters(skeleton(config, step), step)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             quantize_weight(module)
@@ -38,7 +40,7 @@ def meta_model(
 
 
 def onto_meta(model: nn.Module) -> None:
-    """Adapters and the buffers that a constructor computes are real tensors until here; ties are kept."""
+    """What a constructor computes on the CPU whatever it is told is real until here; ties are kept."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.is_meta:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowvram.data.stats import DataStats
-from lowvram.engine.adapters import resolve_targets
 from lowvram.engine.config import BasePrecision, ComputeDtype, Levers, StepConfig
-from lowvram.engine.model import in_out_features, is_linear, skeleton
+from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.hardware import DEFAULT_HELD_BYTES, Hardware
 from lowvram.hardware import card_of_size as hardware_of_size
-from lowvram.memory.estimate import estimate
-from lowvram.memory.kernels import Backend
+from lowvram.memory.cache import RememberedModel
+from lowvram.memory.trace import Backend
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.profiles import Profile, budget
 from lowvram.planner.reasons import explain
@@ -23,9 +22,6 @@ from lowvram.planner.search import Found, Say, Search, rungs, split
 from lowvram.planner.survey import Survey, survey
 from lowvram.planner.wishes import Wishes
 from lowvram.units import GiB, format_bytes, format_count
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _MOST_LOST = 0.5  # of the examples may be left out for their length
 _PROCESS_BYTES = 2 * GiB  # Python, torch, transformers and the device's libraries in host memory
@@ -62,9 +58,8 @@ def make_plan_and_survey(
     say: Say = lambda _: None,
 ) -> tuple[Plan, Survey]:
     """The plan, and what would fit on other cards, at other lengths and ranks and by other methods."""
-    plan, search, shape = _decide(source, hardware, profile, wishes, stats, say)
-    full_rank = _full_rank(shape, plan.target_modules)
-    return plan, survey(plan, hardware, search, context_limit(source), full_rank)
+    plan, search = _decide(source, hardware, profile, wishes, stats, say)
+    return plan, survey(plan, hardware, search)
 
 
 def _decide(
@@ -74,19 +69,13 @@ def _decide(
     wishes: Wishes,
     stats: DataStats | None,
     say: Say,
-) -> tuple[Plan, Search, PreTrainedModel]:
-    base = _base_step(source, hardware, profile, wishes, stats)
-    shape = skeleton(source.config, base)
-    search = Search(
-        source.config,
-        hardware,
-        budget(hardware, profile),
-        sum(p.numel() for p in shape.parameters()),
-        stats.mean_tokens if stats else base.seq_len,
-        say,
-    )
+) -> tuple[Plan, Search]:
+    model = RememberedModel(source)
+    base = _base_step(model.shape, hardware, profile, wishes, stats)
+    mean_tokens = stats.mean_tokens if stats else base.seq_len
+    search = Search(model, hardware, budget(hardware, profile), mean_tokens, say)
     found = _find(search, base, wishes, profile)
-    return _assemble(source, hardware, profile, wishes, stats, search, found, shape), search, shape
+    return _assemble(source, hardware, profile, wishes, stats, search, found), search
 
 
 def checked(plan: Plan, source: ModelSource) -> Plan:
@@ -96,16 +85,17 @@ def checked(plan: Plan, source: ModelSource) -> Plan:
         ConfigError: it contradicts the model or the device.
         DoesNotFitError: it needs more than its budget.
     """
-    resolve_targets(skeleton(source.config, plan), plan.target_modules)
-    if plan.seq_len > context_limit(source):
+    model = RememberedModel(source)
+    model.shape.resolve_targets(plan.target_modules)
+    if plan.seq_len > model.shape.context_limit:
         raise ConfigError(
-            f"seq_len {plan.seq_len} is beyond the model's {context_limit(source)} positions.",
+            f"seq_len {plan.seq_len} is beyond the model's {model.shape.context_limit} positions.",
             "Edit the plan.",
         )
     if plan.compute_dtype == "fp16" and plan.device.backend == "cpu":
         raise ConfigError("compute_dtype fp16 is for GPUs: its loss scaling needs one.", "Use bf16 or fp32.")
     backend: Backend = "cpu" if plan.device.backend == "cpu" else "cuda"
-    predicted = estimate(source.config, plan, backend, plan.device.capability)
+    predicted = model.estimate(plan.step, backend, plan.device.capability)
     if predicted.peak_reserved_bytes > plan.budget_bytes:
         raise DoesNotFitError(
             f"The plan needs {format_bytes(predicted.peak_reserved_bytes)}, "
@@ -116,17 +106,15 @@ def checked(plan: Plan, source: ModelSource) -> Plan:
 
 
 def _base_step(
-    source: ModelSource, hardware: Hardware, profile: Profile, wishes: Wishes, stats: DataStats | None
+    shape: ModelShape, hardware: Hardware, profile: Profile, wishes: Wishes, stats: DataStats | None
 ) -> StepConfig:
     precision: BasePrecision = wishes.precision or "nf4"
-    unnamed = StepConfig(base_precision=precision)
-    shape = skeleton(source.config, unnamed)
-    targets = resolve_targets(shape, wishes.targets or profile.targets)
+    targets = shape.resolve_targets(wishes.targets or profile.targets)
     _require_rank_within(shape, targets, wishes.rank or profile.rank)
     linux_gpu = hardware.backend in ("cuda", "rocm") and platform.system() == "Linux"
     return StepConfig(
-        task_type="SEQ2SEQ_LM" if source.config.is_encoder_decoder else "CAUSAL_LM",
-        target_len=_target_len(source, profile),
+        task_type=shape.task_type,
+        target_len=_target_len(shape, profile),
         base_precision=precision,
         compute_dtype=_compute_dtype(hardware, precision),
         rank=wishes.rank or profile.rank,
@@ -134,33 +122,21 @@ def _base_step(
         dropout=profile.dropout if wishes.dropout is None else wishes.dropout,
         use_rslora=profile.use_rslora,
         target_modules=targets,
-        seq_len=_seq_len(source, profile, wishes, stats),
+        seq_len=_seq_len(shape, profile, wishes, stats),
         micro_batch=1,
         accumulation=_effective_batch(profile, wishes, stats),
         levers=Levers(expandable_segments=linux_gpu),
     )
 
 
-def _require_rank_within(shape: Any, targets: tuple[str, ...], rank: int) -> None:
+def _require_rank_within(shape: ModelShape, targets: tuple[str, ...], rank: int) -> None:
     """An adapter of a rank above its layer's own adds parameters and no freedom."""
-    full = _full_rank(shape, targets)
+    full = shape.full_rank(targets)
     if rank > full:
         raise ConfigError(
             f"--rank {rank} is above the full rank {full} of the largest target layer.",
             f"Use a rank up to {full}; 4 to 64 are usual.",
         )
-
-
-def _full_rank(shape: Any, targets: tuple[str, ...]) -> int:
-    """Of the largest target layer."""
-    return max(min(pair) for pair in _target_shapes(shape, targets))
-
-
-def _target_shapes(shape: Any, targets: tuple[str, ...]) -> list[tuple[int, int]]:
-    """(in, out) of every adapted layer."""
-    head = shape.get_output_embeddings()
-    modules = (m for n, m in shape.named_modules() if n.rsplit(".", 1)[-1] in targets)
-    return [in_out_features(m) for m in modules if is_linear(m) and m is not head]
 
 
 def _compute_dtype(hardware: Hardware, precision: BasePrecision) -> ComputeDtype:
@@ -173,8 +149,8 @@ def _compute_dtype(hardware: Hardware, precision: BasePrecision) -> ComputeDtype
     return "fp32" if hardware.backend in ("cpu", "mps") else "fp16"
 
 
-def _seq_len(source: ModelSource, profile: Profile, wishes: Wishes, stats: DataStats | None) -> int:
-    limit = context_limit(source)
+def _seq_len(shape: ModelShape, profile: Profile, wishes: Wishes, stats: DataStats | None) -> int:
+    limit = shape.context_limit
     if wishes.seq_len is not None and wishes.seq_len > limit:
         raise ConfigError(
             f"--seq-len {wishes.seq_len} is beyond the model's {limit} positions.",
@@ -185,9 +161,9 @@ def _seq_len(source: ModelSource, profile: Profile, wishes: Wishes, stats: DataS
     return min(max(math.ceil(wanted / 8) * 8, 8), limit)
 
 
-def _target_len(source: ModelSource, profile: Profile) -> int | None:
+def _target_len(shape: ModelShape, profile: Profile) -> int | None:
     """T5-type models read the longest example and write a quarter of it: T5's own 512 and 114 tokens."""
-    if not source.config.is_encoder_decoder:
+    if shape.task_type == "CAUSAL_LM":
         return None
     return max(profile.default_seq_len // 4, 8)
 
@@ -202,13 +178,6 @@ def _require_answers(seq_len: int, stats: DataStats | None) -> None:
             "they would teach nothing.",
             f"Use --seq-len {enough} or more (the longest example has {stats.longest_tokens} tokens).",
         )
-
-
-def context_limit(source: ModelSource) -> int:
-    """Positions that the model knows, or (T5, whose positions are relative) was trained on."""
-    text = source.config.get_text_config()
-    known = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return int(known or 1 << 20)
 
 
 def _effective_batch(profile: Profile, wishes: Wishes, stats: DataStats | None) -> int:
@@ -259,25 +228,20 @@ def _card_for(needed_bytes: int, hardware: Hardware, profile: Profile) -> int:
     return math.ceil(taken / (1 - profile.margin_share) / GiB)
 
 
-def _n_trainable(shape: Any, step: StepConfig) -> int:
-    """r * (in + out) for every targeted linear layer."""
-    return sum(step.rank * (n_in + n_out) for n_in, n_out in _target_shapes(shape, step.target_modules))
-
-
 def _origin_note(source: ModelSource) -> list[str]:
     if source.config_origin != "shipped table":
         return []
     return [f"config from the shipped table ({source.refusal and source.refusal.reason})"]
 
 
-def _unquantized_note(shape: PreTrainedModel, step: StepConfig) -> list[str]:
+def _unquantized_note(shape: ModelShape, step: StepConfig) -> list[str]:
     """A mixture's experts are no linear layers in transformers 5: bitsandbytes leaves them in 16 bits."""
-    stacked = sum(p.numel() for p in shape.parameters() if p.dim() == 3)  # [experts, out, in]
-    if step.base_precision != "nf4" or not stacked:
+    if step.base_precision != "nf4" or not shape.stacked_parameters:
         return []
+    experts = format_count(shape.stacked_parameters)
     return [
-        f"{format_count(stacked)} parameters are a mixture's experts, not linear layers: they stay in 16 "
-        "bits and are not adapted"
+        f"{experts} parameters are a mixture's experts, not linear layers: they stay in 16 bits and are not "
+        "adapted"
     ]
 
 
@@ -300,11 +264,10 @@ def _assemble(
     stats: DataStats | None,
     search: Search,
     found: Found,
-    shape: PreTrainedModel,
 ) -> Plan:
-    step = found.step
+    step, shape = found.step, search.model.shape
     steps = _total_steps(profile, wishes, stats, step.micro_batch * step.accumulation, step.seq_len)
-    largest = max(search.largest_seq_len(step, context_limit(source)), step.seq_len)
+    largest = max(search.largest_seq_len(step, shape.context_limit), step.seq_len)
     on_cpu = hardware.backend == "cpu"
     return Plan(
         **{name: getattr(step, name) for name in StepConfig.model_fields},
@@ -326,8 +289,8 @@ def _assemble(
         largest_seq_len=largest,
         host_ram_bytes=_PROCESS_BYTES + (found.estimate.peak_allocated_bytes if on_cpu else 0),
         seconds_per_step=round(search.seconds(step), 3),
-        n_parameters=search.n_parameters,
-        n_trainable=_n_trainable(shape, step),
+        n_parameters=shape.n_parameters,
+        n_trainable=shape.n_trainable(step.target_modules, step.rank),
         reasons=(
             *_origin_note(source),
             *explain(step, hardware, profile, wishes, stats),

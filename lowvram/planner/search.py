@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.hardware import Hardware
-from lowvram.memory.cache import remembered_estimate
+from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate
-from lowvram.memory.kernels import Backend
+from lowvram.memory.trace import Backend
 from lowvram.planner.time_model import seconds_per_step
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 Say = Callable[[str], None]
 
@@ -31,10 +28,9 @@ _LADDER: tuple[dict[str, Any], ...] = (
 class Search:
     """One model on one device; remembers every trace it made."""
 
-    config: PretrainedConfig
+    model: RememberedModel
     hardware: Hardware
     budget_bytes: int
-    n_parameters: int
     tokens_per_example: float
     say: Say = lambda _: None
     _known: dict[str, MemoryEstimate] = field(default_factory=dict)
@@ -47,8 +43,8 @@ class Search:
         return seconds_per_step(
             step,
             self.hardware,
-            n_parameters=self.n_parameters,
-            n_layers=self.config.get_text_config().num_hidden_layers,
+            n_parameters=self.model.shape.n_parameters,
+            n_layers=self.model.shape.n_layers,
             tokens_per_example=self.tokens_per_example,
         )
 
@@ -56,8 +52,7 @@ class Search:
         key = step.model_dump_json()
         if key not in self._known:
             self.say(f"tracing {describe(step)}")
-            found = remembered_estimate(self.config, step, self.backend, self.hardware.capability)
-            self._known[key] = found
+            self._known[key] = self.model.estimate(step, self.backend, self.hardware.capability)
         return self._known[key]
 
     def reserved_bytes(self, step: StepConfig) -> int:
@@ -100,26 +95,22 @@ class Search:
 
     def largest_seq_len(self, step: StepConfig, limit: int) -> int:
         """Longest sequence that fits with all else as in `step` (0 when none does), to 64 tokens or 2 %."""
-        low, high = 0, limit // 64
-        at = max(min(step.seq_len // 64, high), 1)
-        while high - low > low // 50:
-            bytes_here = self.reserved_bytes(step.model_copy(update={"seq_len": at * 64}))
-            if bytes_here <= self.budget_bytes:
-                low = at
-            else:
-                high = at - 1
-            at = self._next_guess(step, at, bytes_here, low, high)
-        return low * 64
+        fits, too_long = 0, limit // 64 + 1  # in units of 64 tokens
+        at = max(min(step.seq_len // 64, limit // 64), 1)
+        bytes_at: dict[int, int] = {}
+        while too_long - fits > (close := max(fits // 50, 1)):
+            at = max(fits + close, min(at, too_long - close))
+            bytes_at[at] = self.reserved_bytes(step.model_copy(update={"seq_len": at * 64}))
+            fits, too_long = (at, too_long) if bytes_at[at] <= self.budget_bytes else (fits, at)
+            at = _where_it_meets(self.budget_bytes, bytes_at) if len(bytes_at) > 1 else 2 * fits or at // 2
+        return fits * 64
 
-    def _next_guess(self, step: StepConfig, at: int, bytes_here: int, low: int, high: int) -> int:
-        """Where the budget would be met if memory were affine in tokens, a tenth of the way inside."""
-        floor = self.reserved_bytes(step.model_copy(update={"seq_len": 64}))
-        slope = max((bytes_here - floor) / max(at - 1, 1), 1.0)
-        guess = int(1 + (self.budget_bytes - floor) / slope)
-        inside = (high - low) // 10
-        if high - low <= max(low // 50, 1):  # within 2 % is close enough
-            return high
-        return max(low + 1 + inside, min(guess, high - inside))
+
+def _where_it_meets(budget_bytes: int, bytes_at: dict[int, int]) -> int:
+    """Where the line through the two known points nearest to the budget meets it."""
+    low, high = sorted(sorted(bytes_at, key=lambda n: abs(bytes_at[n] - budget_bytes))[:2])
+    slope = max((bytes_at[high] - bytes_at[low]) / (high - low), 1.0)
+    return int(low + (budget_bytes - bytes_at[low]) / slope)
 
 
 @dataclass(frozen=True)

@@ -52,25 +52,23 @@ class Survey(Frozen):
     full_fine_tuning_bytes: int | None  # allocated by plain transformers, 16-bit, AdamW, recompute
 
 
-def survey(plan: Plan, hardware: Hardware, search: Search, context_limit: int, full_rank: int) -> Survey:
+def survey(plan: Plan, hardware: Hardware, search: Search) -> Survey:
     """Trace the plan's neighbours.
 
     Args:
         search: of the plan, so that nothing is traced twice.
-        context_limit: positions that the model knows.
-        full_rank: of the largest target layer.
     """
     cards = _cards(hardware)
     needs = _needs(
         _smallest(plan),
         _on_a_card(search),
-        context_limit,
+        search.model.shape.context_limit,
         max(budget(card, profile_for(card)) for card in cards),
     )
     return Survey(
         lengths=tuple(n for n in needs if n.seq_len in LENGTHS),
         cards=tuple(_card(card, needs) for card in cards),
-        largest_rank=_largest_rank(plan, search, full_rank),
+        largest_rank=_largest_rank(plan, search),
         lora_16bit_bytes=search.reserved_bytes(_sixteen_bit(plan)),
         full_fine_tuning_bytes=_full_fine_tuning_bytes(plan, search),
     )
@@ -151,31 +149,36 @@ def _largest_seq_len(needs: list[LengthNeed], room_bytes: int) -> int:
     return fit
 
 
-def _largest_rank(plan: Plan, search: Search, full_rank: int) -> int:
+def _largest_rank(plan: Plan, search: Search) -> int:
     """The plan's rank doubled as often as it fits, all else as planned."""
-    limit = min(full_rank, _LARGEST_RANK)
-    ranks = [r for k in range(12) if (r := plan.rank << k) <= limit] or [plan.rank]
-    low, high = 0, len(ranks) - 1
-    while low < high:  # memory grows with the rank: bisect
-        middle = (low + high + 1) // 2
-        fits = (
-            search.reserved_bytes(plan.step.model_copy(update={"rank": ranks[middle]})) <= plan.budget_bytes
-        )
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return ranks[low]
+    limit = min(search.model.shape.full_rank(plan.target_modules), _LARGEST_RANK)
+
+    def fits(rank: int) -> bool:
+        return search.reserved_bytes(plan.step.model_copy(update={"rank": rank})) <= plan.budget_bytes
+
+    rank = _likely_rank(plan, limit)
+    while rank > plan.rank and not fits(rank):
+        rank //= 2
+    while 2 * rank <= limit and fits(2 * rank):
+        rank *= 2
+    return rank
+
+
+def _likely_rank(plan: Plan, limit: int) -> int:
+    """By what a parameter of an adapter keeps: weight, gradient and two moments, 16 bytes at the most."""
+    rank, room_bytes = plan.rank, plan.budget_bytes - plan.estimate.peak_reserved_bytes
+    while 2 * rank <= limit and 16 * plan.n_trainable * (2 * rank // plan.rank - 1) <= room_bytes:
+        rank *= 2
+    return rank
 
 
 def _full_fine_tuning_bytes(plan: Plan, search: Search) -> int | None:
     """What a plain transformers loop takes to train every weight; a T5-type model's is not traced."""
-    from lowvram.memory.plain import PlainStep, plain_peak_bytes
-
     if plan.task_type != "CAUSAL_LM":
         return None
     precision: Literal["bf16", "fp32"] = "fp32" if plan.compute_dtype == "fp32" else "bf16"
-    plain = PlainStep(
-        method="full", precision=precision, seq_len=plan.seq_len, checkpointing="non-reentrant", clips=True
-    )
-    return plain_peak_bytes(search.config, plain, search.backend, search.hardware.capability)
+    device = search.backend, search.hardware.capability
+    return search.model.full_fine_tuning_bytes(plan.seq_len, precision, *device)
 
 
 def _sixteen_bit(plan: Plan) -> StepConfig:

@@ -1,0 +1,106 @@
+"""ModelShape: what a plan needs to know of a model's structure; with it at hand, torch is not needed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lowvram.engine.config import StepConfig, TaskType
+from lowvram.errors import ConfigError
+from lowvram.frozen import Frozen
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_ANY_LENGTH = 1 << 20
+NAMED_TARGETS: dict[str, tuple[str, ...]] = {
+    "attention-qv": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+
+
+class LinearShape(Frozen):
+    """All linear layers of one name and size; the head is none of them."""
+
+    name: str  # the last part: q_proj
+    n_in: int
+    n_out: int
+    count: int
+
+
+class ModelShape(Frozen):
+    """Counts and widths of a model, whatever its precision."""
+
+    task_type: TaskType
+    n_parameters: int
+    n_layers: int
+    context_limit: int  # positions that it knows, or (T5, whose positions are relative) was trained on
+    stacked_parameters: int  # of a mixture's experts, [experts, out, in]: no linear layers in transformers 5
+    linears: tuple[LinearShape, ...]  # in order of appearance
+
+    def resolve_targets(self, wish: str | Sequence[str]) -> tuple[str, ...]:
+        """Layer names for `all-linear`, `attention`, `attention-qv` (`qv`) or an explicit list.
+
+        Raises:
+            ConfigError: a name is no linear layer of this model.
+        """
+        available = tuple(dict.fromkeys(linear.name for linear in self.linears))
+        if not available:
+            raise ConfigError(
+                "This model has no linear layer that lowvram can adapt.",
+                "Use a model with linear layers, such as Llama, Qwen2 or Mistral.",
+            )
+        if wish == "all-linear":
+            return available
+        names = NAMED_TARGETS.get("attention-qv" if wish == "qv" else str(wish))
+        if names is None:
+            names = tuple(n.strip() for n in wish.split(",")) if isinstance(wish, str) else tuple(wish)
+        missing = [n for n in names if n not in available]
+        if missing:
+            raise ConfigError(
+                f"This model has no linear layer called {', '.join(missing)}; it has {', '.join(available)}.",
+                "Use --targets all-linear, or names from that list.",
+            )
+        return tuple(dict.fromkeys(names))
+
+    def full_rank(self, targets: Sequence[str]) -> int:
+        """Of the largest target layer: above it an adapter adds parameters and no freedom."""
+        return max(min(linear.n_in, linear.n_out) for linear in self._adapted(targets))
+
+    def n_trainable(self, targets: Sequence[str], rank: int) -> int:
+        """r * (in + out) for every targeted linear layer."""
+        return sum(rank * (linear.n_in + linear.n_out) * linear.count for linear in self._adapted(targets))
+
+    def _adapted(self, targets: Sequence[str]) -> list[LinearShape]:
+        return [linear for linear in self.linears if linear.name in targets]
+
+
+def shape_of(config: PretrainedConfig) -> ModelShape:
+    """Read off the model that would be built, on the meta device.
+
+    Raises:
+        ConfigError: lowvram cannot train such a model.
+    """
+    from lowvram.engine.model import in_out_features, is_linear, skeleton
+
+    model = skeleton(config, StepConfig())
+    head = model.get_output_embeddings()
+    linears = Counter(
+        (name.rsplit(".", 1)[-1], *in_out_features(module))
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not head
+    )
+    text = config.get_text_config()
+    known = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return ModelShape(
+        task_type="SEQ2SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
+        n_parameters=sum(p.numel() for p in model.parameters()),
+        n_layers=text.num_hidden_layers,
+        context_limit=int(known or _ANY_LENGTH),
+        stacked_parameters=sum(p.numel() for p in model.parameters() if p.dim() == 3),
+        linears=tuple(
+            LinearShape(name=name, n_in=n_in, n_out=n_out, count=count)
+            for (name, n_in, n_out), count in linears.items()
+        ),
+    )

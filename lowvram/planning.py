@@ -1,0 +1,85 @@
+"""Planning: from a model, its data and a device to a plan; imports torch only for what is not known yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.engine.source import ModelSource, absolute
+from lowvram.hardware import Hardware
+from lowvram.memory.cache import RememberedModel
+from lowvram.planner.build import make_plan, make_plan_and_survey
+from lowvram.planner.plan import Plan
+from lowvram.planner.profiles import Profile
+from lowvram.planner.receipts import experience_on, with_experience
+from lowvram.planner.search import Say
+from lowvram.planner.survey import Survey
+from lowvram.planner.wishes import Wishes
+from lowvram.units import MiB
+
+if TYPE_CHECKING:
+    from lowvram.training.data import PreparedData
+
+_CHECKPOINTS_KEPT = 2
+RUN_FILES_BYTES = 64 * MiB  # tokenizer copies, metrics, plan
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with the data it was made for; `prepared` is None when no data was given."""
+
+    source: ModelSource
+    plan: Plan
+    prepared: PreparedData | None
+    survey: Survey | None = None
+
+
+def plan_for(
+    source: ModelSource,
+    data: str | None,
+    hardware: Hardware,
+    profile: Profile,
+    wishes: Wishes,
+    say: Say,
+    with_survey: bool = False,
+) -> Planned:
+    """Read the config and the data, then plan. No weights are read."""
+    _ = RememberedModel(source).shape  # a wrong model is refused before the data is read
+    prepared = _prepared(data, source, say) if data is not None else None
+    stats = prepared.stats if prepared else None
+    experience = experience_on(hardware)
+    device = with_experience(hardware, experience)
+    around = None
+    if with_survey:
+        plan, around = make_plan_and_survey(source, device, profile, wishes, stats, say)
+    else:
+        plan = make_plan(source, device, profile, wishes, stats, say)
+    reasons = (*plan.reasons, *([experience.sentence] if experience.sentence else []))
+    plan = anywhere(plan.model_copy(update={"reasons": reasons}), source)
+    return Planned(source, plan, prepared, around)
+
+
+def _prepared(data: str, source: ModelSource, say: Say) -> PreparedData:
+    from lowvram.training.data import prepare
+
+    say(f"reading {data}")
+    return prepare(data, source)
+
+
+def anywhere(plan: Plan, source: ModelSource) -> Plan:
+    """The plan with absolute names of a local model and data file, so that it runs from every directory."""
+    is_file = plan.data is not None and Path(plan.data).is_file()
+    data = absolute(str(plan.data)) if is_file else plan.data
+    return plan.model_copy(update={"model": source.name, "data": data})
+
+
+def needs_on_disk(planned: Planned) -> tuple[int | None, int]:
+    """(bytes to download first, None when nobody says; bytes of the run folder)."""
+    return planned.source.download_bytes(), run_bytes(planned.plan)
+
+
+def run_bytes(plan: Plan) -> int:
+    """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files."""
+    adapter = 4 * plan.n_trainable
+    return 3 * adapter * (_CHECKPOINTS_KEPT + 1) + adapter + RUN_FILES_BYTES
