@@ -33,6 +33,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._rounding = rounding
         self._index_of: dict[int, int] = {}  # storage address -> allocation
         self._host: set[int] = set()
+        self._held: list[Any] = []  # hooks, to be removed
+        self._me = weakref.ref(self)  # what finalizers hold: the model's storages outlive the recording
         self._owners: dict[int, str] = {}  # storage address -> the module whose events its operators are
         self._vocab_size = -1
         self._running = False
@@ -61,9 +63,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._vocab_size = vocab_size
         for name, module in model.named_modules():
             layer = layer_of(name)
-            module.register_forward_pre_hook(self._enter(name, layer))
+            self.hold(module.register_forward_pre_hook(self._enter(name, layer)))
             if layer != OUTSIDE and name.endswith(f".{layer}"):
-                module.register_forward_hook(self._leave(name, layer))
+                self.hold(module.register_forward_hook(self._leave(name, layer)))
+
+    def hold(self, hook: Any) -> None:
+        """Something with `remove()`, that goes when the recording is over."""
+        self._held.append(hook)
+
+    def let_go(self) -> None:
+        """The recording is over: the model is as it was before."""
+        for hook in self._held:
+            hook.remove()
+        self._held = []
 
     def at(self, name: str) -> None:
         """Say by hand which module the next events belong to."""
@@ -147,9 +159,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_logits = tensor.dim() > 1 and tensor.shape[-1] == self._vocab_size
         allocation = Allocation(n_bytes, self.phase, self._module, op, "logits" if is_logits else None)
         self._index_of[key] = self.trace.allocate(allocation, self._layer)
-        weakref.finalize(storage, self._release, key)
+        weakref.finalize(storage, _release, self._me, key)
 
-    def _release(self, key: int) -> None:
+    def release(self, key: int) -> None:
+        """The storage at this address is gone."""
         index = self._index_of.pop(key, None)
         if index is not None:
             self.trace.free(index, self._layer)
@@ -241,6 +254,11 @@ def _made(layout: Any) -> Any:
     if isinstance(layout, _Layout):
         return torch.empty_strided(layout[0], layout[1], dtype=layout[2], device="meta")
     return layout
+
+
+def _release(recorder: weakref.ref[Recorder], key: int) -> None:
+    if (living := recorder()) is not None:
+        living.release(key)
 
 
 def _key(tensor: torch.Tensor) -> int:
