@@ -13,16 +13,19 @@ from torch import nn
 from lowvram.engine.adapters import trainable
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
+from lowvram.engine.host import Host
 from lowvram.engine.loss import logits_function, summed_cross_entropy
 
 
 class SummedLoss(nn.Module):
     """A peft model as a function from a micro-batch to the summed loss of its trained tokens."""
 
-    def __init__(self, model: PeftModel, step: StepConfig) -> None:
+    def __init__(self, model: PeftModel, step: StepConfig, host: Host | None = None) -> None:
+        """`host`: where what a lever keeps off the device is; the memory trace brings its own."""
         super().__init__()
         self.model = model
         base = model.get_base_model()
+        self._host = host or Host(next(model.parameters()).device)
         self._decoder = [base.get_decoder()]  # in lists: not registered a second time
         self._encoder = [base.get_encoder()] if base.config.is_encoder_decoder else []
         self._logits_of = [logits_function(base.get_output_embeddings(), base.config)]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowvram.engine.config import StepConfig
+from lowvram.engine.host import Host
 from lowvram.engine.step import SummedLoss, evaluate_batch, train_step
 from lowvram.memory.kernels import cublas_bytes
 from lowvram.memory.load import record_loading
@@ -36,7 +37,7 @@ def trace_step(
         rig = take_rig(config, step, backend, capability)
         recorder = Recorder(backend, ALLOC_ROUNDING if backend == "cuda" else 1)
         recorder.watch(rig.model, config.get_text_config().vocab_size)
-        loss_of = SummedLoss(rig.model, step)
+        loss_of = SummedLoss(rig.model, step, TracedHost(recorder, backend))
         record_loading(recorder, rig.model, backend)
         for n_bytes in cublas_bytes(capability) if backend == "cuda" else ():
             recorder.keep(n_bytes, "cublas workspace")
@@ -52,6 +53,20 @@ def trace_step(
         recorder.let_go()
         put_back(rig, config, step, backend, capability)
     return recorder.trace
+
+
+class TracedHost(Host):
+    """Host memory of a trace: beside a GPU it costs nothing, on a CPU it is memory like all other."""
+
+    def __init__(self, recorder: Recorder, backend: Backend) -> None:
+        super().__init__(torch.device("meta"))
+        self._recorder, self._is_apart = recorder, backend == "cuda"
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        made = torch.empty(shape, dtype=dtype, device="meta")
+        if self._is_apart:
+            self._recorder.exclude(made)
+        return made
 
 
 def _evaluate(loss_of: nn.Module, step: StepConfig) -> None:
