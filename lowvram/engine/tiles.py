@@ -249,7 +249,7 @@ class _Pass:
             gradient = self._gradients.get(tile.index, *range(max(tile.index - 1, 0), tile.index))
             self._gradients.drop(tile.index)
             if scale is not None:
-                gradient = gradient * scale.to(gradient.dtype)
+                gradient.mul_(scale)  # in place: no layer allocates what the others do not
             self._gradients.put(tile.index, self._backward_tile(layer, tile, hidden, gradient, cache))
             del hidden, gradient
 
