@@ -38,6 +38,8 @@ class ModelShape(Frozen):
     context_limit: int  # positions that it knows, or (T5, whose positions are relative) was trained on
     stacked_parameters: int  # of a mixture's experts, [experts, out, in]: no linear layers in transformers 5
     linears: tuple[LinearShape, ...]  # in order of appearance
+    hidden_size: int
+    untiled: str  # why its layers cannot be run by tiles; "" where they can
 
     def resolve_targets(self, wish: str | Sequence[str]) -> tuple[str, ...]:
         """Layer names for `all-linear`, `attention`, `attention-qv` (`qv`) or an explicit list.
@@ -83,6 +85,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         ConfigError: lowvram cannot train such a model.
     """
     from lowvram.engine.model import in_out_features, is_linear, skeleton
+    from lowvram.engine.tiles import why_not_tiled
 
     model = skeleton(config, StepConfig())
     head = model.get_output_embeddings()
@@ -99,6 +102,8 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         n_layers=text.num_hidden_layers,
         context_limit=int(known or _ANY_LENGTH),
         stacked_parameters=sum(p.numel() for p in model.parameters() if p.dim() == 3),
+        hidden_size=text.hidden_size,
+        untiled=why_not_tiled(model.get_decoder()),
         linears=tuple(
             LinearShape(name=name, n_in=n_in, n_out=n_out, count=count)
             for (name, n_in, n_out), count in linears.items()

@@ -29,6 +29,7 @@ from lowvram.engine.batch import tile_bounds
 from lowvram.engine.host import Host
 from lowvram.engine.shelf import Shelf
 from lowvram.engine.tile_attention import KeysAndValues, KeysKnown
+from lowvram.errors import ConfigError
 
 # Loss of a tile: (last hidden states [B, t, H], number of the tile) -> []
 TileLoss = Callable[[torch.Tensor, int], torch.Tensor]
@@ -68,6 +69,9 @@ class _Station:
 class TiledDecoder:
     """A decoder-only model's layers, run by tiles.
 
+    Raises:
+        ConfigError: this model's cannot.
+
     Args:
         decoder: transformers' decoder, embedding to last norm; its adapters are in place.
         tile_tokens: of the sequence in one tile; 0 takes the whole sequence as one.
@@ -75,9 +79,14 @@ class TiledDecoder:
     """
 
     def __init__(self, decoder: Any, tile_tokens: int, host: Host, offloads: bool) -> None:
+        if refusal := why_not_tiled(decoder):
+            raise ConfigError(
+                f"The layers of this model cannot be run by tiles: {refusal}.",
+                "Leave tile_tokens and offload_checkpoints off.",
+            )
         self._decoder, self.tile_tokens = decoder, tile_tokens
         self._host, self._offloads = host, offloads
-        self._layers = [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        self._layers = _layers(decoder)
         self._stations = [station_of(layer) for layer in self._layers]
         self._attention = [m for m in decoder.modules() if hasattr(m, "is_causal")]
 
@@ -171,6 +180,30 @@ class TiledDecoder:
     def is_random(self) -> bool:
         """Whether a layer draws random numbers, which must be the same when it is computed again."""
         return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self._decoder.modules())
+
+
+def _layers(decoder: nn.Module) -> list[Any]:
+    return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
+def why_not_tiled(decoder: Any) -> str:
+    """What stands against running this model's layers by tiles; "" where nothing does."""
+    config, layers = decoder.config.get_text_config(), _layers(decoder)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = [getattr(m, "sliding_window", 0) for m in decoder.modules() if hasattr(m, "is_causal")]
+    if config.is_encoder_decoder or len(layers) != config.num_hidden_layers:
+        return "it is not one stack of decoder layers"
+    if not decoder._supports_sdpa:
+        return "its attention is not transformers' SDPA"
+    if kinds - {"full_attention", "sliding_attention"}:
+        return f"it has {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
+    if "sliding_attention" in kinds and not all(w is None or w > 0 for w in windows):
+        return "its attention does not say how wide its window is"
+    if not all({"cache", "past_key_values"} & set(inspect.signature(m.forward).parameters) for m in layers):
+        return "its layers take no cache"
+    if any(kind in str(getattr(config, "rope_parameters", None)) for kind in ("longrope", "dynamic")):
+        return "its position embedding depends on the sequence's length"
+    return ""
 
 
 def station_of(layer: Any) -> _Station:
