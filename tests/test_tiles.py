@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -33,6 +38,8 @@ from lowvram.engine.batch import collate
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.model import attention_for
 from lowvram.engine.step import SummedLoss
+from lowvram.engine.tiles import why_not_tiled
+from lowvram.errors import ConfigError
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -170,3 +177,113 @@ def test_loss_and_gradients_equal_plain_transformers(kind: str, tile: int, lengt
         torch.testing.assert_close(
             gradients[name], reference, rtol=1e-9, atol=1e-9 * float(reference.abs().max()), msg=name
         )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_dropout_is_the_same_when_computed_again(kind: str) -> None:
+    """The gradient along a direction is the loss's own slope there, for the masks that one seed draws."""
+    step = _step(kind, levers=Levers(tile_tokens=4, offload_checkpoints=True), dropout=0.3)
+    model = _model(kind, step)
+    batch = collate(_examples((13, 8)), 0)
+    loss_of = SummedLoss(model, step)
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(7)
+        value: torch.Tensor = loss_of(*batch.tensors)
+        return value
+
+    loss().backward()
+    parameters = list(trainable(model).values())
+    directions = [torch.randn_like(p) for p in parameters]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(parameters, directions, strict=True))
+    ends = []
+    for sign in (1, -1):
+        for p, d in zip(parameters, directions, strict=True):
+            p.data += sign * 1e-6 * d
+        ends.append(float(loss().detach()))
+        for p, d in zip(parameters, directions, strict=True):
+            p.data -= sign * 1e-6 * d
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6)
+    torch.manual_seed(8)
+    assert abs(loss_of(*batch.tensors).item() - ends[0]) > 1e-3  # another seed draws other masks
+
+
+def test_numbers_drawn_after_a_step_do_not_depend_on_its_tiles() -> None:
+    """The masks have seeds of their own: one number is drawn for the whole step."""
+    drawn = []
+    for tile in (4, 7):
+        step = _step("llama", levers=Levers(tile_tokens=tile), dropout=0.3)
+        batch = collate(_examples((13,)), 0)
+        model = _model("llama", step)
+        torch.manual_seed(3)
+        SummedLoss(model, step)(*batch.tensors).backward()
+        drawn.append(float(torch.rand(())))
+    assert drawn[0] == drawn[1]
+
+
+@given(
+    kind=st.sampled_from(sorted(MODELS)),
+    lengths=st.lists(st.integers(2, 23), min_size=1, max_size=4),
+    tile=st.integers(0, 30),
+    offloads=st.booleans(),
+    chunk=st.integers(16, 40),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_tile_of_any_batch_equals_the_whole(
+    kind: str, lengths: list[int], tile: int, offloads: bool, chunk: int
+) -> None:
+    levers = Levers(tile_tokens=tile, offload_checkpoints=offloads, loss_chunk_tokens=chunk)
+    step, whole = _step(kind, levers=levers), _step(kind, levers=Levers(gradient_checkpointing=False))
+    loss, gradients = _loss_and_gradients(_model(kind, step), step, tuple(lengths))
+    expected, references = _loss_and_gradients(_model(kind, whole), whole, tuple(lengths))
+    assert loss == pytest.approx(expected, rel=1e-9)
+    for name, reference in references.items():
+        atol = 1e-9 * float(reference.abs().max())
+        torch.testing.assert_close(gradients[name], reference, rtol=1e-9, atol=atol, msg=name)
+
+
+def test_evaluation_is_the_same_and_keeps_nothing() -> None:
+    step = _step("llama", levers=Levers(tile_tokens=5))
+    model = _model("llama", step).eval()
+    batch = collate(_examples((17, 9)), 0)
+    with torch.no_grad():
+        tiled = SummedLoss(model, step)(*batch.tensors)
+        plain = SummedLoss(model, _step("llama"))(*batch.tensors)
+    assert float(tiled) == pytest.approx(float(plain), rel=1e-12)
+    assert not tiled.requires_grad
+
+
+def test_the_model_itself_runs_as_before() -> None:
+    """Answers are written by the model's own forward, with tiles or without."""
+    step = _step("llama", levers=Levers(tile_tokens=5))
+    model, ids = _model("llama", step).eval(), torch.arange(1, 12)[None]
+    before = model(input_ids=ids).logits
+    loss_of = SummedLoss(model, step)
+    loss_of(*collate(_examples((17,)), 0).tensors).backward()
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
+    SummedLoss(model, step)(*collate(_examples((17,)), 0).tensors).backward()  # a second one over the same
+
+
+def test_refused_where_it_would_be_wrong() -> None:
+    config = Gemma2Config(**SHAPE, head_dim=8, sliding_window=5)
+    step = _step("gemma2", levers=Levers(tile_tokens=5))
+    model = add_adapters(Gemma2ForCausalLM(config), step)
+    with pytest.raises(ConfigError, match="cannot be run by tiles: its attention is not"):
+        SummedLoss(model, step)
+    with pytest.raises(ValueError, match="need gradient_checkpointing=on"):
+        Levers(tile_tokens=5, gradient_checkpointing=False)
+
+
+def test_stretched_positions_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope))
+    assert "depends on the sequence's length" in why_not_tiled(model.get_decoder())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors of a hundred numbers: a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

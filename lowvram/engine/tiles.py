@@ -199,7 +199,9 @@ def why_not_tiled(decoder: Any) -> str:
         return f"it has {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
     if "sliding_attention" in kinds and not all(w is None or w > 0 for w in windows):
         return "its attention does not say how wide its window is"
-    if not all({"cache", "past_key_values"} & set(inspect.signature(m.forward).parameters) for m in layers):
+    if not all(
+        {"cache", "past_key_values"} & set(inspect.signature(type(m).forward).parameters) for m in layers
+    ):
         return "its layers take no cache"
     if any(kind in str(getattr(config, "rope_parameters", None)) for kind in ("longrope", "dynamic")):
         return "its position embedding depends on the sequence's length"
