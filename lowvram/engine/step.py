@@ -14,7 +14,8 @@ from lowvram.engine.adapters import trainable
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
-from lowvram.engine.loss import logits_function, summed_cross_entropy
+from lowvram.engine.loss import summed_cross_entropy
+from lowvram.engine.vocabulary import head_of, use_host
 
 
 class SummedLoss(nn.Module):
@@ -26,9 +27,10 @@ class SummedLoss(nn.Module):
         self.model = model
         base = model.get_base_model()
         self._host = host or Host(next(model.parameters()).device)
+        use_host(model, self._host)
         self._decoder = [base.get_decoder()]  # in lists: not registered a second time
         self._encoder = [base.get_encoder()] if base.config.is_encoder_decoder else []
-        self._logits_of = [logits_function(base.get_output_embeddings(), base.config)]
+        self._head = [head_of(base)]
         self._chunk_tokens = step.levers.loss_chunk_tokens
 
     def forward(
@@ -43,7 +45,7 @@ class SummedLoss(nn.Module):
         source = self._encoded(source_ids, source_mask)
         output = self._decoder[0](input_ids=input_ids, attention_mask=mask, use_cache=False, **source)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)  # [N, H]
-        return summed_cross_entropy(hidden, targets, self._logits_of[0], self._chunk_tokens)
+        return summed_cross_entropy(hidden, targets, self._head[0], self._chunk_tokens)
 
     def _encoded(
         self, ids: torch.Tensor | None, mask: torch.Tensor | None
