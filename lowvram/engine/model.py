@@ -59,7 +59,8 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
     _untie_head(model)
     if step.base_precision == "nf4":
         _replace_linears(model, step)
-    place_vocabulary(model, step, Host(torch.device("meta")))
+    with torch.device("meta"):  # host memory as well
+        place_vocabulary(model, step, Host(torch.device("meta")))
     return model
 
 

@@ -88,7 +88,7 @@ def fill_head(model: Any, weights: dict[str, torch.Tensor]) -> None:
     if not isinstance(head, TiledHead):
         return
     if isinstance(head, StreamedHead) and head.tied and isinstance(embedding, HostEmbedding):
-        head.weight = embedding.weight
+        head.weight = embedding.weight.data  # not the Parameter, which the module would take for its own
     else:
         head.fill(weights["embedding" if head.tied else "head"])
 
