@@ -264,10 +264,12 @@ def _batch() -> Batch:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("on_host", [False, True])
-def test_every_gradient_equals_plain_transformers(kind: str, tied: bool, on_host: bool) -> None:
+@pytest.mark.parametrize(
+    "others", [{}, {"embedding_on_host": True}, {"embedding_on_host": True, "tile_tokens": 8}]
+)
+def test_every_gradient_equals_plain_transformers(kind: str, tied: bool, others: dict[str, Any]) -> None:
     """A streamed head, with and without an embedding on the host, through the whole step."""
-    step = _step(kind, Levers(head="streamed", embedding_on_host=on_host, loss_chunk_tokens=16))
+    step = _step(kind, Levers(head="streamed", loss_chunk_tokens=16, **others))
     model = add_adapters(_ours(kind, tied, step.levers), step).double().train()
     plain = _plain_model(kind, tied)
     plain.set_attn_implementation(model.get_base_model().config._attn_implementation)

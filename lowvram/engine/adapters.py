@@ -86,7 +86,7 @@ def add_adapters(model: PreTrainedModel, step: StepConfig) -> PeftModel:
     config._register_custom_module(ours)
     config.fan_in_fan_out = any(Conv1D in (type(m), getattr(m, "source_cls", None)) for m in model.modules())
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
-    if step.levers.gradient_checkpointing:
+    if step.levers.gradient_checkpointing and not step.levers.tiles:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return peft_model
 

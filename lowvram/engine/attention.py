@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lowvram.engine.tile_attention import Look, tile_attention
+
 CAUSAL_ATTENTION = "lowvram_causal"
 PADDED_ATTENTION = "lowvram_padded"  # T5-type: what the encoder padded stays masked
 
@@ -38,12 +40,34 @@ def mask_always(**kwargs: Any) -> torch.Tensor | None:
     return mask
 
 
+def causal_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # [B, Q, t, D], [B, K, t, D] -> [B, t, Q, D]
+    """transformers' SDPA; of a tile (engine/tiles.py) the queries look at all keys so far."""
+    cache = getattr(module, "lowvram_tile", None)
+    if cache is not None:
+        return tile_attention(query, key, value, cache, Look(scaling, sliding_window, dropout)), None
+    output: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return output
+
+
 MASKS = {CAUSAL_ATTENTION: mask_for_window_only, PADDED_ATTENTION: mask_always}
 
 
 def register() -> str:
     """Make the interfaces known to transformers; returns the causal one's name for `attn_implementation`."""
+    AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
+    AttentionInterface.register(PADDED_ATTENTION, sdpa_attention_forward)
     for name, mask in MASKS.items():
-        AttentionInterface.register(name, sdpa_attention_forward)
         AttentionMaskInterface.register(name, mask)
     return CAUSAL_ATTENTION

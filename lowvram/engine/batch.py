@@ -35,6 +35,33 @@ class Batch:
         return Batch(*moved)  # type: ignore[arg-type]  # the first three are tensors
 
 
+def tile_bounds(length: int, tile_tokens: int) -> list[tuple[int, int]]:
+    """(start, end) of each tile of a sequence; `tile_tokens` 0 takes it whole."""
+    step = min(tile_tokens or length, length)
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def trained_by_tile(
+    positions: torch.Tensor, targets: torch.Tensor, batch_size: int, bounds: list[tuple[int, int]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:  # [N], [N] -> [n], [n] for each tile
+    """The trained positions of each tile, counted in the flattened tile, and their targets.
+
+    How many there are decides shapes, so this looks at values, on the host. Those of a trace have none: there
+    every token but the last of a row is trained.
+    """
+    length = bounds[-1][1]
+    if positions.is_meta:
+        counts = [batch_size * (end - start - (end == length)) for start, end in bounds]
+        return [(torch.empty_like(positions[:n]), torch.empty_like(targets[:n])) for n in counts]
+    row, at = positions.cpu() // length, positions.cpu() % length
+    tiles = []
+    for start, end in bounds:
+        here = ((at >= start) & (at < end)).nonzero().flatten()
+        chosen = row[here] * (end - start) + at[here] - start
+        tiles.append((chosen.to(positions.device), targets[here.to(targets.device)]))
+    return tiles
+
+
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
     """Right-pad to the longest example; list the positions that predict a trained token.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lowvram.frozen import Frozen
 
@@ -25,6 +25,15 @@ class Levers(Frozen):
     loss_chunk_tokens: int = Field(
         1024, ge=16, description="trained tokens whose logits exist at one time; the full logits never do"
     )
+    tile_tokens: int = Field(
+        0,
+        ge=0,
+        description="a layer runs on so many tokens at a time, forward and backward; 0: on all at once",
+    )
+    offload_checkpoints: bool = Field(
+        False,
+        description="what recomputing starts from is kept in host memory: layers * tokens * hidden size",
+    )
     embedding_on_host: bool = Field(
         False, description="the input embedding stays in host memory; only the batch's rows travel"
     )
@@ -36,6 +45,19 @@ class Levers(Frozen):
         False,
         description="the CUDA allocator grows its segments instead of adding fixed ones: less is wasted",
     )
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the layers are run by engine/tiles.py, the sequence whole or in parts."""
+        return self.tile_tokens > 0 or self.offload_checkpoints
+
+    @model_validator(mode="after")
+    def _recomputes_what_it_tiles(self) -> Levers:
+        if self.tiles and not self.gradient_checkpointing:
+            raise ValueError(
+                "tile_tokens and offload_checkpoints recompute: they need gradient_checkpointing=on"
+            )
+        return self
 
 
 class StepConfig(Frozen):

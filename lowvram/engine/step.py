@@ -11,10 +11,11 @@ from peft import PeftModel
 from torch import nn
 
 from lowvram.engine.adapters import trainable
-from lowvram.engine.batch import Batch
+from lowvram.engine.batch import Batch, tile_bounds, trained_by_tile
 from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
 from lowvram.engine.loss import summed_cross_entropy
+from lowvram.engine.tiles import TiledDecoder
 from lowvram.engine.vocabulary import head_of, use_host
 
 
@@ -32,6 +33,7 @@ class SummedLoss(nn.Module):
         self._encoder = [base.get_encoder()] if base.config.is_encoder_decoder else []
         self._head = [head_of(base)]
         self._chunk_tokens = step.levers.loss_chunk_tokens
+        self._tiles = _tiled(base.get_decoder(), step, self._host)
 
     def forward(
         self,
@@ -41,11 +43,26 @@ class SummedLoss(nn.Module):
         source_ids: torch.Tensor | None = None,
         source_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:  # [B, T], [N], [N], [B, S], [B, S] -> []
+        if self._tiles is not None:
+            return self._tiled_loss(self._tiles, input_ids, positions, targets)
         mask = torch.ones_like(input_ids)  # a given mask keeps transformers from looking for packed rows
         source = self._encoded(source_ids, source_mask)
         output = self._decoder[0](input_ids=input_ids, attention_mask=mask, use_cache=False, **source)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)  # [N, H]
         return summed_cross_entropy(hidden, targets, self._head[0], self._chunk_tokens)
+
+    def _tiled_loss(
+        self, tiles: TiledDecoder, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:  # [B, T], [N], [N] -> []
+        batch_size, length = input_ids.shape
+        trained = trained_by_tile(positions, targets, batch_size, tile_bounds(length, tiles.tile_tokens))
+
+        def loss_of(hidden: torch.Tensor, tile: int) -> torch.Tensor:  # [B, t, H] -> []
+            chosen, wanted = trained[tile]
+            rows = hidden.flatten(0, 1).index_select(0, chosen)
+            return summed_cross_entropy(rows, wanted, self._head[0], self._chunk_tokens)
+
+        return tiles.summed_loss(input_ids, loss_of)
 
     def _encoded(
         self, ids: torch.Tensor | None, mask: torch.Tensor | None
@@ -55,6 +72,13 @@ class SummedLoss(nn.Module):
             return {}
         hidden = self._encoder[0](input_ids=ids, attention_mask=mask).last_hidden_state
         return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+
+
+def _tiled(decoder: nn.Module, step: StepConfig, host: Host) -> TiledDecoder | None:
+    levers = step.levers
+    if not levers.tiles:
+        return None
+    return TiledDecoder(decoder, levers.tile_tokens, host, levers.offload_checkpoints)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def _evaluate(loss_of: nn.Module, step: StepConfig) -> None:
 def _run(recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig) -> None:
     def backward(loss: torch.Tensor) -> None:
         with recorder.during("backward"):
+            recorder.at("")
             loss.backward()  # type: ignore[no-untyped-call]
 
     def clip(parameters: Any, max_norm: float) -> torch.Tensor:
