@@ -11,8 +11,10 @@ from torch import nn
 
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
+from lowvram.engine.host import Host
 from lowvram.engine.known_models import known_config
 from lowvram.engine.model import skeleton, storage_dtype
+from lowvram.engine.vocabulary import place_vocabulary, without_vocabulary_levers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -56,7 +58,7 @@ def random_model(config: PretrainedConfig, step: StepConfig, device: str) -> Pre
     (136 MB in Qwen2-7B). Nothing is downloaded.
     """
     torch.manual_seed(0)
-    model = skeleton(config, step)
+    model = skeleton(config, without_vocabulary_levers(step))
     places: defaultdict[nn.Parameter, list[tuple[nn.Module, str]]] = defaultdict(list)  # several where tied
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -70,6 +72,8 @@ def random_model(config: PretrainedConfig, step: StepConfig, device: str) -> Pre
         for name, buffer in list(module.named_buffers(recurse=False)):
             # RoPE's frequencies: any within (0, 1] cost the same
             setattr(module, name, torch.rand(buffer.shape, device=device).to(buffer.dtype))
+    place_vocabulary(model, step, Host(torch.device(device)))
+    for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # as engine.model.load: evaluation may not repack them
     model.config.use_cache = False

@@ -30,7 +30,7 @@ from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.attention import register
 from lowvram.engine.batch import Batch, collate
 from lowvram.engine.config import Levers, StepConfig
-from lowvram.engine.loss import summed_cross_entropy
+from lowvram.engine.loss import WholeHead, summed_cross_entropy
 from lowvram.engine.model import attention_for, load, skeleton
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.shape import shape_of
@@ -165,14 +165,14 @@ def test_chunked_loss_equals_full_loss(chunk: int) -> None:
     head = torch.nn.Linear(8, 50, bias=False).double().requires_grad_(False)
     hidden = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 50, (37,))
-    summed_cross_entropy(hidden, targets, head, chunk).backward()
+    summed_cross_entropy(hidden, targets, WholeHead(head), chunk).backward()
     assert hidden.grad is not None
     ours, hidden.grad = hidden.grad.clone(), None
     full = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
     full.backward()
     torch.testing.assert_close(ours, hidden.grad, rtol=1e-9, atol=1e-12)
     with torch.no_grad():
-        assert float(summed_cross_entropy(hidden, targets, head, chunk)) == pytest.approx(
+        assert float(summed_cross_entropy(hidden, targets, WholeHead(head), chunk)) == pytest.approx(
             full.item(), rel=1e-9
         )
 

@@ -11,6 +11,7 @@ from lowvram.frozen import Frozen
 BasePrecision = Literal["nf4", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
 TaskType = Literal["CAUSAL_LM", "SEQ2SEQ_LM"]
+HeadKind = Literal["16bit", "nf4", "int8", "streamed"]
 OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 
 
@@ -32,6 +33,13 @@ class Levers(Frozen):
     offload_checkpoints: bool = Field(
         False,
         description="what recomputing starts from is kept in host memory: layers * tokens * hidden size",
+    )
+    embedding_on_host: bool = Field(
+        False, description="the input embedding stays in host memory; only the batch's rows travel"
+    )
+    head: HeadKind = Field(
+        "16bit",
+        description="the frozen head on the device: whole, quantised, or streamed from host memory in tiles",
     )
     expandable_segments: bool = Field(
         False,

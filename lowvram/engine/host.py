@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,3 +47,11 @@ class Host:
     def wait(self, done: Any) -> None:
         """Arithmetic from here on sees what `copy` copied."""
         self._module.current_stream().wait_event(done)
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """What is computed within is computed in host memory; a trace counts none of it on the device."""
+        return nullcontext()
+
+    def to_device(self, made: torch.Tensor) -> torch.Tensor:
+        """A copy on the device of a tensor made in ordinary host memory; itself where both are one."""
+        return made.to(self.device, non_blocking=True)

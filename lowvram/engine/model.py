@@ -10,7 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lowvram.engine.attention import CAUSAL_ATTENTION, PADDED_ATTENTION, register
 from lowvram.engine.config import BasePrecision, StepConfig
+from lowvram.engine.host import Host
+from lowvram.engine.nf4 import nf4_linear
 from lowvram.engine.source import ModelSource
+from lowvram.engine.vocabulary import place_vocabulary, without_vocabulary_levers
 from lowvram.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,6 +59,8 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
     _untie_head(model)
     if step.base_precision == "nf4":
         _replace_linears(model, step)
+    with torch.device("meta"):  # host memory as well
+        place_vocabulary(model, step, Host(torch.device("meta")))
     return model
 
 
@@ -115,19 +120,15 @@ def in_out_features(module: Any) -> tuple[int, int]:
 
 def _replace_linears(model: PreTrainedModel, step: StepConfig) -> None:
     """Every linear layer but the head becomes bitsandbytes' Linear4bit, as transformers does when loading."""
-    import bitsandbytes as bnb
-
     keep = set(unquantized_modules(model))
     for name, module in list(model.named_modules()):
         if type(module) not in (nn.Linear, Conv1D) or name in keep:
             continue
-        new = bnb.nn.Linear4bit(
+        new = nf4_linear(
             *in_out_features(module),
             bias=module.bias is not None,
             compute_dtype=DTYPES[step.compute_dtype],
-            compress_statistics=step.levers.double_quantization,
-            quant_type="nf4",
-            device="meta",
+            double_quantization=step.levers.double_quantization,
         )
         new.source_cls = type(module)  # a mark that transformers sets as well
         if module.bias is not None:
@@ -142,7 +143,7 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
     """The model with its weights, quantised while loading, on `device`.
 
     Raises:
-        ConfigError: weights are missing, pickled or do not match the config.
+        ConfigError: weights are missing, pickled or do not match the config or the levers.
     """
     source.require_weights()
     kwargs: dict[str, Any] = {
@@ -169,6 +170,9 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
     _require_all_weights(source, report)
     model.set_attn_implementation(attention_for(model))
     model.config.use_cache = False
+    # transformers loads to one device (its split over several adds hooks to every module), so embedding and
+    # head are there in 16 bits first, at the end of loading, when the step's activations are not
+    place_vocabulary(model, step, Host(torch.device(device)))
     _keep_nf4_layout(model)
     return model
 
@@ -193,7 +197,7 @@ def _nf4_config(source: ModelSource, step: StepConfig) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=step.levers.double_quantization,
         bnb_4bit_compute_dtype=DTYPES[step.compute_dtype],
-        llm_int8_skip_modules=unquantized_modules(skeleton(source.config, step)),
+        llm_int8_skip_modules=unquantized_modules(skeleton(source.config, without_vocabulary_levers(step))),
     )
 
 

@@ -14,8 +14,9 @@ from lowvram.engine.adapters import trainable
 from lowvram.engine.batch import Batch, tile_bounds, trained_by_tile
 from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
-from lowvram.engine.loss import logits_function, summed_cross_entropy
+from lowvram.engine.loss import summed_cross_entropy
 from lowvram.engine.tiles import TiledDecoder
+from lowvram.engine.vocabulary import head_of, use_host
 
 
 class SummedLoss(nn.Module):
@@ -27,9 +28,10 @@ class SummedLoss(nn.Module):
         self.model = model
         base = model.get_base_model()
         self._host = host or Host(next(model.parameters()).device)
+        use_host(model, self._host)
         self._decoder = [base.get_decoder()]  # in lists: not registered a second time
         self._encoder = [base.get_encoder()] if base.config.is_encoder_decoder else []
-        self._logits_of = [logits_function(base.get_output_embeddings(), base.config)]
+        self._head = [head_of(base)]
         self._chunk_tokens = step.levers.loss_chunk_tokens
         self._tiles = _tiled(base.get_decoder(), step, self._host)
 
@@ -47,7 +49,7 @@ class SummedLoss(nn.Module):
         source = self._encoded(source_ids, source_mask)
         output = self._decoder[0](input_ids=input_ids, attention_mask=mask, use_cache=False, **source)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)  # [N, H]
-        return summed_cross_entropy(hidden, targets, self._logits_of[0], self._chunk_tokens)
+        return summed_cross_entropy(hidden, targets, self._head[0], self._chunk_tokens)
 
     def _tiled_loss(
         self, tiles: TiledDecoder, input_ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
@@ -58,7 +60,7 @@ class SummedLoss(nn.Module):
         def loss_of(hidden: torch.Tensor, tile: int) -> torch.Tensor:  # [B, t, H] -> []
             chosen, wanted = trained[tile]
             rows = hidden.flatten(0, 1).index_select(0, chosen)
-            return summed_cross_entropy(rows, wanted, self._logits_of[0], self._chunk_tokens)
+            return summed_cross_entropy(rows, wanted, self._head[0], self._chunk_tokens)
 
         return tiles.summed_loss(input_ids, loss_of)
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
+from lowvram.engine.head import Nf4Head, TiledHead
+from lowvram.engine.vocabulary import HostEmbedding, fill_embedding, fill_head
 from lowvram.memory.recorder import Recorder, layer_of
 from lowvram.memory.trace import OUTSIDE
 from lowvram.memory.weights import source_bytes
@@ -17,21 +18,27 @@ from lowvram.memory.weights import source_bytes
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_COMPONENTS = {"embedding": "embeddings", "head": "head"}
+
 
 def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
-    """Base weights one after another by name, each quantised on the device; then the adapters.
+    """Base weights one after another by name, each quantised on the device; then embedding and head go
+    where the levers say; then the adapters.
 
     transformers first asks the GPU's allocator for all weights at once and gives that back, so that the
     weights come from one segment (`caching_allocator_warmup`).
     """
     base = model.get_base_model()
-    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    ends = ends_as_loaded(base)
+    loaded = _loaded(model, ends)
     if backend == "cuda":
-        _warm_up(recorder, frozen)
-    named = {base.get_output_embeddings().weight: "head", base.get_input_embeddings().weight: "embeddings"}
-    for name, parameter in sorted(frozen, key=lambda item: _natural(item[0])):
+        _warm_up(recorder, loaded)
+    named = {weight: _COMPONENTS[end] for end, weight in reversed(ends.items())}
+    for name, parameter in sorted(loaded, key=lambda item: _natural(item[0])):
         recorder.at(name)
         record_weight(recorder, parameter, named.get(parameter, "base_weights"))
+    del loaded, parameter, named  # what has no other owner lives until it is placed
+    place_ends(recorder, base, ends)
     for name, buffer in model.named_buffers():
         recorder.at(name)
         recorder.label(buffer, "base_weights")
@@ -42,21 +49,70 @@ def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
     recorder.at("")
 
 
-def record_weight(recorder: Recorder, parameter: nn.Parameter, component: str) -> None:
-    """A quantised weight was there in 16 bits, with its scales in float32, while it was made."""
-    tensors = _quantization_tensors(parameter)
-    if not tensors:
+def _loaded(model: PeftModel, ends: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """Frozen weights as the files have them: those that a placed head is made of are not among them."""
+    base = model.get_base_model()
+    modules = {"embedding": base.get_input_embeddings(), "head": base.get_output_embeddings()}
+    head: Any = modules["head"]
+    made = {id(p) for p in head.parameters() if p is not head.bias} if isinstance(head, TiledHead) else set()
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and id(p) not in made]
+    there = {id(p) for _, p in frozen}
+    names = {id(module): name for name, module in model.named_modules()}
+    placed = [(f"{names[id(modules[end])]}.weight", weight) for end, weight in ends.items()]
+    return frozen + [(name, weight) for name, weight in placed if id(weight) not in there]
+
+
+def ends_as_loaded(base: Any) -> dict[str, torch.Tensor]:
+    """The embedding's and, where it has one of its own, the head's 16-bit weight."""
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    on_host = isinstance(embedding, HostEmbedding)
+    ends = {"embedding": torch.empty_like(embedding.weight) if on_host else embedding.weight}
+    if not isinstance(head, TiledHead):
+        ends["head"] = head.weight
+    elif not head.tied:
+        ends["head"] = torch.empty((head.n_rows, head.width), dtype=head.dtype, device="meta")
+    return ends
+
+
+def place_ends(recorder: Recorder, base: Any, ends: dict[str, torch.Tensor]) -> None:
+    """The engine's own placing, recorded; only bitsandbytes' quantising does not run on meta tensors."""
+    embedding: Any = base.get_input_embeddings()
+    head: Any = base.get_output_embeddings()
+    recorder.at("")
+    with recorder:
+        fill_embedding(base, ends)
+    recorder.label(embedding.weight, "embeddings")
+    if isinstance(head, Nf4Head):
+        for part in head.parts():
+            record_quantized(recorder, part.weight, "head")
+    elif isinstance(head, TiledHead):
+        with recorder:
+            fill_head(base, ends)
+        kept: list[Any] = [head.weight, *head.parameters()]  # a streamed one's is no parameter
+        for weight in kept:
+            recorder.label(weight, "head")
+    ends.clear()
+
+
+def record_weight(recorder: Recorder, parameter: torch.Tensor, component: str) -> None:
+    """A quantised weight was there in 16 bits while it was made."""
+    if not _quantization_tensors(parameter):
         recorder.label(parameter, component)
         return
-    state: Any = parameter.quant_state  # type: ignore[attr-defined]  # bitsandbytes puts it there
     with recorder.temporary(source_bytes(parameter), "bitsandbytes.quantize_4bit"):
-        recorder.label(parameter, component)
-        if state.state2 is None:
-            _label(recorder, tensors, component)
-            return
-        scales_bytes = 4 * int(state.absmax.numel())
-        with recorder.temporary(scales_bytes, "absmax"), recorder.temporary(scales_bytes, "absmax - offset"):
-            _label(recorder, tensors, component)
+        record_quantized(recorder, parameter, component)
+
+
+def record_quantized(recorder: Recorder, parameter: Any, component: str) -> None:
+    """Made of a weight that is there already, its scales in float32 on the way."""
+    state, tensors = parameter.quant_state, _quantization_tensors(parameter)
+    recorder.label(parameter, component)
+    if state.state2 is None:
+        _label(recorder, tensors, component)
+        return
+    scales_bytes = 4 * int(state.absmax.numel())
+    with recorder.temporary(scales_bytes, "absmax"), recorder.temporary(scales_bytes, "absmax - offset"):
+        _label(recorder, tensors, component)
 
 
 def _label(recorder: Recorder, tensors: Iterable[torch.Tensor], component: str) -> None:
@@ -64,7 +120,7 @@ def _label(recorder: Recorder, tensors: Iterable[torch.Tensor], component: str) 
         recorder.label(tensor, component)
 
 
-def _quantization_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
+def _quantization_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
     state = getattr(parameter, "quant_state", None)
     if state is None:
         return []
@@ -74,10 +130,10 @@ def _quantization_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
     return [t for t in tensors if t is not None]
 
 
-def _warm_up(recorder: Recorder, frozen: list[tuple[str, nn.Parameter]]) -> None:
+def _warm_up(recorder: Recorder, loaded: list[tuple[str, torch.Tensor]]) -> None:
     """All weights as transformers counts them: packed 4-bit ones without their scales."""
     by_layer: defaultdict[int, int] = defaultdict(int)
-    for name, parameter in frozen:
+    for name, parameter in loaded:
         by_layer[layer_of(name)] += parameter.numel() * parameter.element_size()
     layers = tuple(by_layer[i] for i in range(max(by_layer, default=OUTSIDE) + 1))
     with recorder.temporary(sum(by_layer.values()), "caching_allocator_warmup", bytes_by_layer=layers):

@@ -38,6 +38,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._owners: dict[int, str] = {}  # storage address -> the module whose events its operators are
         self._vocab_size = -1
         self._running = False
+        self._aside = False
         self._outputs = _OutputShapes()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,12 +99,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def exclude(self, tensor: torch.Tensor) -> None:
         """This storage lives in host memory, or is counted elsewhere."""
-        key = _key(tensor)
-        index = self._index_of.pop(key, None)
-        if index is not None:
-            self.trace.free(index, self._layer)
+        self.release(_key(tensor))
+        self._exclude(tensor.untyped_storage())
+
+    def _exclude(self, storage: torch.UntypedStorage) -> None:
+        key = int(storage._cdata)
         self._host.add(key)
-        weakref.finalize(tensor.untyped_storage(), self._host.discard, key)
+        weakref.finalize(storage, self._host.discard, key)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is made while the context lasts lives in host memory."""
+        self._aside = True
+        yield
+        self._aside = False
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -152,6 +161,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage = tensor.untyped_storage()
         key = int(storage._cdata)
         if key in self._index_of or key in self._host:
+            return
+        if self._aside:
+            self._exclude(storage)
             return
         n_bytes = round_up(storage.nbytes(), self._rounding)
         if not n_bytes:

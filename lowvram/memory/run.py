@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,14 @@ class TracedHost(Host):
         self._recorder, self._is_apart = recorder, backend == "cuda"
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        made = torch.empty(shape, dtype=dtype, device="meta")
-        if self._is_apart:
-            self._recorder.exclude(made)
-        return made
+        with self.at_work():
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+    def at_work(self) -> AbstractContextManager[None]:
+        return self._recorder.aside() if self._is_apart else nullcontext()
+
+    def to_device(self, made: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(made) if self._is_apart else made
 
 
 def _evaluate(loss_of: nn.Module, step: StepConfig) -> None:

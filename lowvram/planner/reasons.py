@@ -8,6 +8,12 @@ from lowvram.hardware import Hardware
 from lowvram.planner.profiles import Profile
 from lowvram.planner.wishes import Wishes
 
+_HEADS = {
+    "nf4": "nf4, a quarter of its 16-bit size, computed a tile of the vocabulary at a time",
+    "int8": "int8, half of its 16-bit size, computed a tile of the vocabulary at a time",
+    "streamed": "streamed, its 16 bits are in host memory and travel in tiles, twice a forward pass",
+}
+
 
 def explain(
     step: StepConfig, hardware: Hardware, profile: Profile, wishes: Wishes, stats: DataStats | None
@@ -77,6 +83,10 @@ def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
         why("gradient_checkpointing", checkpointing),
         why("loss_chunk_tokens", f"logits of {levers.loss_chunk_tokens} trained tokens at one time"),
     ]
+    if levers.embedding_on_host:
+        lines.append(why("embedding_on_host", "on, its table is in host memory and the batch's rows travel"))
+    if levers.head != "16bit":
+        lines.append(why("head", _HEADS[levers.head]))
     if step.base_precision == "nf4":
         lines.append(why("double_quantization", "on, 0.37 bits a weight for about 1 % of the time"))
     if step.optimizer != "adamw":
@@ -86,5 +96,5 @@ def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
     return lines
 
 
-def _said(value: bool | int) -> str:
+def _said(value: bool | int | str) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)

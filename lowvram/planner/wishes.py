@@ -15,11 +15,15 @@ _ALL_OFF: dict[str, Any] = {
     "double_quantization": False,
     "gradient_checkpointing": False,
     "loss_chunk_tokens": 1 << 20,
+    "embedding_on_host": False,
+    "head": "16bit",
 }
 _ALL_ON: dict[str, Any] = {
     "double_quantization": True,
     "gradient_checkpointing": True,
     "loss_chunk_tokens": 64,
+    "embedding_on_host": True,
+    "head": "nf4",
 }
 
 

@@ -1,0 +1,161 @@
+"""Heads whose weight is read a tile of vocabulary rows at a time: NF4, int8, or streamed from the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lowvram.engine.config import Levers
+from lowvram.engine.host import Host
+from lowvram.engine.nf4 import fill_nf4, nf4_linear, nf4_values
+
+TILE_ROWS = 8192  # 59 MB of Qwen2-7B's head in bf16, whose 152,064 rows take 1.09 GB
+_INT8_MOST = 127
+
+
+class TiledHead(nn.Module):
+    """A frozen linear layer [V, H]. A subclass says where its rows are kept and how they are read.
+
+    A Linear4bit over all rows would save nothing in training: bitsandbytes dequantises the whole weight for
+    the gradient of its input, 1.09 GB of Qwen2-7B's head at the moment of the peak.
+    """
+
+    def __init__(self, like: nn.Linear, *, tied: bool) -> None:
+        """`like`: the 16-bit head; only its shape and bias are kept. `tied`: the embedding has its weight."""
+        super().__init__()
+        self.n_rows, self.width, self.dtype = like.out_features, like.in_features, like.weight.dtype
+        self.tied = tied
+        self.bias = like.bias
+
+    def fill(self, weight: torch.Tensor) -> None:
+        """Keep what `weight` [V, H] says in the head's own way."""
+        raise NotImplementedError
+
+    def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, tile [v, H] on the device); the next one may overwrite it."""
+        raise NotImplementedError
+
+    def spans(self) -> list[tuple[int, int]]:
+        """First row and end of each tile."""
+        starts = range(0, self.n_rows, TILE_ROWS)
+        return [(start, min(start + TILE_ROWS, self.n_rows)) for start in starts]
+
+    def logits(self, hidden: torch.Tensor, start: int, tile: torch.Tensor) -> torch.Tensor:
+        """[C, H] -> [C, v]"""
+        bias = None if self.bias is None else self.bias[start : start + tile.shape[0]]
+        return F.linear(hidden, tile, bias)
+
+    @torch.no_grad()
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # [.., H] -> [.., V]
+        """All logits at one time, for answers; training goes through `tiled_loss.TiledLoss`."""
+        return torch.cat([self.logits(hidden, start, tile) for start, tile in self.tiles()], dim=-1)
+
+
+class Nf4Head(TiledHead):
+    """One bitsandbytes Linear4bit for each tile of rows."""
+
+    def __init__(self, like: nn.Linear, *, tied: bool, double_quantization: bool) -> None:
+        super().__init__(like, tied=tied)
+        for start, end in self.spans():
+            part = nf4_linear(
+                self.width,
+                end - start,
+                bias=False,
+                compute_dtype=self.dtype,
+                double_quantization=double_quantization,
+            )
+            self.add_module(f"rows_{start}", part)  # not "0": a number would be taken for a layer's
+
+    def parts(self) -> list[Any]:
+        return [self.get_submodule(f"rows_{start}") for start, _ in self.spans()]
+
+    def fill(self, weight: torch.Tensor) -> None:
+        for (start, end), part in zip(self.spans(), self.parts(), strict=True):
+            fill_nf4(part, weight[start:end])
+
+    def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for (start, _), part in zip(self.spans(), self.parts(), strict=True):
+            yield start, nf4_values(part)
+
+
+class Int8Head(TiledHead):
+    """Row-wise absmax int8: q = round(w / s), w' = q * s with s = max |w| / 127 of a vocabulary row.
+
+    s is rounded to the weight's own dtype first, so that reading it back costs no further error: 1 byte a
+    weight and 4 bytes a row, 545 MB of Qwen2-7B's 1,090.
+    """
+
+    def fill(self, weight: torch.Tensor) -> None:
+        values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)  # [V, H]
+        scale = torch.empty((self.n_rows, 1), dtype=torch.float32, device=weight.device)
+        for start, end in self.spans():
+            values[start:end], scale[start:end] = _int8_rows(weight[start:end])
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for start, end in self.spans():
+            yield start, self.weight[start:end].to(self.dtype).mul_(self.scale[start:end].to(self.dtype))
+
+
+def _int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [v, H] -> [v, H], [v, 1]
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    most = weight.abs().amax(dim=1, keepdim=True).to(exact)
+    scale = (most / _INT8_MOST).to(weight.dtype).float()
+    divisor = torch.where(scale == 0, 1.0, scale).to(exact)  # a row of zeros stays one
+    values = (weight.to(exact) / divisor).round_().clamp_(-_INT8_MOST, _INT8_MOST)
+    return values.to(torch.int8), scale
+
+
+class StreamedHead(TiledHead):
+    """The 16-bit weight in host memory; a tile travels while the one before it is computed with.
+
+    `weight` is no parameter: nothing that moves the module takes it to the device.
+    """
+
+    weight: torch.Tensor  # [V, H] in host memory
+
+    def __init__(self, like: nn.Linear, *, tied: bool, host: Host) -> None:
+        super().__init__(like, tied=tied)
+        self.host = host
+
+    def fill(self, weight: torch.Tensor) -> None:
+        self.weight = on_host(weight, self.host)
+
+    def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
+        spans = self.spans()
+        rows = min(TILE_ROWS, self.n_rows)
+        buffers = [self.host.on_device((rows, self.width), self.dtype) for _ in range(min(2, len(spans)))]
+
+        def begin(index: int) -> tuple[torch.Tensor, object]:
+            start, end = spans[index]
+            tile = buffers[index % 2][: end - start]
+            return tile, self.host.copy(tile, self.weight[start:end])
+
+        following = begin(0)
+        for index, (start, _) in enumerate(spans):
+            tile, arrived = following
+            self.host.wait(arrived)
+            if index + 1 < len(spans):
+                following = begin(index + 1)
+            yield start, tile
+
+
+def on_host(weight: torch.Tensor, host: Host) -> torch.Tensor:
+    """A copy in host memory."""
+    kept = host.empty(tuple(weight.shape), weight.dtype)
+    kept.copy_(weight)
+    return kept
+
+
+def tiled_head(like: nn.Linear, levers: Levers, host: Host, *, tied: bool) -> TiledHead:
+    """The kind of head that the lever names, still without weights."""
+    if levers.head == "nf4":
+        return Nf4Head(like, tied=tied, double_quantization=levers.double_quantization)
+    if levers.head == "int8":
+        return Int8Head(like, tied=tied)
+    return StreamedHead(like, tied=tied, host=host)
