@@ -33,11 +33,17 @@ def choose_kernels(model: Any, backend: Backend, capability: Capability) -> None
     chosen = base.config._attn_implementation
     if chosen != "eager":  # whose operators are traced as they are
         base.set_attn_implementation(_traced_attention(chosen, backend, capability))
-    if backend == "cuda":
-        for module in list(base.modules()):
-            for name, child in module.named_children():
-                if type(child) is nn.Dropout and child.p > 0:
-                    setattr(module, name, _FusedDropout(child.p))
+    dropout = _FusedDropout if backend == "cuda" else _CpuDropout
+    for module in list(base.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout and child.p > 0:
+                setattr(module, name, dropout(child.p))
+
+
+class _CpuDropout(nn.Dropout):
+    """A CPU's dropout; LoRA's keeps the generator's state, which is host memory beside a GPU."""
+
+    state_bytes = 5056  # torch's Mersenne twister
 
 
 class _FusedDropout(nn.Dropout):
