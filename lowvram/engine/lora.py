@@ -1,4 +1,4 @@
-"""LoRA's product as one autograd function that keeps its input, the two weights and nothing computed."""
+"""LoRA's product as one autograd function that keeps its input, the two weights and on a CPU dropout's mask."""
 
 from __future__ import annotations
 
@@ -28,9 +28,21 @@ def lora_linear(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:  # [.., in] 
             result = result.clone()
         dropout = layer.lora_dropout[name]  # an Identity where p is 0
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        state = _random_state(x.device, dropout) if p else None
-        result = _LoraAdd.apply(result, x, a, b, state, layer.scaling[name], p)  # type: ignore[no-untyped-call]
+        redraws = _redraws(x.device, dropout)
+        result = _LoraAdd.apply(result, x, a, b, layer.scaling[name], p, redraws)  # type: ignore[no-untyped-call]
     return result
+
+
+def _redraws(device: torch.device, dropout: nn.Module) -> bool:
+    """Whether backward draws the mask again instead of keeping it, 1 byte an element.
+
+    On a GPU drawing costs nothing, for one kernel draws and drops, and backward needs the dropped input
+    anyway; kept masks would be 83 MB in a layer of Qwen2-7B with 2,048 tokens. A CPU's generator takes 10 %
+    of a step of SmolLM2-135M once more. On the meta device a trace's dropout says.
+    """
+    if device.type == "meta":
+        return bool(getattr(dropout, "redraws", True))
+    return device.type != "cpu"
 
 
 class _LoraAdd(torch.autograd.Function):
@@ -46,16 +58,16 @@ class _LoraAdd(torch.autograd.Function):
         x: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
-        state: torch.Tensor | None,
         scaling: float,
         p: float,
+        redraws: bool,
     ) -> torch.Tensor:  # [.., out], [.., in], [r, in], [out, r] -> [.., out]
         ctx.mark_dirty(result)
-        ctx.save_for_backward(x, a, b, state)
         ctx.scaling, ctx.p = scaling, p
         dtype = result.dtype  # x's, but for fp16's autocast, which hands on float32 from LayerNorm
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
-        dropped = torch.native_dropout(rows, p, True)[0] if p else rows
+        dropped, memory = _drop(rows, p, redraws)
+        ctx.save_for_backward(x, a, b, memory)
         hidden = (dropped @ a.to(dtype).t()).to(dtype)  # [T, r]
         del dropped
         result.view(-1, b.shape[0]).addmm_(hidden, b.to(dtype).t(), alpha=scaling)
@@ -64,12 +76,12 @@ class _LoraAdd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        """x A^T is computed again and the dropout drawn again: r columns and one kernel, not kept tensors."""
-        x, a, b, state = ctx.saved_tensors
+        """x A^T (r columns) and the dropped x (one kernel) are made again, not kept."""
+        x, a, b, memory = ctx.saved_tensors
         grad = grad_outputs[0].reshape(-1, b.shape[0])  # [T, out]
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         narrow = grad @ b.to(grad.dtype) * ctx.scaling  # [T, r]
-        dropped, mask = _drop_again(x.reshape(-1, a.shape[1]).to(grad.dtype), ctx.p, state)  # [T, in]
+        dropped, mask = _drop_again(x.reshape(-1, a.shape[1]).to(grad.dtype), ctx.p, memory)  # [T, in]
         cast_a = a.to(grad.dtype)
         grad_a = (narrow.t() @ dropped).to(a.dtype) if needs_a else None
         grad_b = (grad.t() @ (dropped @ cast_a.t() * ctx.scaling)).to(b.dtype) if needs_b else None
@@ -78,13 +90,26 @@ class _LoraAdd(torch.autograd.Function):
         return grad_outputs[0], grad_x, grad_a, grad_b, None, None, None
 
 
-def _drop_again(
-    rows: torch.Tensor, p: float, state: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], bool [T, in]
-    """The forward's dropped input and its mask, True where kept."""
+def _drop(
+    rows: torch.Tensor, p: float, redraws: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], bool [T, in] or the generator's state
+    """Dropped rows, and what makes them again: the mask, or the state that it was drawn from."""
     if not p:
         return rows, None
-    with _from_state(rows.device, state):
+    state = _generator(rows.device).get_state() if redraws and not rows.is_meta else None
+    dropped, mask = torch.native_dropout(rows, p, True)
+    return dropped, state if redraws else mask
+
+
+def _drop_again(
+    rows: torch.Tensor, p: float, memory: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], bool [T, in]
+    """The forward's dropped rows and their mask, True where kept."""
+    if not p:
+        return rows, None
+    if memory is not None and memory.dtype == torch.bool:
+        return (rows * memory).mul_(1 / (1 - p)), memory
+    with _from_state(rows.device, memory):
         dropped, mask = torch.native_dropout(rows, p, True)
     return dropped, mask
 
@@ -97,21 +122,10 @@ def _input_gradient(
     return (narrow / (1 - p) @ a).mul_(mask)
 
 
-def _random_state(device: torch.device, dropout: nn.Dropout) -> torch.Tensor:
-    """Of the generator that draws on `device`: 16 bytes on the host for CUDA, 5,056 for a CPU.
-
-    A mask would be 1 byte an element: 83 MB in a layer of Qwen2-7B with 2,048 tokens. The meta device has no
-    generator; a trace's dropout says as `state_bytes` what the device that it stands for keeps.
-    """
-    if device.type == "meta":
-        return torch.empty(getattr(dropout, "state_bytes", 0), dtype=torch.uint8, device="meta")
-    return _generator(device).get_state()
-
-
 @contextmanager
 def _from_state(device: torch.device, state: torch.Tensor | None) -> Iterator[None]:
-    """Draw from `state` on; afterwards go on as if nothing had been drawn."""
-    if state is None or state.is_meta:
+    """Draw from `state` on (the meta device has none); afterwards go on as if nothing had been drawn."""
+    if state is None:
         yield
         return
     generator = _generator(device)

@@ -41,9 +41,9 @@ def choose_kernels(model: Any, backend: Backend, capability: Capability) -> None
 
 
 class _CpuDropout(nn.Dropout):
-    """A CPU's dropout; LoRA's keeps the generator's state, which is host memory beside a GPU."""
+    """A CPU's dropout; LoRA keeps its mask, which a GPU draws again."""
 
-    state_bytes = 5056  # torch's Mersenne twister
+    redraws = False
 
 
 class _FusedDropout(nn.Dropout):
