@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
@@ -14,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowvram.engine.config import StepConfig
+from lowvram.engine.lora import lora_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,25 +21,8 @@ if TYPE_CHECKING:
 _PEFT_TASKS = {"CAUSAL_LM": "CAUSAL_LM", "SEQ2SEQ_LM": "SEQ_2_SEQ_LM"}
 
 
-def compute_dtype_lora(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:  # [.., in] -> [.., out]
-    """y = base(x) + scaling * B(A(dropout(x))) with A and B cast to x's dtype.
-
-    peft casts the activations up to the adapter's float32 instead: a copy of 4 bytes an element of every
-    layer's input, kept for backward. Casting the weights costs r*(in+out)*2 bytes, about 1 MB a layer.
-    """
-    result: torch.Tensor = layer.base_layer(x)
-    for name in layer.active_adapters:
-        if name not in layer.lora_A:
-            continue
-        a = layer.lora_A[name].weight.to(x.dtype)  # [r, in]
-        b = layer.lora_B[name].weight.to(x.dtype)  # [out, r]
-        hidden = F.linear(layer.lora_dropout[name](x), a)  # [.., r]
-        result = torch.add(result, F.linear(hidden, b), alpha=layer.scaling[name])
-    return result
-
-
 def _is_plain(layer: LoraLayer) -> bool:
-    """No merged weights, switched-off adapters, DoRA or the like: the formula above holds."""
+    """No merged weights, switched-off adapters, DoRA or the like: lora_linear's formula holds."""
     return not (layer.merged or layer.disable_adapters or layer.lora_variant)
 
 
@@ -48,7 +31,7 @@ class LoraLinear4bit(PeftLinear4bit):  # type: ignore[misc]  # peft ships no typ
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_plain(self) and not args and not kwargs:
-            return compute_dtype_lora(self, x)
+            return lora_linear(self, x)
         result: torch.Tensor = super().forward(x, *args, **kwargs)
         return result
 
@@ -58,7 +41,7 @@ class LoraLinear(PeftLinear):  # type: ignore[misc]  # peft ships no types
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_plain(self) and not args and not kwargs:
-            return compute_dtype_lora(self, x)
+            return lora_linear(self, x)
         result: torch.Tensor = super().forward(x, *args, **kwargs)
         return result
 

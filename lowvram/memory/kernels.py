@@ -33,11 +33,17 @@ def choose_kernels(model: Any, backend: Backend, capability: Capability) -> None
     chosen = base.config._attn_implementation
     if chosen != "eager":  # whose operators are traced as they are
         base.set_attn_implementation(_traced_attention(chosen, backend, capability))
-    if backend == "cuda":
-        for module in list(base.modules()):
-            for name, child in module.named_children():
-                if type(child) is nn.Dropout and child.p > 0:
-                    setattr(module, name, _FusedDropout(child.p))
+    dropout = _FusedDropout if backend == "cuda" else _CpuDropout
+    for module in list(base.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout and child.p > 0:
+                setattr(module, name, dropout(child.p))
+
+
+class _CpuDropout(nn.Dropout):
+    """A CPU's dropout; LoRA keeps its mask, which a GPU draws again."""
+
+    redraws = False
 
 
 class _FusedDropout(nn.Dropout):

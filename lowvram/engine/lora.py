@@ -1,0 +1,141 @@
+"""LoRA's product as one autograd function: keeps its input, the two weights, on a CPU dropout's mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+def lora_linear(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:  # [.., in] -> [.., out]
+    """y = base(x) + scaling * B(A(dropout(x))) with A and B cast to the base's dtype.
+
+    peft casts the activations up to the adapter's float32 instead: a copy of 4 bytes an element of every
+    layer's input, kept for backward with its dropped copy and the mask. Casting the weights costs
+    r*(in+out)*2 bytes, about 1 MB a layer, for as long as a product takes.
+    """
+    result: torch.Tensor = layer.base_layer(x)
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # [r, in], [out, r]
+        if result._is_view():  # F.linear with a bias, Conv1D: autograd would copy the gradient twice
+            result = result.clone()
+        dropout = layer.lora_dropout[name]  # an Identity where p is 0
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        redraws = _redraws(x.device, dropout)
+        result = _LoraAdd.apply(result, x, a, b, layer.scaling[name], p, redraws)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _redraws(device: torch.device, dropout: nn.Module) -> bool:
+    """Whether backward draws the mask again instead of keeping it, 1 byte an element.
+
+    On a GPU drawing costs nothing, for one kernel draws and drops, and backward needs the dropped input
+    anyway; kept masks would be 83 MB in a layer of Qwen2-7B with 2,048 tokens. A CPU's generator takes 10 %
+    of a step of SmolLM2-135M once more. On the meta device a trace's dropout says.
+    """
+    if device.type == "meta":
+        return bool(getattr(dropout, "redraws", True))
+    return device.type != "cpu"
+
+
+class _LoraAdd(torch.autograd.Function):
+    """result += scaling * (dropout(x) A^T) B^T, in place: one [T, out] less than a sum.
+
+    No base layer keeps its own output for backward, so changing it harms nobody.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        p: float,
+        redraws: bool,
+    ) -> torch.Tensor:  # [.., out], [.., in], [r, in], [out, r] -> [.., out]
+        ctx.mark_dirty(result)
+        ctx.scaling, ctx.p = scaling, p
+        dtype = result.dtype  # x's, but for fp16's autocast, which hands on float32 from LayerNorm
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
+        dropped, memory = _drop(rows, p, redraws)
+        ctx.save_for_backward(x, a, b, memory)
+        hidden = (dropped @ a.to(dtype).t()).to(dtype)  # [T, r]
+        del dropped
+        result.view(-1, b.shape[0]).addmm_(hidden, b.to(dtype).t(), alpha=scaling)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        """x A^T (r columns) and the dropped x (one kernel) are made again, not kept."""
+        x, a, b, memory = ctx.saved_tensors
+        grad = grad_outputs[0].reshape(-1, b.shape[0])  # [T, out]
+        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
+        narrow = grad @ b.to(grad.dtype) * ctx.scaling  # [T, r]
+        dropped, mask = _drop_again(x.reshape(-1, a.shape[1]).to(grad.dtype), ctx.p, memory)  # [T, in]
+        cast_a = a.to(grad.dtype)
+        grad_a = (narrow.t() @ dropped).to(a.dtype) if needs_a else None
+        grad_b = (grad.t() @ (dropped @ cast_a.t() * ctx.scaling)).to(b.dtype) if needs_b else None
+        del dropped
+        grad_x = _input_gradient(narrow, cast_a, mask, ctx.p).view_as(x).to(x.dtype) if needs_x else None
+        return grad_outputs[0], grad_x, grad_a, grad_b, None, None, None
+
+
+def _drop(
+    rows: torch.Tensor, p: float, redraws: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], bool [T, in] or the generator's state
+    """Dropped rows, and what makes them again: the mask, or the state that it was drawn from."""
+    if not p:
+        return rows, None
+    state = _generator(rows.device).get_state() if redraws and not rows.is_meta else None
+    dropped, mask = torch.native_dropout(rows, p, True)
+    return dropped, state if redraws else mask
+
+
+def _drop_again(
+    rows: torch.Tensor, p: float, memory: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], bool [T, in]
+    """The forward's dropped rows and their mask, True where kept."""
+    if not p:
+        return rows, None
+    if memory is not None and memory.dtype == torch.bool:
+        return (rows * memory).mul_(1 / (1 - p)), memory
+    with _from_state(rows.device, memory):
+        dropped, mask = torch.native_dropout(rows, p, True)
+    return dropped, mask
+
+
+def _input_gradient(
+    narrow: torch.Tensor, a: torch.Tensor, mask: torch.Tensor | None, p: float
+) -> torch.Tensor:  # [T, r], [r, in] -> [T, in]
+    if mask is None:
+        return narrow @ a
+    return (narrow / (1 - p) @ a).mul_(mask)
+
+
+@contextmanager
+def _from_state(device: torch.device, state: torch.Tensor | None) -> Iterator[None]:
+    """Draw from `state` on (the meta device has none); afterwards go on as if nothing had been drawn."""
+    if state is None:
+        yield
+        return
+    generator = _generator(device)
+    now = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(now)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
