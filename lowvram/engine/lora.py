@@ -1,4 +1,4 @@
-"""LoRA's product as one autograd function that keeps its input, the two weights and on a CPU dropout's mask."""
+"""LoRA's product as one autograd function that keeps what it is given, on a CPU dropout's mask as well."""
 
 from __future__ import annotations
 
