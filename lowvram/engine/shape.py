@@ -39,6 +39,8 @@ class ModelShape(Frozen):
     stacked_parameters: int  # of a mixture's experts, [experts, out, in]: no linear layers in transformers 5
     linears: tuple[LinearShape, ...]  # in order of appearance
     hidden_size: int
+    vocab_size: int
+    tied: bool  # the head is the embedding
     untiled: str  # why its layers cannot be run by tiles; "" where they can
 
     def resolve_targets(self, wish: str | Sequence[str]) -> tuple[str, ...]:
@@ -103,6 +105,8 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         context_limit=int(known or _ANY_LENGTH),
         stacked_parameters=sum(p.numel() for p in model.parameters() if p.dim() == 3),
         hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        tied=head is not None and head.weight is model.get_input_embeddings().weight,
         untiled=why_not_tiled(model.get_decoder()),
         linears=tuple(
             LinearShape(name=name, n_in=n_in, n_out=n_out, count=count)

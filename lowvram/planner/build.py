@@ -15,16 +15,16 @@ from lowvram.hardware import DEFAULT_HELD_BYTES, Hardware
 from lowvram.hardware import card_of_size as hardware_of_size
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.trace import Backend
+from lowvram.planner.ladder import host_bytes, split
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.profiles import Profile, budget
 from lowvram.planner.reasons import explain
-from lowvram.planner.search import Found, Say, Search, rungs, split
+from lowvram.planner.search import Found, Say, Search
 from lowvram.planner.survey import Survey, survey
 from lowvram.planner.wishes import Wishes
 from lowvram.units import GiB, format_bytes, format_count
 
 _MOST_LOST = 0.5  # of the examples may be left out for their length
-_PROCESS_BYTES = 2 * GiB  # Python, torch, transformers and the device's libraries in host memory
 
 
 def make_plan(
@@ -205,7 +205,7 @@ def _find(search: Search, base: StepConfig, wishes: Wishes, profile: Profile) ->
 def _refusal(
     search: Search, base: StepConfig, profile: Profile, pinned: dict[str, Any], optimizer: str | None
 ) -> DoesNotFitError:
-    smallest = split(list(rungs(base, pinned, optimizer, search.backend))[-1], 1)
+    smallest = split(search.rungs(base, pinned, optimizer)[-1], 1)
     needed = search.reserved_bytes(smallest)
     message = (
         f"{smallest.seq_len} tokens at rank {smallest.rank} need {format_bytes(needed)}, "
@@ -243,6 +243,12 @@ def _unquantized_note(shape: ModelShape, step: StepConfig) -> list[str]:
         f"{experts} parameters are a mixture's experts, not linear layers: they stay in 16 bits and are not "
         "adapted"
     ]
+
+
+def _untiled_note(shape: ModelShape, step: StepConfig) -> list[str]:
+    if not shape.untiled or not step.levers.gradient_checkpointing:
+        return []
+    return [f"tile_tokens and offload_checkpoints: not for this model, {shape.untiled}"]
 
 
 def _total_steps(
@@ -287,7 +293,7 @@ def _assemble(
         budget_bytes=search.budget_bytes,
         estimate=found.estimate,
         largest_seq_len=largest,
-        host_ram_bytes=_PROCESS_BYTES + (found.estimate.peak_allocated_bytes if on_cpu else 0),
+        host_ram_bytes=host_bytes(step, shape) + (found.estimate.peak_allocated_bytes if on_cpu else 0),
         seconds_per_step=round(search.seconds(step), 3),
         n_parameters=shape.n_parameters,
         n_trainable=shape.n_trainable(step.target_modules, step.rank),
@@ -295,5 +301,6 @@ def _assemble(
             *_origin_note(source),
             *explain(step, hardware, profile, wishes, stats),
             *_unquantized_note(shape, step),
+            *_untiled_note(shape, step),
         ),
     )

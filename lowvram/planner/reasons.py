@@ -83,6 +83,10 @@ def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
         why("gradient_checkpointing", checkpointing),
         why("loss_chunk_tokens", f"logits of {levers.loss_chunk_tokens} trained tokens at one time"),
     ]
+    if levers.tile_tokens:
+        lines.append(why("tile_tokens", f"a layer runs on {levers.tile_tokens} tokens at a time"))
+    if levers.offload_checkpoints:
+        lines.append(why("offload_checkpoints", "on, each layer's input waits in host memory"))
     if levers.embedding_on_host:
         lines.append(why("embedding_on_host", "on, its table is in host memory and the batch's rows travel"))
     if levers.head != "16bit":

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowvram.engine.config import Levers, StepConfig
+from lowvram.engine.config import StepConfig
 from lowvram.hardware import Hardware
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate
 from lowvram.memory.trace import Backend
+from lowvram.planner.ladder import (
+    describe,
+    host_bytes,
+    longest_on_host,
+    micro_batches,
+    rungs,
+    split,
+    with_length,
+)
 from lowvram.planner.time_model import seconds_per_step
 
 Say = Callable[[str], None]
-
-# From fastest to smallest. Each row saves memory over the one before it.
-_LADDER: tuple[dict[str, Any], ...] = (
-    {"gradient_checkpointing": False, "loss_chunk_tokens": 1024},
-    {"gradient_checkpointing": True, "loss_chunk_tokens": 1024},
-    {"gradient_checkpointing": True, "loss_chunk_tokens": 256},
-    {"gradient_checkpointing": True, "loss_chunk_tokens": 64, "optimizer": "paged_adamw8bit"},
-)
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Search:
             self.hardware,
             n_parameters=self.model.shape.n_parameters,
             n_layers=self.model.shape.n_layers,
+            hidden_size=self.model.shape.hidden_size,
             tokens_per_example=self.tokens_per_example,
         )
 
@@ -64,7 +66,7 @@ class Search:
         A rung that could not beat the best found so far, even at its best micro-batch, is not traced.
         """
         best: Found | None = None
-        for rung in rungs(base, pinned, optimizer, self.backend):
+        for rung in self.rungs(base, pinned, optimizer):
             sizes = micro_batches(rung.micro_batch * rung.accumulation)
             at_best = min(self.seconds(split(rung, size)) for size in sizes)
             if best is None or at_best < self.seconds(best.step):
@@ -90,17 +92,23 @@ class Search:
         one, two = (self.reserved_bytes(split(rung, n)) if size >= n else 0 for n in (1, 2))
         return size <= 2 or one + (size - 1) * (two - one) <= 1.1 * self.budget_bytes
 
+    def rungs(self, base: StepConfig, pinned: dict[str, Any], optimizer: str | None) -> list[StepConfig]:
+        """The candidates at one sequence length, from the fastest to the smallest."""
+        return list(rungs(base, pinned, optimizer, self.backend, self.model.shape))
+
     def _fits(self, step: StepConfig) -> bool:
-        return self.reserved_bytes(step) <= self.budget_bytes
+        on_host = host_bytes(step, self.model.shape) <= self.hardware.host_free_bytes
+        return (on_host or self.backend == "cpu") and self.reserved_bytes(step) <= self.budget_bytes
 
     def largest_seq_len(self, step: StepConfig, limit: int) -> int:
         """Longest sequence that fits with all else as in `step` (0 when none does), to 64 tokens or 2 %."""
+        limit = min(limit, longest_on_host(step, self.model.shape, self.hardware.host_free_bytes))
         fits, too_long = 0, limit // 64 + 1  # in units of 64 tokens
         at = max(min(step.seq_len // 64, limit // 64), 1)
         bytes_at: dict[int, int] = {}
         while too_long - fits > (close := max(fits // 50, 1)):
             at = max(fits + close, min(at, too_long - close))
-            bytes_at[at] = self.reserved_bytes(step.model_copy(update={"seq_len": at * 64}))
+            bytes_at[at] = self.reserved_bytes(with_length(step, at * 64))
             fits, too_long = (at, too_long) if bytes_at[at] <= self.budget_bytes else (fits, at)
             at = _where_it_meets(self.budget_bytes, bytes_at) if len(bytes_at) > 1 else 2 * fits or at // 2
         return fits * 64
@@ -119,36 +127,3 @@ class Found:
 
     step: StepConfig
     estimate: MemoryEstimate
-
-
-def rungs(
-    base: StepConfig, pinned: dict[str, Any], optimizer: str | None, backend: Backend
-) -> Iterator[StepConfig]:
-    """The ladder with the user's levers and optimizer fixed, without repetitions."""
-    seen: set[str] = set()
-    for row in _LADDER:
-        wanted = dict(row)
-        chosen = optimizer or (wanted.pop("optimizer", "adamw") if backend == "cuda" else "adamw")
-        wanted.pop("optimizer", None)
-        levers = Levers(**{**base.levers.model_dump(), **wanted, **pinned})
-        step = base.model_copy(update={"levers": levers, "optimizer": chosen})
-        if step.model_dump_json() not in seen:
-            seen.add(step.model_dump_json())
-            yield step
-
-
-def micro_batches(effective_batch: int) -> list[int]:
-    """Powers of two that divide the effective batch, up to 16, and the whole batch when it is small."""
-    sizes = {n for n in (1, 2, 4, 8, 16) if effective_batch % n == 0}
-    return sorted(sizes | ({effective_batch} if effective_batch <= 16 else set()))
-
-
-def split(step: StepConfig, micro_batch: int) -> StepConfig:
-    """The same effective batch in micro-batches of another size."""
-    whole = step.micro_batch * step.accumulation
-    return step.model_copy(update={"micro_batch": micro_batch, "accumulation": whole // micro_batch})
-
-
-def describe(step: StepConfig) -> str:
-    checkpointing = "recompute" if step.levers.gradient_checkpointing else "keep all activations"
-    return f"{step.micro_batch} x {step.seq_len} tokens, {checkpointing}, {step.optimizer}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import platform
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.frozen import Frozen
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CARDS_GIB = (8, 10, 11, 12, 16, 24)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-_TRACED = (512, 2048, 8192, 32768)  # the lengths between lie under the lines between these
+_TRACED = (512, 1024, 2048, 8192, 32768)  # the lengths between lie under the lines between these
 _LARGEST_RANK = 1024
 _PAGES = MIDDLE_SEGMENT + SMALL_SEGMENT  # 22 MiB: by so much what is reserved may be rounded up
 
@@ -60,7 +60,7 @@ def survey(plan: Plan, hardware: Hardware, search: Search) -> Survey:
     """
     cards = _cards(hardware)
     needs = _needs(
-        _smallest(plan),
+        _as_on_a_card(plan),
         _on_a_card(search),
         search.model.shape.context_limit,
         max(budget(card, profile_for(card)) for card in cards),
@@ -87,21 +87,26 @@ def _on_a_card(search: Search) -> Search:
     return replace(search, hardware=card_of_size(CARDS_GIB[-1] * GiB, search.hardware), _known={})
 
 
-def _smallest(plan: Plan) -> StepConfig:
-    levers = {**plan.levers.model_dump(), "gradient_checkpointing": True, "loss_chunk_tokens": 64}
-    saving = {"micro_batch": 1, "accumulation": 2, "optimizer": "paged_adamw8bit"}
-    if plan.device.backend == "cpu":
-        levers["expandable_segments"] = platform.system() == "Linux"
-        saving["compute_dtype"] = "bf16"
-        saving["base_precision"] = "nf4" if plan.base_precision == "nf4" else "bf16"
-    return plan.step.model_copy(update=saving | {"levers": Levers(**levers)})
+def _as_on_a_card(plan: Plan) -> StepConfig:
+    """The plan's adapter, one sequence at a time; the levers come with the length."""
+    own = plan.levers
+    on_cpu = plan.device.backend == "cpu"
+    levers = Levers(
+        double_quantization=own.double_quantization,
+        expandable_segments=platform.system() == "Linux" if on_cpu else own.expandable_segments,
+    )
+    changes: dict[str, Any] = {"micro_batch": 1, "accumulation": 2, "levers": levers}
+    if on_cpu:
+        precision = "nf4" if plan.base_precision == "nf4" else "bf16"
+        changes |= {"compute_dtype": "bf16", "base_precision": precision}
+    return plan.step.model_copy(update=changes)
 
 
 def _needs(step: StepConfig, search: Search, context_limit: int, most_bytes: int) -> list[LengthNeed]:
     """Of the table's lengths, and of a longer one where the largest card has room for it."""
 
     def need(seq_len: int) -> int:
-        return search.reserved_bytes(step.model_copy(update={"seq_len": seq_len}))
+        return search.reserved_bytes(search.rungs(step.model_copy(update={"seq_len": seq_len}), {}, None)[-1])
 
     ends = sorted({n for n in _TRACED if n < context_limit} | {min(context_limit, LENGTHS[-1])})
     traced = {n: need(n) for n in ends}

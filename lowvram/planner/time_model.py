@@ -28,6 +28,8 @@ _UNKNOWN_GPU_FLOPS = 12e12
 _CPU_CORE_FLOPS = 6e10  # one AVX-512 core with bf16 (AMD EPYC, this project's CI); half of it without
 _LAUNCH_SECONDS_PER_LAYER = {"cpu": 0.5e-3}  # dispatch of one layer's operators, forward and backward
 _GPU_LAUNCH_SECONDS_PER_LAYER = 1.5e-3
+_HOST_BYTES_PER_SECOND = 12e9  # PCIe 4.0 x8, half of its figure
+_HEAD_COST = {"int8": 0.05, "nf4": 0.06, "streamed": 0.5}  # of a step, at chunks of 64 to 256 tokens
 _PADDING_PER_ROW = 0.008  # of the tokens, for each further row in a micro-batch: GSM8K rows, sorted windows
 
 
@@ -39,17 +41,31 @@ def flops_per_second(hardware: Hardware) -> float:
 
 
 def seconds_per_step(
-    step: StepConfig, hardware: Hardware, *, n_parameters: int, n_layers: int, tokens_per_example: float
+    step: StepConfig,
+    hardware: Hardware,
+    *,
+    n_parameters: int,
+    n_layers: int,
+    hidden_size: int,
+    tokens_per_example: float,
 ) -> float:
     """Seconds of one optimizer step.
 
     2ND forward and 2ND for the activations' gradients (frozen weights need no gradient of their own), 2ND
-    more when the forward is recomputed; smaller loss chunks and 8-bit updates add a few percent.
+    more when the forward is recomputed; smaller loss chunks and 8-bit updates add a few percent. Tiles make
+    keys and values once more (an eighth of a forward) and dequantise each weight for each tile. Checkpoints
+    on the host travel once there and twice back beside the arithmetic: what takes longer counts.
     """
-    passes = 6 if step.levers.gradient_checkpointing else 4
+    levers = step.levers
+    passes = 6.0 if levers.gradient_checkpointing else 4.0
+    passes += 0.5 if levers.tile_tokens else 0.0
     tokens = step.micro_batch * step.accumulation * min(tokens_per_example, step.seq_len)
     arithmetic = passes * n_parameters * tokens / flops_per_second(hardware)
-    chunks = 1.0 + 0.02 * (256 / step.levers.loss_chunk_tokens)
+    if levers.offload_checkpoints:
+        traffic = 3 * n_layers * tokens * hidden_size * 2 / _HOST_BYTES_PER_SECOND
+        arithmetic = 1.03 * max(arithmetic, traffic)
+    chunks = 1.0 + 0.02 * (256 / levers.loss_chunk_tokens) + _HEAD_COST.get(levers.head, 0.0)
+    chunks += 0.005 * levers.embedding_on_host
     per_layer = _LAUNCH_SECONDS_PER_LAYER.get(hardware.backend, _GPU_LAUNCH_SECONDS_PER_LAYER)
     launches = step.accumulation * n_layers * per_layer
     update = 1.0 if step.optimizer == "adamw" else 1.02

@@ -15,6 +15,8 @@ _ALL_OFF: dict[str, Any] = {
     "double_quantization": False,
     "gradient_checkpointing": False,
     "loss_chunk_tokens": 1 << 20,
+    "tile_tokens": 0,
+    "offload_checkpoints": False,
     "embedding_on_host": False,
     "head": "16bit",
 }
@@ -22,6 +24,8 @@ _ALL_ON: dict[str, Any] = {
     "double_quantization": True,
     "gradient_checkpointing": True,
     "loss_chunk_tokens": 64,
+    "tile_tokens": 1024,
+    "offload_checkpoints": True,
     "embedding_on_host": True,
     "head": "nf4",
 }
@@ -67,8 +71,9 @@ class Wishes(Frozen):
             return {name: getattr(Levers.model_validate(pinned), name) for name in pinned}
         except ValidationError as error:
             first = error.errors()[0]
+            which = f"{first['loc'][0]}={first['input']}" if first["loc"] else self.levers
             raise ConfigError(
-                f"--levers {first['loc'][0]}={first['input']}: {first['msg']}.",
+                f"--levers {which}: {first['msg'].removeprefix('Value error, ')}.",
                 "Write it like --levers gradient_checkpointing=off,loss_chunk_tokens=256.",
             ) from error
 

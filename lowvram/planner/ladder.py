@@ -1,0 +1,113 @@
+"""Ladder: the candidates of a search, from the fastest to the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lowvram.engine.config import Levers, StepConfig
+from lowvram.engine.shape import ModelShape
+from lowvram.memory.trace import Backend
+from lowvram.units import GiB
+
+_PROCESS_BYTES = 2 * GiB  # Python, torch, transformers and the device's libraries in host memory
+_TILE_TOKENS = (1024, 2048, 4096)  # enough rows to keep a GPU's matrix products busy
+_MOST_TILES = 8  # where a larger tile is to be had: a trace of many tiles takes many seconds
+
+# From fastest to smallest. Each row saves memory over the one before it.
+_LADDER: tuple[dict[str, Any], ...] = (
+    {"gradient_checkpointing": False, "loss_chunk_tokens": 1024},
+    {"gradient_checkpointing": True, "loss_chunk_tokens": 1024},
+    {"gradient_checkpointing": True, "loss_chunk_tokens": 256},
+)
+_SMALL = {"gradient_checkpointing": True, "loss_chunk_tokens": 64, "optimizer": "paged_adamw8bit"}
+
+
+def rungs(
+    base: StepConfig, pinned: dict[str, Any], optimizer: str | None, backend: Backend, shape: ModelShape
+) -> Iterator[StepConfig]:
+    """The ladder with the user's levers and optimizer fixed, without repetitions."""
+    seen: set[str] = set()
+    for row in (*_LADDER, *_further(base, backend, shape)):
+        wanted = dict(row)
+        chosen = optimizer or (wanted.pop("optimizer", "adamw") if backend == "cuda" else "adamw")
+        wanted.pop("optimizer", None)
+        levers = {**base.levers.model_dump(), **wanted, **pinned}
+        if not levers["gradient_checkpointing"] and (levers["tile_tokens"] or levers["offload_checkpoints"]):
+            continue  # pinned against each other, or this row is above what was pinned
+        step = base.model_copy(update={"levers": Levers(**levers), "optimizer": chosen})
+        if step.model_dump_json() not in seen:
+            seen.add(step.model_dump_json())
+            yield step
+
+
+def _further(base: StepConfig, backend: Backend, shape: ModelShape) -> list[dict[str, Any]]:
+    """What the model and the device allow beyond recomputing; a CPU has no other memory to move things to."""
+    rows, levers = [_SMALL], dict(_SMALL)
+    apart = backend == "cuda" and base.task_type == "CAUSAL_LM"
+    if apart and not shape.tied:
+        rows.insert(0, {**_LADDER[-1], "embedding_on_host": True})
+        levers["embedding_on_host"] = True
+        rows[-1] = dict(levers)
+    if apart and not shape.untiled:
+        levers["offload_checkpoints"] = True
+        rows.append(dict(levers))
+    if not shape.untiled and (tile := tile_for(base.seq_len)):
+        levers["tile_tokens"] = tile
+        rows.append(dict(levers))
+    if apart:
+        rows.append({**levers, "embedding_on_host": True, "head": "nf4", "loss_chunk_tokens": 1024})
+    return rows
+
+
+def tile_for(seq_len: int) -> int:
+    """The smallest that cuts a sequence into at most eight tiles; 0 for a sequence that is a tile itself."""
+    tile = next((n for n in _TILE_TOKENS if n * _MOST_TILES >= seq_len), _TILE_TOKENS[-1])
+    return tile if tile < seq_len else 0
+
+
+def host_bytes(step: StepConfig, shape: ModelShape) -> int:
+    """Host memory beside a GPU: the process and what levers keep there."""
+    bytes_each = 4 if step.compute_dtype == "fp32" else 2
+    kept = _PROCESS_BYTES
+    if step.levers.offload_checkpoints:  # every layer's input, and the gradients of one layer's
+        tokens = step.micro_batch * step.seq_len
+        kept += (shape.n_layers + 1) * tokens * shape.hidden_size * bytes_each
+    if step.levers.embedding_on_host or step.levers.head == "streamed":
+        kept += shape.vocab_size * shape.hidden_size * bytes_each
+    return kept
+
+
+def longest_on_host(step: StepConfig, shape: ModelShape, free_bytes: int) -> int:
+    """The most tokens of a sequence whose checkpoints the host can take."""
+    fixed = host_bytes(with_length(step, 0), shape)
+    each = host_bytes(with_length(step, 1024), shape) - fixed
+    return max(free_bytes - fixed, 0) * 1024 // each if each else 1 << 40
+
+
+def micro_batches(effective_batch: int) -> list[int]:
+    """Powers of two that divide the effective batch, up to 16, and the whole batch when it is small."""
+    sizes = {n for n in (1, 2, 4, 8, 16) if effective_batch % n == 0}
+    return sorted(sizes | ({effective_batch} if effective_batch <= 16 else set()))
+
+
+def split(step: StepConfig, micro_batch: int) -> StepConfig:
+    """The same effective batch in micro-batches of another size."""
+    whole = step.micro_batch * step.accumulation
+    return step.model_copy(update={"micro_batch": micro_batch, "accumulation": whole // micro_batch})
+
+
+def with_length(step: StepConfig, seq_len: int) -> StepConfig:
+    """Another sequence length, in tiles that suit it where there are tiles at all."""
+    levers = step.levers
+    if levers.tile_tokens and (tile := tile_for(seq_len)) > levers.tile_tokens:
+        levers = levers.model_copy(update={"tile_tokens": tile})
+    return step.model_copy(update={"seq_len": seq_len, "levers": levers})
+
+
+def describe(step: StepConfig) -> str:
+    """What is traced, in a line."""
+    levers = step.levers
+    checkpointing = "recompute" if levers.gradient_checkpointing else "keep all activations"
+    tiles = f", tiles of {levers.tile_tokens}" if levers.tile_tokens else ""
+    return f"{step.micro_batch} x {step.seq_len} tokens{tiles}, {checkpointing}, {step.optimizer}"
