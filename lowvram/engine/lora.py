@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""LoRA's product as one autograd function: keeps its input, the two weights, on a CPU dropout's mask."""
-=======
 """LoRA's product as one autograd function that keeps what it is given, on a CPU dropout's mask as well."""
->>>>>>> lora
 
 from __future__ import annotations
 
