@@ -190,11 +190,15 @@ class _OutputShapes:
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
         self._fresh: dict[Any, bool] = {}  # whether all that the operator returns is newly allocated
+        self._in_place: dict[Any, bool] = {}  # whether it only writes into its first input
 
     def of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fresh = self._fresh.get(func)
         if fresh is None:
             fresh = self._fresh[func] = _returns_fresh(func)
+            self._in_place[func] = _writes_first(func)
+        if self._in_place[func] and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            return args[0]  # there is nothing to write; torch would take 1 ms to decompose an addmm_
         key = _signature(args, kwargs) if fresh else None
         if key is None:
             return func(*args, **kwargs)
@@ -228,6 +232,19 @@ def _returns_fresh(func: Any) -> bool:
     aliases = any(v.alias_info is not None for v in (*schema.arguments, *schema.returns))
     takes_tensor = any("Tensor" in str(v.type) for v in schema.arguments)  # the others may want any device
     return takes_tensor and not aliases and _name(func) not in _ALIASING
+
+
+def _writes_first(func: Any) -> bool:
+    """Returns its first input with other values; one that changes its shape does not count."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    if not arguments or len(returns) != 1 or torch.Tag.inplace_view in func.tags:
+        return False
+    first, back = arguments[0].alias_info, returns[0].alias_info
+    others = any(a.alias_info is not None and a.alias_info.is_write for a in arguments[1:])
+    named = _name(func).split(".")[1].endswith("_")
+    return (
+        named and not others and first is not None and back is not None and first.is_write and back.is_write
+    )
 
 
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -56,7 +56,7 @@ def _further(base: StepConfig, backend: Backend, shape: ModelShape) -> list[dict
         levers["tile_tokens"] = tile
         rows.append(dict(levers))
     if apart:
-        rows.append({**levers, "embedding_on_host": True, "head": "nf4", "loss_chunk_tokens": 1024})
+        rows.append({**levers, "embedding_on_host": True, "head": "nf4", "loss_chunk_tokens": 2048})
     return rows
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 CARDS_GIB = (8, 10, 11, 12, 16, 24)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-_TRACED = (512, 1024, 2048, 8192, 32768)  # the lengths between lie under the lines between these
+_SHORT, _MIDDLE = 1024, (2048, 8192)  # traced: the lengths between lie under the lines between these
+_TILE_TOKENS, _TILES = (1024, 2048, 4096, 8192), 4
 _LARGEST_RANK = 1024
 _PAGES = MIDDLE_SEGMENT + SMALL_SEGMENT  # 22 MiB: by so much what is reserved may be rounded up
 
@@ -59,12 +60,8 @@ def survey(plan: Plan, hardware: Hardware, search: Search) -> Survey:
         search: of the plan, so that nothing is traced twice.
     """
     cards = _cards(hardware)
-    needs = _needs(
-        _as_on_a_card(plan),
-        _on_a_card(search),
-        search.model.shape.context_limit,
-        max(budget(card, profile_for(card)) for card in cards),
-    )
+    least_bytes = min(budget(card, profile_for(card)) for card in cards)
+    needs = _needs(_as_on_a_card(plan), _on_a_card(search), least_bytes)
     return Survey(
         lengths=tuple(n for n in needs if n.seq_len in LENGTHS),
         cards=tuple(_card(card, needs) for card in cards),
@@ -102,29 +99,40 @@ def _as_on_a_card(plan: Plan) -> StepConfig:
     return plan.step.model_copy(update=changes)
 
 
-def _needs(step: StepConfig, search: Search, context_limit: int, most_bytes: int) -> list[LengthNeed]:
-    """Of the table's lengths, and of a longer one where the largest card has room for it."""
+def _needs(step: StepConfig, search: Search, least_bytes: int) -> list[LengthNeed]:
+    """Of the table's lengths as far as the model's positions go.
 
-    def need(seq_len: int) -> int:
-        return search.reserved_bytes(search.rungs(step.model_copy(update={"seq_len": seq_len}), {}, None)[-1])
-
-    ends = sorted({n for n in _TRACED if n < context_limit} | {min(context_limit, LENGTHS[-1])})
-    traced = {n: need(n) for n in ends}
-    longest = min(context_limit, 4 * LENGTHS[-1])
-    if longest > ends[-1] and traced[ends[-1]] < most_bytes:
-        traced[longest] = need(longest)
-    wanted = sorted({*traced, *(n for n in LENGTHS if n <= context_limit)})
+    Where the longest fits the smallest card, the line to it says enough of the lengths between.
+    """
+    limit = search.model.shape.context_limit
+    longest = min(limit, LENGTHS[-1])
+    traced = {n: search.reserved_bytes(_smallest(search, step, n)) for n in {min(_SHORT, longest), longest}}
+    if traced[longest] > least_bytes:
+        between = [n for n in _MIDDLE if n < longest]
+        traced |= {n: search.reserved_bytes(_smallest(search, step, n)) for n in between}
+    wanted = sorted({*traced, *(n for n in LENGTHS if n <= limit)})
     return [
         LengthNeed(seq_len=n, reserved_bytes=traced.get(n) or _between(traced, n), traced=n in traced)
         for n in wanted
     ]
 
 
+def _smallest(search: Search, step: StepConfig, seq_len: int) -> StepConfig:
+    """With every lever that saves memory, in larger tiles than a plan's: a quarter of the time to trace."""
+    step = search.rungs(step.model_copy(update={"seq_len": seq_len}), {}, None)[-1]
+    if not step.levers.tile_tokens:
+        return step
+    tile = next(n for n in _TILE_TOKENS if n * _TILES >= seq_len)
+    return step.model_copy(update={"levers": step.levers.model_copy(update={"tile_tokens": tile})})
+
+
 def _between(traced: dict[int, int], seq_len: int) -> int:
-    """A page above the line through the traced neighbours.
+    """A page above the line through the traced neighbours; before the first, no more than that.
 
     The allocated peak is the largest of affine functions, so under the line; reserved bytes come in pages.
     """
+    if seq_len < min(traced):
+        return traced[min(traced)]
     low = max(n for n in traced if n < seq_len)
     high = min(n for n in traced if n > seq_len)
     return round(traced[low] + (traced[high] - traced[low]) * (seq_len - low) / (high - low)) + _PAGES
