@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.overrides import handle_torch_function, has_torch_function
 
 from lowvram.units import MiB
 
-_GRADIENT_BYTES = 64 * MiB  # of keys and values that one call of attention may make, a copy per query head
+_GRADIENT_BYTES = 16 * MiB  # of keys and values that one call of attention may make, a copy per query head
 
 
 class KeysKnown(Exception):  # noqa: N818  # not an error: nothing else of this tile is wanted
@@ -209,8 +210,21 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, look: L
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
     if length == seen:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    mask = causal_lower_right(length, seen)  # on CUDA no tensor: the kernels know it
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    return last_queries_attention(query, key, value, **options)
+
+
+def last_queries_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout_p: float, scale: float | None
+) -> torch.Tensor:  # [B, h, t, D], [B, h, s, D] -> [B, h, t, D]
+    """Causal attention of queries that are the last t of s positions; the memory trace has its own."""
+    given = (query, key, value)
+    if has_torch_function(given):
+        traced: torch.Tensor = handle_torch_function(
+            last_queries_attention, given, *given, dropout_p=dropout_p, scale=scale
+        )
+        return traced
+    mask = causal_lower_right(query.shape[2], key.shape[2])  # on CUDA no tensor: the kernels know it
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale)
 
 
 def _window_mask(

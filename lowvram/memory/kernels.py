@@ -9,12 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import CausalVariant
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowvram.engine.attention import MASKS
 from lowvram.engine.model import NF4_BLOCK
+from lowvram.engine.tile_attention import last_queries_attention
 from lowvram.memory.trace import Backend, Capability
 from lowvram.units import MiB
 
@@ -54,14 +56,16 @@ class _FusedDropout(nn.Dropout):
 
 
 def _traced_attention(chosen: str, backend: Backend, capability: Capability) -> str:
-    """Register transformers' own attention function with SDPA replaced by the kernel SDPA would pick."""
+    """Register the model's attention function with SDPA replaced by the kernel SDPA would pick."""
     flash = backend == "cpu" or capability is None or capability >= (8, 0)
     name = f"{chosen}_traced_{backend}_{'fused' if flash else 'turing'}"
     kernel = _cpu_sdpa if backend == "cpu" else _ampere_sdpa if flash else _turing_sdpa
 
+    own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[chosen]
+
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _SdpaAs(kernel):
-            return sdpa_attention_forward(module, *args, **kwargs)
+            return own(module, *args, **kwargs)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, MASKS[chosen])
@@ -76,23 +80,37 @@ class _SdpaAs(TorchFunctionMode):
         self._kernel = kernel
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is last_queries_attention:
+            kwargs["last"] = True
+        elif func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
         if torch.is_autocast_enabled("cuda"):
             args = tuple(a.to(torch.bfloat16) if isinstance(a, torch.Tensor) else a for a in args)
-        return self._kernel(*args, **(kwargs or {}))
+        return self._kernel(*args, **kwargs)
 
 
+# Each kernel below takes SDPA's arguments; with `last` the queries are the last of the keys' positions.
 Mask = torch.Tensor | None
 
 
 def _cpu_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Mask = None, **options: Any
 ) -> torch.Tensor:  # [B, H, T, D]
+    if options.get("last"):  # no kernel of a CPU knows it
+        ones = torch.ones(q.shape[2], k.shape[2], device=q.device, dtype=torch.bool)
+        attn_mask = torch.tril(ones, diagonal=k.shape[2] - q.shape[2])
+        del ones
     if options.get("dropout_p") or (attn_mask is not None and attn_mask.requires_grad):  # T5's zero bias
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
     result: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, options["is_causal"], attn_mask=_additive(attn_mask, q), scale=options.get("scale")
+        q,
+        k,
+        v,
+        0.0,
+        options.get("is_causal", False),
+        attn_mask=_additive(attn_mask, q),
+        scale=options.get("scale"),
     )[0]
     return result
 
@@ -104,8 +122,10 @@ def _ampere_sdpa(
     fits = attn_mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
     if not fits:
         return _turing_sdpa(q, k, v, attn_mask, **options)
+    # where lengths differ the kernel means by causal that the queries are the last
+    causal = options.get("last") or options.get("is_causal", False)
     result: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(
-        q, k, v, options.get("dropout_p", 0.0), options["is_causal"], scale=options.get("scale")
+        q, k, v, options.get("dropout_p", 0.0), causal, scale=options.get("scale")
     )[0]
     return result
 
@@ -114,14 +134,32 @@ def _turing_sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: Mask = None, **options: Any
 ) -> torch.Tensor:  # [B, H, T, D]
     """The memory-efficient kernel; it takes a mask but no grouped heads, which fall back to plain math."""
+    if options.get("last"):
+        return _efficient_last(q, k, v, **options)
     if options.get("enable_gqa"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
     bias = _additive(attn_mask, q)
     if bias is not None:
         bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     result: torch.Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, bias, True, options.get("dropout_p", 0.0), options["is_causal"], scale=options.get("scale")
+        *(q, k, v, bias, True, options.get("dropout_p", 0.0), options.get("is_causal", False)),
+        scale=options.get("scale"),
     )[0]
+    return result
+
+
+def _efficient_last(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> torch.Tensor:  # [B, H, t, D], [B, H, s, D]
+    """The kernel behind the memory-efficient one, as torch's CausalBias calls it."""
+    result: torch.Tensor = torch.ops.aten._efficient_attention_forward(
+        *(t.transpose(1, 2) for t in (q, k, v)),
+        *(None,) * 5,  # bias, and what packed sequences would need
+        options.get("dropout_p", 0.0),
+        int(CausalVariant.LOWER_RIGHT),
+        compute_log_sumexp=True,
+        scale=options.get("scale"),
+    )[0].transpose(1, 2)
     return result
 
 
