@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class _Station:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.noted is None:
+            if callable(fetch := kwargs.get(self.hidden_name)):
+                kwargs[self.hidden_name] = fetch()
             return self._forward(*args, **kwargs)
         call = self._signature.bind(*args, **kwargs)
         hidden = call.arguments.pop(self.hidden_name)
@@ -103,41 +106,51 @@ class TiledDecoder:
         loss: torch.Tensor = _TiledLoss.apply(anchor, _Pass(self, input_ids, loss_of))  # type: ignore[no-untyped-call]
         return loss
 
-    def tiles(self, input_ids: torch.Tensor) -> Iterator[tuple[Tile, torch.Tensor]]:
-        """Each tile with its input to the first layer [B, t, H]."""
-        length = input_ids.shape[1]
-        for index, (start, end) in enumerate(tile_bounds(length, self.tile_tokens)):
-            calls: list[inspect.BoundArguments] = []
-            with self._noting(calls):
-                hidden = self._enter(input_ids, start, end)
-            yield Tile(index, start, end, calls), hidden
+    def tiles(self, input_ids: torch.Tensor) -> list[Tile]:
+        """[B, T] -> its tiles, and how transformers calls the layers for each."""
+        tiles = []
+        for index, (start, end) in enumerate(tile_bounds(input_ids.shape[1], self.tile_tokens)):
+            tile = Tile(index, start, end, [])
+            with self._noting(tile.calls):
+                self._run(input_ids, tile)
+            tiles.append(tile)
+        return tiles
+
+    def enter(self, input_ids: torch.Tensor, tile: Tile) -> torch.Tensor:  # [B, T] -> [B, t, H]
+        """What the decoder does before its first layer, for one tile."""
+        entered: list[torch.Tensor] = []
+        hook = self._layers[0].register_forward_hook(lambda _module, _args, hidden: entered.append(hidden))
+        try:
+            with self._noting([]):
+                self._run(input_ids, tile)
+        finally:
+            hook.remove()
+        return entered[0].detach()
 
     def leave(self, input_ids: torch.Tensor, tile: Tile, hidden: torch.Tensor) -> torch.Tensor:
         """What the decoder does after its last layer, for one tile: [B, t, H] -> [B, t, H]."""
         with self._noting([]):
             self._stations[-1].answer = hidden
             try:
-                output: torch.Tensor = self._run(input_ids, tile.start, tile.end)
+                output: torch.Tensor = self._run(input_ids, tile)
             finally:
                 self._stations[-1].answer = None
         return output
 
-    def _enter(self, input_ids: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        entered: list[torch.Tensor] = []
-        hook = self._layers[0].register_forward_hook(lambda _module, _args, hidden: entered.append(hidden))
+    def _run(self, input_ids: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """The decoder's own forward on a tile's ids; its layers only note how they are called."""
+        ids = input_ids[:, tile.start : tile.end]
+
+        def with_positions(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+            positions = torch.arange(tile.start, tile.end, device=ids.device)[None]
+            return args, {**kwargs, "position_ids": positions, "attention_mask": torch.ones_like(ids)}
+
+        # in a hook: what is made there is the decoder's, and no layer's that ran before, to a trace as well
+        hook = self._decoder.register_forward_pre_hook(with_positions, with_kwargs=True)
         try:
-            self._run(input_ids, start, end)
+            hidden: torch.Tensor = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
         finally:
             hook.remove()
-        return entered[0].detach()
-
-    def _run(self, input_ids: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        """The decoder's own forward on a tile's ids; its layers only note how they are called."""
-        ids = input_ids[:, start:end]
-        positions = torch.arange(start, end, device=ids.device)[None]
-        mask = torch.ones_like(ids)
-        output = self._decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        hidden: torch.Tensor = output.last_hidden_state
         return hidden
 
     @contextmanager
@@ -151,9 +164,9 @@ class TiledDecoder:
                 station.noted = None
 
     def run_layer(
-        self, index: int, tile: Tile, hidden: torch.Tensor, cache: KeysAndValues
-    ) -> torch.Tensor:  # [B, t, H] -> [B, t, H]
-        """One layer's own forward on one tile."""
+        self, index: int, tile: Tile, fetch: Callable[[], torch.Tensor], cache: KeysAndValues
+    ) -> torch.Tensor:  # [B, t, H]
+        """One layer's own forward on a tile that it fetches itself: to a trace that is the layer's as well."""
         call, station = tile.calls[index], self._stations[index]
         arguments = {**call.arguments, **call.arguments.get("kwargs", {}), station.cache_name: cache}
         arguments.pop("kwargs", None)
@@ -163,7 +176,7 @@ class TiledDecoder:
         for module in self._attention:
             module.lowvram_tile = cache
         try:
-            output = self._layers[index](**{station.hidden_name: hidden}, **arguments)
+            output = self._layers[index](**{station.hidden_name: fetch}, **arguments)
         finally:
             for module in self._attention:
                 module.lowvram_tile = None
@@ -221,7 +234,7 @@ class _Pass:
 
     def __init__(self, decoder: TiledDecoder, input_ids: torch.Tensor, loss_of: TileLoss) -> None:
         self._decoder, self._ids, self._loss_of = decoder, input_ids, loss_of
-        self._hidden = decoder.shelf()  # (layer, tile) -> its input
+        self._hidden = decoder.shelf()  # (layer, tile) -> its input; the first layer's is looked up again
         self._gradients = decoder.shelf()  # tile -> of the current layer's output
         self._tiles: list[Tile] = []
         self._keeps = torch.is_grad_enabled()
@@ -230,9 +243,7 @@ class _Pass:
 
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
-        for tile, hidden in self._decoder.tiles(self._ids):
-            self._tiles.append(tile)
-            self._hidden.put((0, tile.index), hidden)
+        self._tiles = self._decoder.tiles(self._ids)
         for layer in range(self._decoder.n_layers):
             self._forward_layer(layer)
         return self._losses()
@@ -240,21 +251,21 @@ class _Pass:
     def _forward_layer(self, layer: int) -> None:
         cache = KeysAndValues(self._ids.shape[1])
         for tile in self._tiles:
-            hidden = self._hidden.get((layer, tile.index), *self._beside(layer, tile.index + 1))
+            fetch = partial(self._input, layer, tile, tile.index + 1)
             with self._random(layer, tile):
-                output = self._decoder.run_layer(layer, tile, hidden, cache)
+                output = self._decoder.run_layer(layer, tile, fetch, cache)
             if not self._keeps:
-                self._hidden.drop((layer, tile.index))
+                self._drop_input(layer, tile)
             self._hidden.put((layer + 1, tile.index), output)
-            del hidden, output
+            del output
 
     def _losses(self) -> torch.Tensor:
         """Sum over the tiles; with gradients on, those of the last layer's outputs replace the outputs."""
         total: torch.Tensor | None = None
         last = self._decoder.n_layers
         for tile in self._tiles:
-            hidden = self._hidden.get((last, tile.index), *self._beside(last, tile.index + 1))
-            self._hidden.drop((last, tile.index))
+            hidden = self._input(last, tile, tile.index + 1)
+            self._drop_input(last, tile)
             with torch.set_grad_enabled(self._keeps):
                 hidden = hidden.detach().requires_grad_(self._keeps)
                 loss = self._loss_of(self._decoder.leave(self._ids, tile, hidden), tile.index)
@@ -279,43 +290,57 @@ class _Pass:
             self._fill(layer, cache)
         cache.sums_gradients = len(self._tiles) > 1
         for tile in reversed(self._tiles):
-            hidden = self._hidden.get((layer, tile.index), *self._beside(layer, tile.index - 1))
-            self._hidden.drop((layer, tile.index))
-            gradient = self._gradients.get(tile.index, *range(max(tile.index - 1, 0), tile.index))
-            self._gradients.drop(tile.index)
-            if scale is not None:
-                gradient.mul_(scale)  # in place: no layer allocates what the others do not
-            self._gradients.put(tile.index, self._backward_tile(layer, tile, hidden, gradient, cache))
-            del hidden, gradient
+            self._gradients.put(tile.index, self._backward_tile(layer, tile, scale, cache))
 
     @torch.no_grad()
     def _fill(self, layer: int, cache: KeysAndValues) -> None:
         """Keys and values of the whole sequence once more; each layer's forward ends where they are known."""
         cache.stops_when_known = True
         for tile in self._tiles:
-            hidden = self._hidden.get((layer, tile.index), *self._beside(layer, tile.index + 1))
-            try:
-                with self._random(layer, tile):
-                    self._decoder.run_layer(layer, tile, hidden, cache)
-            except KeysKnown:
-                pass
-            del hidden
+            fetch = partial(self._input, layer, tile, tile.index + 1)
+            with self._random(layer, tile), suppress(KeysKnown):
+                self._decoder.run_layer(layer, tile, fetch, cache)
         cache.stops_when_known = False
 
     @torch.enable_grad()
     def _backward_tile(
-        self, layer: int, tile: Tile, hidden: torch.Tensor, gradient: torch.Tensor, cache: KeysAndValues
-    ) -> torch.Tensor:  # [B, t, H] -> [B, t, H]
-        hidden = hidden.detach().requires_grad_()
-        with self._random(layer, tile):
-            output = self._decoder.run_layer(layer, tile, hidden, cache)
-        torch.autograd.backward(output, gradient)
-        assert hidden.grad is not None
-        return hidden.grad
+        self, layer: int, tile: Tile, scale: torch.Tensor | None, cache: KeysAndValues
+    ) -> torch.Tensor:  # -> [B, t, H]
+        """Adds to the parameters' gradients; returns that of the tile's input."""
+        fetched: list[torch.Tensor] = []
 
-    def _beside(self, layer: int, tile: int) -> tuple[tuple[int, int], ...]:
-        """The tile that is wanted next, where there is one."""
-        return ((layer, tile),) if 0 <= tile < len(self._tiles) else ()
+        def fetch() -> torch.Tensor:
+            hidden = self._input(layer, tile, tile.index - 1)
+            self._drop_input(layer, tile)
+            fetched.append(hidden.detach().requires_grad_())
+            return fetched[0]
+
+        with self._random(layer, tile):
+            output = self._decoder.run_layer(layer, tile, fetch, cache)
+        torch.autograd.backward(output, self._gradient(tile, scale))
+        gradient = fetched[0].grad
+        assert gradient is not None
+        return gradient
+
+    def _gradient(self, tile: Tile, scale: torch.Tensor | None) -> torch.Tensor:  # [B, t, H]
+        """Of the tile's output, which is needed once."""
+        gradient = self._gradients.get(tile.index, *range(max(tile.index - 1, 0), tile.index))
+        self._gradients.drop(tile.index)
+        if scale is not None:
+            gradient.mul_(scale)  # in place: no layer allocates what the others do not
+        return gradient
+
+    def _input(self, layer: int, tile: Tile, following: int) -> torch.Tensor:  # [B, t, H]
+        """Of a layer; `following` is the tile that is wanted next, where there is one."""
+        if layer == 0:
+            with self._random(-1, tile):  # GPT-2 drops here
+                return self._decoder.enter(self._ids, tile)
+        soon = ((layer, following),) if 0 <= following < len(self._tiles) else ()
+        return self._hidden.get((layer, tile.index), *soon)
+
+    def _drop_input(self, layer: int, tile: Tile) -> None:
+        if layer > 0:
+            self._hidden.drop((layer, tile.index))
 
     def _random(self, layer: int, tile: Tile) -> AbstractContextManager[None]:
         if self._seed is None:

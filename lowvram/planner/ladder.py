@@ -70,9 +70,9 @@ def host_bytes(step: StepConfig, shape: ModelShape) -> int:
     """Host memory beside a GPU: the process and what levers keep there."""
     bytes_each = 4 if step.compute_dtype == "fp32" else 2
     kept = _PROCESS_BYTES
-    if step.levers.offload_checkpoints:  # every layer's input, and the gradients of one layer's
+    if step.levers.offload_checkpoints:  # every layer's input but the first, and the gradients of one layer's
         tokens = step.micro_batch * step.seq_len
-        kept += (shape.n_layers + 1) * tokens * shape.hidden_size * bytes_each
+        kept += shape.n_layers * tokens * shape.hidden_size * bytes_each
     if step.levers.embedding_on_host or step.levers.head == "streamed":
         kept += shape.vocab_size * shape.hidden_size * bytes_each
     return kept
