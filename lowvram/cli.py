@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lowvram import __version__
+from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
 from lowvram.units import printable
 
@@ -359,7 +360,7 @@ def _show_result(result: Any, folder: Path, as_json: bool) -> None:
 def main() -> None:
     """Entry point: our errors become one message, its remedy and their exit code."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # speaks when imported
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    set_alloc_conf()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries; what came of them is in our message

@@ -166,7 +166,7 @@ class TiledDecoder:
     def run_layer(
         self, index: int, tile: Tile, fetch: Callable[[], torch.Tensor], cache: KeysAndValues
     ) -> torch.Tensor:  # [B, t, H]
-        """One layer's own forward on a tile that it fetches itself: to a trace that is the layer's as well."""
+        """One layer's own forward on a tile that it fetches itself: to a trace too that is the layer's."""
         call, station = tile.calls[index], self._stations[index]
         arguments = {**call.arguments, **call.arguments.get("kwargs", {}), station.cache_name: cache}
         arguments.pop("kwargs", None)

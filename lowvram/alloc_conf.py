@@ -1,0 +1,31 @@
+"""Alloc conf: what torch's allocators are told, in the environment, before it is imported."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+VARIABLE = "PYTORCH_ALLOC_CONF"
+_NO_ROUNDING = "pinned_max_round_threshold_mb"
+
+
+def set_alloc_conf() -> None:
+    """Segments that grow, and pinned memory as large as was asked for; what the user set stays."""
+    settings = ["expandable_segments:True"]
+    if _knows_no_rounding():
+        settings.append(f"{_NO_ROUNDING}:1")
+    os.environ.setdefault(VARIABLE, ",".join(settings))
+
+
+def rounds_pinned_memory() -> bool:
+    """Whether torch rounds each block of pinned memory up to a power of two: its way unless told otherwise."""
+    return _NO_ROUNDING not in os.environ.get(VARIABLE, "")
+
+
+def _knows_no_rounding() -> bool:
+    """torch 2.13 does; a version that does not would refuse to start."""
+    try:
+        major, minor = version("torch").split(".")[:2]
+    except (PackageNotFoundError, ValueError):
+        return False
+    return (int(major), int(minor)) >= (2, 13)

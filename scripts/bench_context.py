@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""Finds the largest context of each model on each card, by trace: plain transformers + peft, and lowvram.
+
+    PYTHONPATH=. python scripts/bench_context.py [--model NAME] [--card GIB]
+
+Rank 32 on all linear layers, one sequence, NF4, bf16. What the allocator reserves stays within the card's
+nominal GiB less 0.55 GiB of context; host memory within 64 GiB. Contexts beyond a model's own positions are
+what memory allows. Writes benchmarks/context.csv and benchmarks/context.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from lowvram.alloc_conf import set_alloc_conf
+from lowvram.engine.config import Levers, StepConfig
+from lowvram.engine.known_models import known_config
+from lowvram.engine.shape import ModelShape
+from lowvram.engine.source import ModelSource
+from lowvram.memory.cache import RememberedModel
+from lowvram.memory.plain import PlainStep, plain_peak_bytes
+from lowvram.planner.ladder import host_bytes, longest_on_host
+from lowvram.units import GiB
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+CARDS_GIB = (8, 12, 16, 24)
+MODELS = (
+    "meta-llama/Llama-3.1-8B",
+    "Qwen/Qwen2-7B",
+    "Qwen/Qwen2.5-14B",
+    "Qwen/Qwen2.5-32B",
+    "google/gemma-3-12b-pt",
+)
+CONTEXT_BYTES = int(0.55 * GiB)
+HOST_BYTES = 64 * GiB
+RANK = 32
+HEADINGS = (
+    *("model", "card", "plain, traced", "lowvram, traced", "reserved GiB", "host GiB", "limited by"),
+    *("bytes/token", "floor", "Unsloth, published", "HF + FA2, published"),
+)
+_AMPERE = (8, 6)
+# github.com/unslothai/unsloth, README, "Context length benchmarks": Llama 3.1 8B, QLoRA, r=32 on all linear
+# layers, batch 1; the right-hand column is Hugging Face + FlashAttention 2, None where it is out of memory
+PUBLISHED = {8: (2972, None), 12: (21848, 932), 16: (40724, 2551), 24: (78475, 5789)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one card. Traced figures and published ones are in columns of their own."""
+
+    model: str
+    card_gib: int
+    traced_plain_tokens: int  # transformers + peft with gradient checkpointing, 8-bit AdamW
+    traced_lowvram_tokens: int
+    reserved_gib: float
+    host_gib: float
+    limited_by: str
+    bytes_per_token: int
+    floor_bytes_per_token: int  # keys and values of one layer
+    published_unsloth_tokens: int | None
+    published_hf_fa2_tokens: int | None
+
+
+def measure(model: str, card_gib: int) -> Row:
+    """Both steps on one card."""
+    config = known_config(model)
+    assert config is not None
+    with tempfile.TemporaryDirectory() as folder:
+        config.get_text_config().save_pretrained(folder)  # of Gemma 3 the language model
+        remembered = RememberedModel(ModelSource(folder))
+        shape, step = remembered.shape, _step(remembered.shape, card_gib)
+        budget_bytes = card_gib * GiB - CONTEXT_BYTES
+
+        def reserved_bytes(seq_len: int) -> int:
+            at = step.model_copy(update={"seq_len": seq_len})
+            return remembered.estimate(at, "cuda", _AMPERE).peak_reserved_bytes
+
+        on_host = longest_on_host(step, shape, HOST_BYTES) // 64 * 64
+        tokens = longest(reserved_bytes, budget_bytes, on_host)
+        plain = longest(partial(_plain_bytes, remembered, step.target_modules), budget_bytes, on_host)
+        far, near = max(tokens, 65536), max(tokens, 65536) // 2
+        slope = (allocated(remembered, step, far) - allocated(remembered, step, near)) / (far - near)
+        unsloth, fa2 = PUBLISHED[card_gib] if model == MODELS[0] else (None, None)
+        return Row(
+            model=model,
+            card_gib=card_gib,
+            traced_plain_tokens=plain,
+            traced_lowvram_tokens=tokens,
+            reserved_gib=round(reserved_bytes(tokens) / GiB, 2) if tokens else 0.0,
+            host_gib=round(host_bytes(step.model_copy(update={"seq_len": tokens}), shape) / GiB, 1),
+            limited_by="host memory" if tokens == on_host else "card",
+            bytes_per_token=round(slope),
+            floor_bytes_per_token=_floor(config.get_text_config()),
+            published_unsloth_tokens=unsloth,
+            published_hf_fa2_tokens=fa2,
+        )
+
+
+def _step(shape: ModelShape, card_gib: int) -> StepConfig:
+    """Every lever on; an 8 GB card has less room for a tile."""
+    levers = Levers(
+        loss_chunk_tokens=2048,
+        tile_tokens=2048 if card_gib <= 8 else 4096,
+        offload_checkpoints=True,
+        embedding_on_host=True,
+        head="nf4",
+        expandable_segments=True,
+    )
+    return StepConfig(
+        rank=RANK,
+        target_modules=shape.resolve_targets("all-linear"),
+        accumulation=1,
+        optimizer="paged_adamw8bit",
+        levers=levers,
+    )
+
+
+def allocated(model: RememberedModel, step: StepConfig, seq_len: int) -> int:
+    """In the backward pass, where every token counts; loading may need more and does not depend on them."""
+    at = step.model_copy(update={"seq_len": seq_len})
+    return model.estimate(at, "cuda", _AMPERE).phases_bytes["backward"]
+
+
+def _floor(text: Any) -> int:
+    """Keys and values of one layer, two bytes each."""
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * 2 * text.num_key_value_heads * width)
+
+
+def _plain_bytes(model: RememberedModel, targets: tuple[str, ...], seq_len: int) -> int:
+    """Allocated by transformers + peft: QLoRA with recompute, SDPA, torch's AdamW."""
+    plain = PlainStep(
+        method="qlora", rank=RANK, targets=targets, seq_len=seq_len, checkpointing="non-reentrant", clips=True
+    )
+    return plain_peak_bytes(model.source.config, plain, "cuda", _AMPERE)
+
+
+def longest(bytes_of: Callable[[int], int], budget_bytes: int, limit: int) -> int:
+    """The most tokens within the budget, to 64 tokens and 1 %; 0 when not even 64 are.
+
+    Bytes are nearly a line over tokens: two points, and then steps of 1 % where it was left.
+    """
+    if bytes_of(limit) <= budget_bytes:
+        return limit
+    low, high = limit // 4, limit // 2
+    slope = max((bytes_of(high) - bytes_of(low)) / (high - low), 1.0)
+    tokens = int(low + (budget_bytes - bytes_of(low)) / slope) // 64 * 64
+    while tokens >= 64 and bytes_of(tokens) > budget_bytes:
+        tokens = int(tokens * 0.99) // 64 * 64
+    return max(tokens, 0)
+
+
+def table(rows: list[Row]) -> Table:
+    shown = Table(*(Column(name, justify="right") for name in HEADINGS))
+    for row in rows:
+        cells = (row.model, f"{row.card_gib} GB", *map(_said, list(asdict(row).values())[2:]))
+        shown.add_row(*cells)
+    return shown
+
+
+def _said(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+
+
+def write(rows: list[Row]) -> None:
+    file = BENCHMARKS / "context.csv"
+    with file.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(asdict(rows[0])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+    (BENCHMARKS / "context.svg").write_text(picture(rows), encoding="utf-8")
+
+
+def picture(rows: list[Row]) -> str:
+    """Bars on a logarithmic scale for the first model: a length each for card and step."""
+    bars, height = [], 0
+    for row in (r for r in rows if r.model == MODELS[0]):
+        height += 14
+        bars.append(f'<text x="0" y="{height + 11}" font-weight="bold">{row.card_gib} GB</text>')
+        for name, tokens, colour in (
+            ("transformers + peft, traced", row.traced_plain_tokens, "#b8b8b8"),
+            ("Unsloth, published", row.published_unsloth_tokens or 0, "#7a9cc6"),
+            ("lowvram, traced", row.traced_lowvram_tokens, "#2f8f5b"),
+        ):
+            width = max(0.0, 100 * math.log10(max(tokens, 1) / 100))
+            bars.append(f'<rect x="60" y="{height}" width="{width:.0f}" height="14" fill="{colour}"/>')
+            said = f"{tokens:,} tokens" if tokens else "out of memory"
+            bars.append(f'<text x="{66 + width:.0f}" y="{height + 11}">{name}: {said}</text>')
+            height += 17
+    title = "Longest context, Llama-3.1-8B, rank 32, one sequence (logarithmic)"
+    box, fill = f"0 -24 680 {height + 36}", f'<rect y="-24" width="680" height="{height + 36}" fill="#fff"/>'
+    font = 'font-family="sans-serif" font-size="11"'
+    text = f'<text x="0" y="-8" font-size="14">{title}</text>'
+    inside = fill + text + "".join(bars)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" {font}>{inside}</svg>\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, action="append")
+    parser.add_argument("--card", type=int, choices=CARDS_GIB, action="append")
+    chosen = parser.parse_args()
+    set_alloc_conf()  # as the command line does: host memory is counted by it
+    rows: list[Row] = []
+    console = Console()
+    for model in chosen.model or MODELS:
+        for card_gib in chosen.card or CARDS_GIB:
+            started = time.perf_counter()
+            rows.append(measure(model, card_gib))
+            console.print(f"{model}, {card_gib} GB: {rows[-1]}, {time.perf_counter() - started:.0f} s")
+    Console(width=160).print(table(rows))
+    if not chosen.model and not chosen.card:
+        write(rows)
+
+
+if __name__ == "__main__":
+    main()
