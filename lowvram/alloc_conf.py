@@ -18,7 +18,7 @@ def set_alloc_conf() -> None:
 
 
 def rounds_pinned_memory() -> bool:
-    """Whether torch rounds each block of pinned memory up to a power of two: its way unless told otherwise."""
+    """Whether torch rounds each block of pinned memory up to a power of two, as it does unless told."""
     return _NO_ROUNDING not in os.environ.get(VARIABLE, "")
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lowvram.errors import ConfigError, LowvramError
 from lowvram.plan_view import plan_json
-from lowvram.planner.survey import CardFit
+from lowvram.planner.survey import tokens_said
 from lowvram.planning import Planned, needs_on_disk
 from lowvram.survey_view import survey_json
 from lowvram.units import GiB, format_bytes, format_count, format_seconds, printable
@@ -103,15 +103,19 @@ def _said(text: str) -> str:
 
 def _card_rows(columns: list[Column]) -> Iterator[tuple[str, list[str]]]:
     """The longest context of each model on each card."""
-    found = [{card.total_bytes: card.largest_seq_len for card in _cards(column)} for column in columns]
+    found = [dict(_longest(column)) for column in columns]
     for size in sorted({size for sizes in found for size in sizes}):
-        cells = [_tokens(sizes[size]) if size in sizes else _NOTHING for sizes in found]
+        cells = [sizes.get(size, _NOTHING) for sizes in found]
         yield f"longest on {size / GiB:.3g} GB", cells
 
 
-def _cards(column: Column) -> tuple[CardFit, ...]:
-    survey = column.planned and column.planned.survey
-    return survey.cards if survey else ()
+def _longest(column: Column) -> Iterator[tuple[int, str]]:
+    survey = column.planned.survey if column.planned else None
+    if survey is None:
+        return
+    for card in survey.cards:
+        said = tokens_said(card, survey)
+        yield card.total_bytes, said if said == "none" else f"{said} tokens"
 
 
 def _tokens(n: int) -> str:

@@ -8,7 +8,7 @@ from html import escape
 from lowvram import __version__
 from lowvram.plan_chart import length_chart, memory_bar, segments
 from lowvram.planner.plan import Plan
-from lowvram.planner.survey import CardFit, LengthNeed, Survey
+from lowvram.planner.survey import CardFit, LengthNeed, Survey, tokens_said
 from lowvram.planning import Planned, needs_on_disk
 from lowvram.units import GiB, format_bytes, format_count, format_seconds, printable
 
@@ -111,7 +111,7 @@ def _neighbourhood(plan: Plan, survey: Survey) -> list[str]:
 def _cards(survey: Survey) -> str:
     heads = "".join(f"<th>{card.total_bytes / GiB:.3g} GB</th>" for card in survey.cards)
     rows = (_row(need, survey.cards) for need in survey.lengths)
-    longest = "".join(f"<td>{_tokens(card)}</td>" for card in survey.cards)
+    longest = "".join(f"<td>{tokens_said(card, survey)}</td>" for card in survey.cards)
     return (
         f'<div class="wide"><table class="cards"><thead><tr><th>tokens</th><th>needs</th>{heads}</tr></thead>'
         f'<tbody>{"".join(rows)}<tr class="sum"><th>longest</th><td></td>{longest}</tr></tbody></table></div>'
@@ -129,10 +129,6 @@ def _cell(need: LengthNeed, card: CardFit) -> str:
     fits = need.reserved_bytes <= card.budget_bytes
     share = f"{int(100 * need.reserved_bytes / max(card.budget_bytes, 1))} %"
     return f'<td class="yes">{share}</td>' if fits else '<td class="no">no</td>'
-
-
-def _tokens(card: CardFit) -> str:
-    return f"{card.largest_seq_len:,}" if card.largest_seq_len else "none"
 
 
 def _methods(plan: Plan, survey: Survey) -> str:

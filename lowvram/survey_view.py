@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowvram.planner.plan import Plan
-from lowvram.planner.survey import Survey
+from lowvram.planner.survey import Survey, tokens_said
 from lowvram.planning import Planned, needs_on_disk
 from lowvram.units import GiB, format_bytes
 
@@ -48,7 +48,7 @@ def _cards(survey: Survey) -> Table:
         marks = ["[green]yes[/]" if need.reserved_bytes <= b else "[red]no[/]" for b in budgets]
         about = "" if need.traced else "[dim]≤ [/]"
         table.add_row(f"{need.seq_len:,}", about + format_bytes(need.reserved_bytes), *marks)
-    largest = (f"{c.largest_seq_len:,}" if c.largest_seq_len else "none" for c in survey.cards)
+    largest = (tokens_said(card, survey) for card in survey.cards)
     table.add_row("[bold]longest", "", *largest)
     return table
 

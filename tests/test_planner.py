@@ -56,12 +56,15 @@ def test_qwen2_7b_fits_8_gb_and_the_readme_says_how(config_only: Config) -> None
 
 def test_refuses_with_the_nearest_plan_that_fits(config_only: Config) -> None:
     source, card = ModelSource(str(config_only(SMALL))), _card(3)
+    whole = "tile_tokens=0,offload_checkpoints=off,embedding_on_host=off,head=16bit"
     with pytest.raises(DoesNotFitError) as caught:
-        make_plan(source, card, load_profile("8gb"), Wishes(seq_len=32768, batch=1))
+        make_plan(source, card, load_profile("8gb"), Wishes(seq_len=32768, batch=1, levers=whole))
     assert "budget" in caught.value.message
     nearest = int(caught.value.remedy.rsplit(" ", 1)[1])
     assert 64 <= nearest < 32768
-    assert make_plan(source, card, load_profile("8gb"), Wishes(seq_len=nearest, batch=1)).fits
+    assert make_plan(source, card, load_profile("8gb"), Wishes(seq_len=nearest, batch=1, levers=whole)).fits
+    unpinned = make_plan(source, card, load_profile("8gb"), Wishes(seq_len=32768, batch=1))
+    assert unpinned.levers.offload_checkpoints  # left to itself the planner goes on to it
 
 
 def test_wishes_are_kept_and_yaml_round_trips(config_only: Config, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.frozen import Frozen
 from lowvram.hardware import Hardware, card_of_size
 from lowvram.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT
+from lowvram.planner.ladder import longest_on_host
 from lowvram.planner.profiles import budget, profile_for
 from lowvram.planner.search import Search
 from lowvram.units import GiB
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 CARDS_GIB = (8, 10, 11, 12, 16, 24)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 _SHORT, _MIDDLE = 1024, (2048, 8192)  # traced: the lengths between lie under the lines between these
-_TILE_TOKENS, _TILES = (1024, 2048, 4096, 8192), 4
 _LARGEST_RANK = 1024
 _PAGES = MIDDLE_SEGMENT + SMALL_SEGMENT  # 22 MiB: by so much what is reserved may be rounded up
 
@@ -48,9 +48,17 @@ class Survey(Frozen):
 
     lengths: tuple[LengthNeed, ...]
     cards: tuple[CardFit, ...]
+    context_limit: int  # positions that the model knows
     largest_rank: int
     lora_16bit_bytes: int  # reserved, the same step over a 16-bit base
     full_fine_tuning_bytes: int | None  # allocated by plain transformers, 16-bit, AdamW, recompute
+
+
+def tokens_said(card: CardFit, around: Survey) -> str:
+    """The longest sequence on a card; with a + where the table ends and the model does not."""
+    longest = around.lengths[-1].seq_len if around.lengths else 0
+    more = "+" if longest == card.largest_seq_len < around.context_limit else ""
+    return f"{card.largest_seq_len:,}{more}" if card.largest_seq_len else "none"
 
 
 def survey(plan: Plan, hardware: Hardware, search: Search) -> Survey:
@@ -62,9 +70,12 @@ def survey(plan: Plan, hardware: Hardware, search: Search) -> Survey:
     cards = _cards(hardware)
     least_bytes = min(budget(card, profile_for(card)) for card in cards)
     needs = _needs(_as_on_a_card(plan), _on_a_card(search), least_bytes)
+    smallest = _smallest(_on_a_card(search), _as_on_a_card(plan), needs[-1].seq_len)
+    on_host = longest_on_host(smallest, search.model.shape, hardware.host_free_bytes)
     return Survey(
         lengths=tuple(n for n in needs if n.seq_len in LENGTHS),
-        cards=tuple(_card(card, needs) for card in cards),
+        cards=tuple(_card(card, needs, on_host) for card in cards),
+        context_limit=search.model.shape.context_limit,
         largest_rank=_largest_rank(plan, search),
         lora_16bit_bytes=search.reserved_bytes(_sixteen_bit(plan)),
         full_fine_tuning_bytes=_full_fine_tuning_bytes(plan, search),
@@ -118,12 +129,8 @@ def _needs(step: StepConfig, search: Search, least_bytes: int) -> list[LengthNee
 
 
 def _smallest(search: Search, step: StepConfig, seq_len: int) -> StepConfig:
-    """With every lever that saves memory, in larger tiles than a plan's: a quarter of the time to trace."""
-    step = search.rungs(step.model_copy(update={"seq_len": seq_len}), {}, None)[-1]
-    if not step.levers.tile_tokens:
-        return step
-    tile = next(n for n in _TILE_TOKENS if n * _TILES >= seq_len)
-    return step.model_copy(update={"levers": step.levers.model_copy(update={"tile_tokens": tile})})
+    """With every lever that saves memory."""
+    return search.rungs(step.model_copy(update={"seq_len": seq_len}), {}, None)[-1]
 
 
 def _between(traced: dict[int, int], seq_len: int) -> int:
@@ -138,13 +145,14 @@ def _between(traced: dict[int, int], seq_len: int) -> int:
     return round(traced[low] + (traced[high] - traced[low]) * (seq_len - low) / (high - low)) + _PAGES
 
 
-def _card(card: Hardware, needs: list[LengthNeed]) -> CardFit:
+def _card(card: Hardware, needs: list[LengthNeed], on_host: int) -> CardFit:
+    """`on_host`: the most tokens whose checkpoints this machine's memory takes."""
     room_bytes = budget(card, profile_for(card))
     return CardFit(
         name=card.name,
         total_bytes=card.total_bytes,
         budget_bytes=room_bytes,
-        largest_seq_len=_largest_seq_len(needs, room_bytes),
+        largest_seq_len=min(_largest_seq_len(needs, room_bytes), on_host),
     )
 
 
