@@ -35,6 +35,7 @@ from lowvram.planner.ladder import host_bytes, longest_on_host
 from lowvram.units import GiB
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FILE = BENCHMARKS / "context.csv"
 CARDS_GIB = (8, 12, 16, 24)
 MODELS = (
     "meta-llama/Llama-3.1-8B",
@@ -174,9 +175,29 @@ def _said(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
 
 
+def earlier_rows() -> dict[tuple[str, int], Row]:
+    """What an earlier run wrote: a run of one model replaces that model's rows."""
+    if not FILE.exists():
+        return {}
+    with FILE.open(newline="", encoding="utf-8") as handle:
+        rows = [Row(**{k: _parsed(k, v) for k, v in line.items()}) for line in csv.DictReader(handle)]
+    return {(row.model, row.card_gib): row for row in rows}
+
+
+def _parsed(name: str, text: str) -> Any:
+    if name in ("model", "limited_by"):
+        return text
+    if name.endswith("_gib") and name != "card_gib":
+        return float(text)
+    return int(text) if text else None
+
+
+def in_order(rows: dict[tuple[str, int], Row]) -> list[Row]:
+    return sorted(rows.values(), key=lambda row: (MODELS.index(row.model), row.card_gib))
+
+
 def write(rows: list[Row]) -> None:
-    file = BENCHMARKS / "context.csv"
-    with file.open("w", newline="", encoding="utf-8") as handle:
+    with FILE.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, list(asdict(rows[0])), lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(asdict, rows))
@@ -213,16 +234,17 @@ def main() -> None:
     parser.add_argument("--card", type=int, choices=CARDS_GIB, action="append")
     chosen = parser.parse_args()
     set_alloc_conf()  # as the command line does: host memory is counted by it
-    rows: list[Row] = []
+    rows = earlier_rows()
     console = Console()
     for model in chosen.model or MODELS:
         for card_gib in chosen.card or CARDS_GIB:
             started = time.perf_counter()
-            rows.append(measure(model, card_gib))
-            console.print(f"{model}, {card_gib} GB: {rows[-1]}, {time.perf_counter() - started:.0f} s")
-    Console(width=160).print(table(rows))
-    if not chosen.model and not chosen.card:
-        write(rows)
+            row = measure(model, card_gib)
+            rows[model, card_gib] = row
+            write(in_order(rows))
+            said = f"{row.traced_lowvram_tokens:,} tokens, plain {row.traced_plain_tokens:,}"
+            console.print(f"{model}, {card_gib} GB: {said} ({time.perf_counter() - started:.0f} s)")
+    Console(width=160).print(table(in_order(rows)))
 
 
 if __name__ == "__main__":

@@ -177,10 +177,13 @@ def hidden_bytes(name: str, args: tuple[Any, ...], backend: Backend) -> int:
         return _dequantized_bytes(args)
     if name == "aten._scaled_dot_product_flash_attention_backward.default" and backend == "cuda":
         return _flash_backward_bytes(query=args[1], key=args[2])
+    if name in _MASKING and backend == "cpu":
+        return _cast_mask_bytes(name, args)
     return 0
 
 
-HIDING = {  # the operators for which `hidden_bytes` may not be 0
+_MASKING = {"aten.native_dropout.default", "aten.mul.Tensor", "aten.mul_.Tensor"}
+HIDING = _MASKING | {  # the operators for which `hidden_bytes` may not be 0
     "bitsandbytes.gemm_4bit.default",
     "aten._scaled_dot_product_flash_attention_backward.default",
 }
@@ -194,6 +197,15 @@ def _dequantized_bytes(args: tuple[Any, ...]) -> int:
     activation, _, (rows, columns) = args[0], args[1], args[2]
     scales = 2 * 4 * math.ceil(rows * columns / NF4_BLOCK)
     return int(rows * columns * activation.element_size() + scales)
+
+
+def _cast_mask_bytes(name: str, args: tuple[Any, ...]) -> int:
+    """A CPU multiplies by a boolean mask (dropout does, too) through a copy of it in the other's dtype."""
+    tensor, mask = args[0], args[1]
+    masks = name == "aten.native_dropout.default" or (
+        isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
+    )
+    return int(tensor.numel() * tensor.element_size()) if masks else 0
 
 
 def _flash_backward_bytes(query: torch.Tensor, key: torch.Tensor) -> int:

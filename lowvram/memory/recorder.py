@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -212,6 +213,7 @@ class _OutputShapes:
         return _made(known)
 
 
+@cache
 def layer_of(module: str) -> int:
     """3 for "model.layers.3.mlp.up_proj", OUTSIDE where no number is."""
     return next((int(part) for part in module.split(".") if part.isdigit()), OUTSIDE)

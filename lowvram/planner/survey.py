@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CARDS_GIB = (8, 10, 11, 12, 16, 24)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-_SHORT, _MIDDLE = 1024, (2048, 8192)  # traced: the lengths between lie under the lines between these
+_TRACED = (1024, 2048, 8192)  # and the longest; the lengths between lie under the lines between these
 _LARGEST_RANK = 1024
 _PAGES = MIDDLE_SEGMENT + SMALL_SEGMENT  # 22 MiB: by so much what is reserved may be rounded up
 
@@ -113,14 +113,14 @@ def _as_on_a_card(plan: Plan) -> StepConfig:
 def _needs(step: StepConfig, search: Search, least_bytes: int) -> list[LengthNeed]:
     """Of the table's lengths as far as the model's positions go.
 
-    Where the longest fits the smallest card, the line to it says enough of the lengths between.
+    Where the longest fits the smallest card, what it needs says enough of the shorter ones.
     """
     limit = search.model.shape.context_limit
     longest = min(limit, LENGTHS[-1])
-    traced = {n: search.reserved_bytes(_smallest(search, step, n)) for n in {min(_SHORT, longest), longest}}
+    traced = {longest: search.reserved_bytes(_smallest(search, step, longest))}
     if traced[longest] > least_bytes:
-        between = [n for n in _MIDDLE if n < longest]
-        traced |= {n: search.reserved_bytes(_smallest(search, step, n)) for n in between}
+        shorter = [n for n in _TRACED if n < longest]
+        traced |= {n: search.reserved_bytes(_smallest(search, step, n)) for n in shorter}
     wanted = sorted({*traced, *(n for n in LENGTHS if n <= limit)})
     return [
         LengthNeed(seq_len=n, reserved_bytes=traced.get(n) or _between(traced, n), traced=n in traced)
