@@ -75,7 +75,9 @@ def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
         )
 
     checkpointing = (
-        "on, keeping all activations does not fit"
+        "on, layers that run by tiles are computed again"
+        if levers.tiles and asked
+        else "on, keeping all activations does not fit"
         if levers.gradient_checkpointing
         else "off, all activations fit, so nothing is computed twice"
     )
