@@ -9,12 +9,17 @@ VARIABLE = "PYTORCH_ALLOC_CONF"
 _NO_ROUNDING = "pinned_max_round_threshold_mb"
 
 
-def set_alloc_conf() -> None:
-    """Segments that grow, and pinned memory as large as was asked for; what the user set stays."""
+def alloc_conf() -> str:
+    """Segments that grow, and pinned memory as large as was asked for."""
     settings = ["expandable_segments:True"]
     if _knows_no_rounding():
         settings.append(f"{_NO_ROUNDING}:1")
-    os.environ.setdefault(VARIABLE, ",".join(settings))
+    return ",".join(settings)
+
+
+def set_alloc_conf() -> None:
+    """For this process and its children; what the user set stays."""
+    os.environ.setdefault(VARIABLE, alloc_conf())
 
 
 def rounds_pinned_memory() -> bool:

@@ -32,6 +32,7 @@ from lowvram.engine.source import ModelSource
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.plain import PlainStep, plain_peak_bytes
 from lowvram.planner.ladder import host_bytes, longest_on_host
+from lowvram.planner.search import where_it_meets
 from lowvram.units import GiB
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -155,9 +156,8 @@ def longest(bytes_of: Callable[[int], int], budget_bytes: int, limit: int) -> in
     """
     if bytes_of(limit) <= budget_bytes:
         return limit
-    low, high = limit // 4, limit // 2
-    slope = max((bytes_of(high) - bytes_of(low)) / (high - low), 1.0)
-    tokens = int(low + (budget_bytes - bytes_of(low)) / slope) // 64 * 64
+    bytes_at = {n: bytes_of(n) for n in (limit // 4, limit // 2)}
+    tokens = where_it_meets(budget_bytes, bytes_at) // 64 * 64
     while tokens >= 64 and bytes_of(tokens) > budget_bytes:
         tokens = int(tokens * 0.99) // 64 * 64
     return max(tokens, 0)

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lowvram.alloc_conf import VARIABLE, alloc_conf
 from lowvram.errors import LowvramError
 from lowvram.gpu_driver import read_driver
 from lowvram.hardware import Hardware
@@ -81,7 +82,7 @@ def run_stage(
     Args:
         changed: environment variables.
     """
-    environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"} | changed  # as cli.py
+    environment = {**os.environ, VARIABLE: alloc_conf()} | changed  # as cli.py
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), *filter(None, [os.getenv("PYTHONPATH")])])
     ends, log, n_read = time.monotonic() + seconds, rows.with_suffix(".log"), 0
     with log.open("w", encoding="utf-8") as output:

@@ -37,16 +37,8 @@ from lowvram.engine.shape import shape_of
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss, evaluate, train_step
 from lowvram.errors import ConfigError
+from tests.tiny import SHAPE, examples, plain_loss
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 64,
-}
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
@@ -60,16 +52,6 @@ MODELS = {
 }
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TARGETS = {"gpt2": ("c_attn", "c_proj")}
-
-
-def _examples(lengths: tuple[int, ...], seed: int = 0) -> list[Example]:
-    g = torch.Generator().manual_seed(seed)
-    made = []
-    for n in lengths:
-        ids = torch.randint(0, 97, (n,), generator=g).tolist()
-        trained = [0] * (n // 3) + [1] * (n - n // 3)
-        made.append(Example(tuple(ids), tuple(trained), "test:1"))
-    return made
 
 
 def _step(**changes: Any) -> StepConfig:
@@ -100,20 +82,6 @@ def _pair(kind: str, step: StepConfig) -> tuple[Any, Any]:
     return model.train(), reference.train()
 
 
-def _plain_loss(model: Any, examples: list[Example]) -> torch.Tensor:
-    """Mean over all trained tokens of all examples, one example at a time, by transformers' own logits."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for example in examples:
-        ids = torch.tensor([list(example.input_ids)])
-        labels = torch.tensor(
-            [i if t else -100 for i, t in zip(example.input_ids, example.trained, strict=True)]
-        )
-        logits = model(input_ids=ids).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
-        count += int((labels[1:] != -100).sum())
-    return total / count
-
-
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("chunk", [16, 4096])
@@ -126,7 +94,7 @@ def test_loss_and_gradients_equal_plain_transformers(
     )
     step = step.model_copy(update={"target_modules": TARGETS.get(kind, step.target_modules)})
     model, reference = _pair(kind, step)
-    micro_batches = [_examples(part, seed) for seed, part in enumerate(lengths)]
+    micro_batches = [examples(part, seed) for seed, part in enumerate(lengths)]
     gradients: dict[str, torch.Tensor] = {}
 
     class Keep(torch.optim.SGD):
@@ -137,7 +105,7 @@ def test_loss_and_gradients_equal_plain_transformers(
     result = train_step(
         loss_of, Keep(trainable(model).values()), [collate(m, 0) for m in micro_batches], max_grad_norm=1e9
     )
-    expected = _plain_loss(reference, [e for m in micro_batches for e in m])
+    expected = plain_loss(reference, [e for m in micro_batches for e in m])
     expected.backward()
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-7)
     for name, parameter in trainable(reference).items():
@@ -153,10 +121,10 @@ def test_window_is_obeyed() -> None:
     """Without the window the loss differs: the mask is really built."""
     model, reference = _pair("mistral with a window", _step())
     reference.get_base_model().config.sliding_window = None
-    examples = _examples((30,))
-    batch = collate(examples, 0)
+    rows = examples((30,))
+    batch = collate(rows, 0)
     ours = SummedLoss(model, _step())(batch.input_ids, batch.positions, batch.targets) / batch.trained_tokens
-    assert abs(ours.item() - _plain_loss(reference, examples).item()) > 1e-4
+    assert abs(ours.item() - plain_loss(reference, rows).item()) > 1e-4
 
 
 @pytest.mark.parametrize("chunk", [16, 17, 1000])
@@ -188,8 +156,8 @@ def test_collate_positions_and_targets() -> None:
 def test_padding_changes_nothing() -> None:
     model, _ = _pair("llama", _step())
     loss_of = SummedLoss(model, _step())
-    together = evaluate(loss_of, [collate(_examples((5, 19)), 96)], "cpu")
-    apart = evaluate(loss_of, [collate([e], 0) for e in _examples((5, 19))], "cpu")
+    together = evaluate(loss_of, [collate(examples((5, 19)), 96)], "cpu")
+    apart = evaluate(loss_of, [collate([e], 0) for e in examples((5, 19))], "cpu")
     assert together == pytest.approx(apart, rel=1e-7)
 
 
@@ -232,7 +200,7 @@ def test_nf4_step_trains_every_adapter(smollm: Path, optimizer: str) -> None:
     model = add_adapters(load(source, step, "cpu"), step).train()
     loss_of = SummedLoss(model, step)
     adapter = make_optimizer(trainable(model).values(), step, 5e-3)
-    batch = collate(_examples((40, 33)), 0)
+    batch = collate(examples((40, 33)), 0)
     before = evaluate(loss_of, [batch], "cpu")
     for _ in range(3):
         result = train_step(loss_of, adapter, [batch], max_grad_norm=1.0)

@@ -40,17 +40,10 @@ from lowvram.engine.model import attention_for
 from lowvram.engine.step import SummedLoss
 from lowvram.engine.tiles import why_not_tiled
 from lowvram.errors import ConfigError
+from tests.tiny import SHAPE as TINY
+from tests.tiny import examples, plain_loss
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
+SHAPE = {**TINY, "pad_token_id": 0}
 _PERIOD = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 MODELS: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
@@ -128,20 +121,15 @@ def _step(kind: str, **changes: Any) -> StepConfig:
     return StepConfig(**{**base, "target_modules": TARGETS.get(kind, _LLAMA_LIKE), **changes})
 
 
-def _examples(lengths: tuple[int, ...], seed: int = 0) -> list[Example]:
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for n in lengths:
-        ids = torch.randint(1, 97, (n,), generator=generator).tolist()
-        trained = [0] * (n // 3) + [1] * (n - n // 3)
-        made.append(Example(tuple(ids), tuple(trained), "test:1"))
-    return made
+def _rows(lengths: tuple[int, ...]) -> list[Example]:
+    """Without the token that stands for padding here."""
+    return examples(lengths, first_id=1)
 
 
 def _loss_and_gradients(
     model: Any, step: StepConfig, lengths: tuple[int, ...]
 ) -> tuple[float, dict[str, Any]]:
-    batch = collate(_examples(lengths), 0)
+    batch = collate(_rows(lengths), 0)
     loss = SummedLoss(model, step)(*batch.tensors) / batch.trained_tokens
     loss.backward()
     return loss.item(), {name: p.grad for name, p in trainable(model).items()}
@@ -151,16 +139,9 @@ def _plain(kind: str, lengths: tuple[int, ...]) -> tuple[float, dict[str, Any]]:
     """transformers' own logits and SDPA (its eager softmax rounds to float32), one example at a time."""
     model = _model(kind, _step(kind, levers=Levers(gradient_checkpointing=False)))
     model.get_base_model().set_attn_implementation("sdpa")
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for example in _examples(lengths):
-        labels = [i if t else -100 for i, t in zip(example.input_ids, example.trained, strict=True)][1:]
-        logits = model(input_ids=torch.tensor([list(example.input_ids)])).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(
-            logits, torch.tensor(labels, dtype=torch.int64), reduction="sum"
-        )
-        count += sum(label != -100 for label in labels)
-    (total / count).backward()
-    return (total / count).item(), {name: p.grad for name, p in trainable(model).items()}
+    loss = plain_loss(model, _rows(lengths))
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in trainable(model).items()}
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -184,7 +165,7 @@ def test_dropout_is_the_same_when_computed_again(kind: str) -> None:
     """The gradient along a direction is the loss's own slope there, for the masks that one seed draws."""
     step = _step(kind, levers=Levers(tile_tokens=4, offload_checkpoints=True), dropout=0.3)
     model = _model(kind, step)
-    batch = collate(_examples((13, 8)), 0)
+    batch = collate(_rows((13, 8)), 0)
     loss_of = SummedLoss(model, step)
 
     def loss() -> torch.Tensor:
@@ -213,7 +194,7 @@ def test_numbers_drawn_after_a_step_do_not_depend_on_its_tiles() -> None:
     drawn = []
     for tile in (4, 7):
         step = _step("llama", levers=Levers(tile_tokens=tile), dropout=0.3)
-        batch = collate(_examples((13,)), 0)
+        batch = collate(_rows((13,)), 0)
         model = _model("llama", step)
         torch.manual_seed(3)
         SummedLoss(model, step)(*batch.tensors).backward()
@@ -245,7 +226,7 @@ def test_any_tile_of_any_batch_equals_the_whole(
 def test_evaluation_is_the_same_and_keeps_nothing() -> None:
     step = _step("llama", levers=Levers(tile_tokens=5))
     model = _model("llama", step).eval()
-    batch = collate(_examples((17, 9)), 0)
+    batch = collate(_rows((17, 9)), 0)
     with torch.no_grad():
         tiled = SummedLoss(model, step)(*batch.tensors)
         plain = SummedLoss(model, _step("llama"))(*batch.tensors)
@@ -259,9 +240,9 @@ def test_the_model_itself_runs_as_before() -> None:
     model, ids = _model("llama", step).eval(), torch.arange(1, 12)[None]
     before = model(input_ids=ids).logits
     loss_of = SummedLoss(model, step)
-    loss_of(*collate(_examples((17,)), 0).tensors).backward()
+    loss_of(*collate(_rows((17,)), 0).tensors).backward()
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
-    SummedLoss(model, step)(*collate(_examples((17,)), 0).tensors).backward()  # a second one over the same
+    SummedLoss(model, step)(*collate(_rows((17,)), 0).tensors).backward()  # a second one over the same
 
 
 def test_refused_where_it_would_be_wrong() -> None:

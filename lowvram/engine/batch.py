@@ -53,7 +53,8 @@ def trained_by_tile(
     if positions.is_meta:
         counts = [batch_size * (end - start - (end == length)) for start, end in bounds]
         return [(torch.empty_like(positions[:n]), torch.empty_like(targets[:n])) for n in counts]
-    row, at = positions.cpu() // length, positions.cpu() % length
+    on_host = positions.cpu()  # one copy: a GPU is waited for
+    row, at = on_host // length, on_host % length
     tiles = []
     for start, end in bounds:
         here = ((at >= start) & (at < end)).nonzero().flatten()

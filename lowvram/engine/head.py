@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ TILE_ROWS = 8192  # 59 MB of Qwen2-7B's head in bf16, whose 152,064 rows take 1.
 _INT8_MOST = 127
 
 
-class TiledHead(nn.Module):
+class TiledHead(nn.Module, ABC):
     """A frozen linear layer [V, H]. A subclass says where its rows are kept and how they are read.
 
     A Linear4bit over all rows would save nothing in training: bitsandbytes dequantises the whole weight for
@@ -31,13 +32,13 @@ class TiledHead(nn.Module):
         self.tied = tied
         self.bias = like.bias
 
+    @abstractmethod
     def fill(self, weight: torch.Tensor) -> None:
         """Keep what `weight` [V, H] says in the head's own way."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, tile [v, H] on the device); the next one may overwrite it."""
-        raise NotImplementedError
 
     def spans(self) -> list[tuple[int, int]]:
         """First row and end of each tile."""

@@ -35,9 +35,8 @@ class Host:
 
         Both must be kept until then: `wait` for the event before either is reused or freed.
         """
-        self._stream.wait_stream(
-            self._module.current_stream()
-        )  # what made the source, or last used the target
+        # after what made the source, or last used the target
+        self._stream.wait_stream(self._module.current_stream())
         with self._module.stream(self._stream):
             target.copy_(source, non_blocking=True)
             done = self._module.Event()

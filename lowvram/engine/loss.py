@@ -86,7 +86,7 @@ class WholeHead:
     logits_of: LogitsOf
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        total = hidden.new_zeros((), dtype=exact(hidden))
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = self.logits_of(hidden[start : start + chunk_tokens])
             total += _summed_loss(part, targets[start : start + chunk_tokens])
@@ -96,7 +96,7 @@ class WholeHead:
         self, hidden: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         grad = torch.empty_like(hidden)
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        total = hidden.new_zeros((), dtype=exact(hidden))
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = hidden[start : start + chunk_tokens].detach().requires_grad_()
             with torch.enable_grad():
@@ -124,9 +124,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad * grad_outputs[0].to(grad.dtype), None, None, None
 
 
+def exact(tensor: torch.Tensor) -> torch.dtype:
+    """In which sums over it are made: float32, or its own where that is better."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(exact), targets, reduction="sum")
+    return F.cross_entropy(logits.to(exact(logits)), targets, reduction="sum")
 
 
 def summed_cross_entropy(

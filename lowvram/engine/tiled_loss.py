@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from lowvram.engine.head import TiledHead
-from lowvram.engine.loss import Shaping
+from lowvram.engine.loss import Shaping, exact
 
 # Tokens that one sweep over the weight serves. Qwen2-7B's head takes 0.09 s over PCIe 4 at 12 GB/s and its
 # share of 8,192 tokens' arithmetic 0.12 s at 75 TFLOP/s, so it hides; their float32 gradient is 117 MB.
@@ -32,7 +32,7 @@ class TiledLoss:
 
     def loss(self, hidden: torch.Tensor, targets: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
         """[N, H], [N] -> []"""
-        total = hidden.new_zeros((), dtype=_exact(hidden))
+        total = hidden.new_zeros((), dtype=exact(hidden))
         for part, wanted in _sweeps(hidden, targets):
             normalizer, at_target = self._statistics(part, wanted, chunk_tokens)
             total += (normalizer - at_target).sum()
@@ -41,7 +41,7 @@ class TiledLoss:
     def loss_and_gradient(
         self, hidden: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [N, H], [N] -> [], [N, H]
-        total = hidden.new_zeros((), dtype=_exact(hidden))
+        total = hidden.new_zeros((), dtype=exact(hidden))
         gradient = torch.empty_like(hidden)
         done = 0
         for part, wanted in _sweeps(hidden, targets):
@@ -55,7 +55,7 @@ class TiledLoss:
         self, hidden: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [N, H], [N] -> [N], [N]
         """log sum exp of each row's logits, and the logit of its target."""
-        most = hidden.new_full((len(hidden),), -torch.inf, dtype=_exact(hidden))
+        most = hidden.new_full((len(hidden),), -torch.inf, dtype=exact(hidden))
         summed, at_target = torch.zeros_like(most), torch.zeros_like(most)
         for start, tile in self.head.tiles():
             for at in range(0, len(hidden), chunk_tokens):
@@ -73,7 +73,7 @@ class TiledLoss:
     def _gradient(
         self, hidden: torch.Tensor, targets: torch.Tensor, normalizer: torch.Tensor, chunk_tokens: int
     ) -> torch.Tensor:  # [N, H], [N], [N] -> [N, H] in float32 or better, to sum 19 tiles of Qwen2-7B
-        gradient = torch.zeros_like(hidden, dtype=_exact(hidden))
+        gradient = torch.zeros_like(hidden, dtype=exact(hidden))
         for start, tile in self.head.tiles():
             for at in range(0, len(hidden), chunk_tokens):
                 rows = slice(at, at + chunk_tokens)
@@ -87,11 +87,7 @@ class TiledLoss:
 
     def _logits(self, hidden: torch.Tensor, start: int, tile: torch.Tensor) -> torch.Tensor:
         """[C, H] -> [C, v] as the loss takes them."""
-        return self.shaping.shaped(self.head.logits(hidden, start, tile).to(_exact(hidden)))
-
-
-def _exact(hidden: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(hidden.dtype, torch.float32)
+        return self.shaping.shaped(self.head.logits(hidden, start, tile).to(exact(hidden)))
 
 
 def _sweeps(hidden: torch.Tensor, targets: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

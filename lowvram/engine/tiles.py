@@ -91,7 +91,7 @@ class TiledDecoder:
         self._host, self._offloads = host, offloads
         self._layers = _layers(decoder)
         self._stations = [station_of(layer) for layer in self._layers]
-        self._attention = [m for m in decoder.modules() if hasattr(m, "is_causal")]
+        self._attention = _attention(decoder)
 
     def summed_loss(self, input_ids: torch.Tensor, loss_of: TileLoss) -> torch.Tensor:
         """Sum of the tiles' losses; differentiable where gradients are on, once.
@@ -199,11 +199,15 @@ def _layers(decoder: nn.Module) -> list[Any]:
     return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
+def _attention(decoder: nn.Module) -> list[Any]:
+    return [m for m in decoder.modules() if hasattr(m, "is_causal")]
+
+
 def why_not_tiled(decoder: Any) -> str:
     """What stands against running this model's layers by tiles; "" where nothing does."""
     config, layers = decoder.config.get_text_config(), _layers(decoder)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = [getattr(m, "sliding_window", 0) for m in decoder.modules() if hasattr(m, "is_causal")]
+    windows = [getattr(m, "sliding_window", 0) for m in _attention(decoder)]
     if config.is_encoder_decoder or len(layers) != config.num_hidden_layers:
         return "it is not one stack of decoder layers"
     if not decoder._supports_sdpa:

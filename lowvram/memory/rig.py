@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,21 +80,22 @@ class Rig:
 _rigs: OrderedDict[str, Rig] = OrderedDict()
 
 
-def take_rig(config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability) -> Rig:
-    """A rig for this step: one that was put back, or a new one. It is the caller's alone until put back."""
-    rig = _rigs.pop(_key(config, step, backend, capability), None)
-    if rig is not None:
-        return rig
-    model = meta_model(config, step, backend, capability)
-    parameters = trainable(model)
-    return Rig(model, parameters, OptimizerTwin(parameters, step))
+@contextmanager
+def rig_for(
+    config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability
+) -> Iterator[Rig]:
+    """The caller's alone while the context lasts; then kept for the next step of a search.
 
-
-def put_back(
-    rig: Rig, config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability
-) -> None:
-    """Keep a rig, as it was taken, for the next step of a search."""
-    _rigs[_key(config, step, backend, capability)] = rig
+    One that an error left in the middle of a step is not kept.
+    """
+    key = _key(config, step, backend, capability)
+    rig = _rigs.pop(key, None)
+    if rig is None:
+        model = meta_model(config, step, backend, capability)
+        parameters = trainable(model)
+        rig = Rig(model, parameters, OptimizerTwin(parameters, step))
+    yield rig
+    _rigs[key] = rig
     while len(_rigs) > _MOST_KEPT:
         _rigs.popitem(last=False)
 

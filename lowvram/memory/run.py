@@ -17,7 +17,7 @@ from lowvram.engine.step import SummedLoss, evaluate_batch, train_step
 from lowvram.memory.kernels import cublas_bytes
 from lowvram.memory.load import record_loading
 from lowvram.memory.recorder import Recorder
-from lowvram.memory.rig import Rig, put_back, take_rig
+from lowvram.memory.rig import Rig, rig_for
 from lowvram.memory.trace import ALLOC_ROUNDING, Backend, Capability, Trace
 from lowvram.memory.weights import meta_batch
 
@@ -35,24 +35,29 @@ def trace_step(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' deprecations; the user sees them when training
-        rig = take_rig(config, step, backend, capability)
-        recorder = Recorder(backend, ALLOC_ROUNDING if backend == "cuda" else 1)
-        recorder.watch(rig.model, config.get_text_config().vocab_size)
-        loss_of = SummedLoss(rig.model, step, TracedHost(recorder, backend))
-        record_loading(recorder, rig.model, backend)
-        for n_bytes in cublas_bytes(capability) if backend == "cuda" else ():
-            recorder.keep(n_bytes, "cublas workspace")
-        with recorder, recorder.during("evaluation"):
-            _evaluate(loss_of, step)
-        label_gradients(recorder, rig.parameters)
-        with recorder.during("optimizer"):
-            rig.optimizer.record_state(recorder)
-        if step.accumulation > 1:
-            create_gradients(recorder, rig.parameters)
-        with recorder, recorder.during("forward"):
-            _run(recorder, loss_of, rig, step)
-        recorder.let_go()
-        put_back(rig, config, step, backend, capability)
+        with rig_for(config, step, backend, capability) as rig:
+            return _trace_on(rig, config, step, backend, capability)
+
+
+def _trace_on(
+    rig: Rig, config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability
+) -> Trace:
+    recorder = Recorder(backend, ALLOC_ROUNDING if backend == "cuda" else 1)
+    recorder.watch(rig.model, config.get_text_config().vocab_size)
+    loss_of = SummedLoss(rig.model, step, TracedHost(recorder, backend))
+    record_loading(recorder, rig.model, backend)
+    for n_bytes in cublas_bytes(capability) if backend == "cuda" else ():
+        recorder.keep(n_bytes, "cublas workspace")
+    with recorder, recorder.during("evaluation"):
+        _evaluate(loss_of, step)
+    label_gradients(recorder, rig.parameters)
+    with recorder.during("optimizer"):
+        rig.optimizer.record_state(recorder)
+    if step.accumulation > 1:
+        create_gradients(recorder, rig.parameters)
+    with recorder, recorder.during("forward"):
+        _run(recorder, loss_of, rig, step)
+    recorder.let_go()
     return recorder.trace
 
 

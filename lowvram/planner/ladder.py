@@ -45,21 +45,18 @@ def rungs(
 
 def _further(base: StepConfig, backend: Backend, shape: ModelShape) -> list[dict[str, Any]]:
     """What the model and the device allow beyond recomputing; a CPU has no other memory to move things to."""
-    rows, levers = [_SMALL], dict(_SMALL)
+    rows: list[dict[str, Any]] = [_LADDER[-1]]
     apart = backend == "cuda" and base.task_type == "CAUSAL_LM"
     if apart and not shape.tied:
-        rows.insert(0, {**_LADDER[-1], "embedding_on_host": True})
-        levers["embedding_on_host"] = True
-        rows[-1] = dict(levers)
+        rows.append(rows[-1] | {"embedding_on_host": True})
+    rows.append(rows[-1] | _SMALL)
     if apart and not shape.untiled:
-        levers["offload_checkpoints"] = True
-        rows.append(dict(levers))
+        rows.append(rows[-1] | {"offload_checkpoints": True})
     if not shape.untiled and (tile := tile_for(base.seq_len)):
-        levers["tile_tokens"] = tile
-        rows.append(dict(levers))
+        rows.append(rows[-1] | {"tile_tokens": tile})
     if apart:
-        rows.append({**levers, "embedding_on_host": True, "head": "nf4", "loss_chunk_tokens": 2048})
-    return rows
+        rows.append(rows[-1] | {"embedding_on_host": True, "head": "nf4", "loss_chunk_tokens": 2048})
+    return rows[1:]
 
 
 def tile_for(seq_len: int) -> int:

@@ -110,11 +110,11 @@ class Search:
             at = max(fits + close, min(at, too_long - close))
             bytes_at[at] = self.reserved_bytes(with_length(step, at * 64))
             fits, too_long = (at, too_long) if bytes_at[at] <= self.budget_bytes else (fits, at)
-            at = _where_it_meets(self.budget_bytes, bytes_at) if len(bytes_at) > 1 else 2 * fits or at // 2
+            at = where_it_meets(self.budget_bytes, bytes_at) if len(bytes_at) > 1 else 2 * fits or at // 2
         return fits * 64
 
 
-def _where_it_meets(budget_bytes: int, bytes_at: dict[int, int]) -> int:
+def where_it_meets(budget_bytes: int, bytes_at: dict[int, int]) -> int:
     """Where the line through the two known points nearest to the budget meets it."""
     low, high = sorted(sorted(bytes_at, key=lambda n: abs(bytes_at[n] - budget_bytes))[:2])
     slope = max((bytes_at[high] - bytes_at[low]) / (high - low), 1.0)

@@ -69,8 +69,9 @@ def survey(plan: Plan, hardware: Hardware, search: Search) -> Survey:
     """
     cards = _cards(hardware)
     least_bytes = min(budget(card, profile_for(card)) for card in cards)
-    needs = _needs(_as_on_a_card(plan), _on_a_card(search), least_bytes)
-    smallest = _smallest(_on_a_card(search), _as_on_a_card(plan), needs[-1].seq_len)
+    on_a_card, step = _on_a_card(search), _as_on_a_card(plan)
+    needs = _needs(step, on_a_card, least_bytes)
+    smallest = _smallest(on_a_card, step, needs[-1].seq_len)
     on_host = longest_on_host(smallest, search.model.shape, hardware.host_free_bytes)
     return Survey(
         lengths=tuple(n for n in needs if n.seq_len in LENGTHS),
@@ -115,12 +116,15 @@ def _needs(step: StepConfig, search: Search, least_bytes: int) -> list[LengthNee
 
     Where the longest fits the smallest card, what it needs says enough of the shorter ones.
     """
+
+    def need(seq_len: int) -> int:
+        return search.reserved_bytes(_smallest(search, step, seq_len))
+
     limit = search.model.shape.context_limit
     longest = min(limit, LENGTHS[-1])
-    traced = {longest: search.reserved_bytes(_smallest(search, step, longest))}
+    traced = {longest: need(longest)}
     if traced[longest] > least_bytes:
-        shorter = [n for n in _TRACED if n < longest]
-        traced |= {n: search.reserved_bytes(_smallest(search, step, n)) for n in shorter}
+        traced |= {n: need(n) for n in _TRACED if n < longest}
     wanted = sorted({*traced, *(n for n in LENGTHS if n <= limit)})
     return [
         LengthNeed(seq_len=n, reserved_bytes=traced.get(n) or _between(traced, n), traced=n in traced)
