@@ -144,6 +144,14 @@ def _plain(kind: str, lengths: tuple[int, ...]) -> tuple[float, dict[str, Any]]:
     return loss.item(), {name: p.grad for name, p in trainable(model).items()}
 
 
+def _assert_same(gradients: dict[str, Any], references: dict[str, Any]) -> None:
+    """To 1e-9; where a gradient is zero (a first token's only key) both are rounding of the largest ones."""
+    rounding = 1e-15 * max(float(reference.abs().max()) for reference in references.values())
+    for name, reference in references.items():
+        atol = 1e-9 * float(reference.abs().max()) + rounding
+        torch.testing.assert_close(gradients[name], reference, rtol=1e-9, atol=atol, msg=name)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("tile", [0, 4, 7, 64])
 @pytest.mark.parametrize("lengths", [(21,), (9, 17, 4, 1, 12)])
@@ -153,11 +161,8 @@ def test_loss_and_gradients_equal_plain_transformers(kind: str, tile: int, lengt
     loss, gradients = _loss_and_gradients(_model(kind, step), step, lengths)
     expected, references = _plain(kind, lengths)
     assert loss == pytest.approx(expected, rel=1e-9)
-    for name, reference in references.items():
-        assert reference.abs().max() > 1e-6
-        torch.testing.assert_close(
-            gradients[name], reference, rtol=1e-9, atol=1e-9 * float(reference.abs().max()), msg=name
-        )
+    assert min(float(reference.abs().max()) for reference in references.values()) > 1e-6
+    _assert_same(gradients, references)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
@@ -218,9 +223,7 @@ def test_any_tile_of_any_batch_equals_the_whole(
     loss, gradients = _loss_and_gradients(_model(kind, step), step, tuple(lengths))
     expected, references = _loss_and_gradients(_model(kind, whole), whole, tuple(lengths))
     assert loss == pytest.approx(expected, rel=1e-9)
-    for name, reference in references.items():
-        atol = 1e-9 * float(reference.abs().max())
-        torch.testing.assert_close(gradients[name], reference, rtol=1e-9, atol=atol, msg=name)
+    _assert_same(gradients, references)
 
 
 def test_evaluation_is_the_same_and_keeps_nothing() -> None:
