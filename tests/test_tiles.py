@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from lowvram.data.tokens import Example
+from lowvram.engine import tile_attention
 from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.attention import register
 from lowvram.engine.batch import collate
@@ -205,6 +206,25 @@ def test_numbers_drawn_after_a_step_do_not_depend_on_its_tiles() -> None:
         SummedLoss(model, step)(*batch.tensors).backward()
         drawn.append(float(torch.rand(())))
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("heads_in_a_call", [1, 2])
+def test_query_heads_of_one_key_head_may_go_one_after_another(
+    heads_in_a_call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three look at each key head; with many keys one call's gradients, a copy for each, would be large."""
+    config = LlamaConfig(**{**SHAPE, "num_attention_heads": 6, "hidden_size": 48})
+    monkeypatch.setitem(MODELS, "six heads", lambda: LlamaForCausalLM(config))
+    calls, attend = set(), tile_attention._attend
+    monkeypatch.setattr(tile_attention, "_GRADIENT_BYTES", 1)
+    monkeypatch.setattr(tile_attention, "_LEAST_ROWS", 4 * heads_in_a_call)
+    monkeypatch.setattr(tile_attention, "_attend", lambda q, *rest: calls.add(q.shape[1]) or attend(q, *rest))
+    step = _step("six heads", levers=Levers(tile_tokens=4))
+    loss, gradients = _loss_and_gradients(_model("six heads", step), step, (24,))
+    expected, references = _plain("six heads", (24,))
+    assert calls == {3, heads_in_a_call, 1}  # 3 where no gradient is wanted, 1 what is left of three
+    assert loss == pytest.approx(expected, rel=1e-9)
+    _assert_same(gradients, references)
 
 
 @given(

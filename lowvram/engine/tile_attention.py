@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from lowvram.units import MiB
 
 _GRADIENT_BYTES = 16 * MiB  # of keys and values that one call of attention may make, a copy per query head
+_LEAST_ROWS = 8192  # of queries in a call: its 64 blocks of 128 keep a GPU's multiprocessors busy
 
 
 class KeysKnown(Exception):  # noqa: N818  # not an error: nothing else of this tile is wanted
@@ -90,7 +91,7 @@ def tile_attention(
 
 
 class _TileAttention(torch.autograd.Function):
-    """A few key heads at a time, each with its own small graph, differentiated when the gradient comes."""
+    """A few heads at a time, each with its own small graph, differentiated when the gradient comes."""
 
     @staticmethod
     def forward(
@@ -107,8 +108,8 @@ class _TileAttention(torch.autograd.Function):
         batch, heads, length, _ = query.shape
         assert cache.values is not None
         output = query.new_empty((batch, length, heads, cache.values.shape[-1]))
-        for keys in _groups(query, cache, ctx.low):
-            part = _Part.of(query, cache, keys, ctx.low)
+        for keys, queries in _groups(query, cache, ctx.low):
+            part = _Part.of(query, cache, keys, queries, ctx.low)
             with torch.set_grad_enabled(differentiates):
                 seen = part.attend(look)
             output[:, :, part.queries] = seen.detach().transpose(1, 2)
@@ -148,7 +149,7 @@ def _own_gradients(
 
 @dataclass
 class _Part:
-    """Some key heads and the query heads that look at them."""
+    """Some key heads and the query heads that look at them, or one and some of those."""
 
     query: torch.Tensor  # [B, n*r, t, D]
     key: torch.Tensor  # [B, n, s, D]
@@ -158,11 +159,9 @@ class _Part:
     output: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, query: torch.Tensor, cache: KeysAndValues, keys: slice, low: int) -> _Part:
+    def of(cls, query: torch.Tensor, cache: KeysAndValues, keys: slice, queries: slice, low: int) -> _Part:
         assert cache.keys is not None
         assert cache.values is not None
-        each = query.shape[1] // cache.keys.shape[1]
-        queries = slice(keys.start * each, keys.stop * each)
         seen = (slice(None), keys, slice(low, cache.end))
         return cls(query[:, queries].detach(), cache.keys[seen], cache.values[seen], queries, keys)
 
@@ -187,13 +186,19 @@ def _repeated(heads: torch.Tensor, each: int) -> torch.Tensor:  # [B, n, s, D] -
     return heads[:, :, None].expand(batch, count, each, length, width).flatten(1, 2)
 
 
-def _groups(query: torch.Tensor, cache: KeysAndValues, low: int) -> list[slice]:
-    """Key heads that go together: one call makes a gradient of keys and values for each query head."""
+def _groups(query: torch.Tensor, cache: KeysAndValues, low: int) -> list[tuple[slice, slice]]:
+    """Key and query heads that go together: one call makes a gradient of keys and values per query head."""
     assert cache.keys is not None
-    each = query.shape[1] // cache.keys.shape[1]
-    head_bytes = 2 * query.shape[0] * each * (cache.end - low) * query.shape[-1] * query.element_size()
-    count = max(1, min(cache.keys.shape[1], _GRADIENT_BYTES // head_bytes))
-    return [slice(i, min(i + count, cache.keys.shape[1])) for i in range(0, cache.keys.shape[1], count)]
+    batch, heads, length, width = query.shape
+    each = heads // cache.keys.shape[1]
+    head_bytes = 2 * batch * (cache.end - low) * width * query.element_size()
+    count = max(_GRADIENT_BYTES // head_bytes, -(-_LEAST_ROWS // (batch * length)), 1)
+    if count < each and cache.sums_gradients:
+        starts = [(k, q) for k in range(0, heads, each) for q in range(0, each, count)]
+        return [(slice(k // each, k // each + 1), slice(k + q, k + min(q + count, each))) for k, q in starts]
+    count = max(count // each, 1) * each
+    ends = [(q, min(q + count, heads)) for q in range(0, heads, count)]
+    return [(slice(q // each, end // each), slice(q, end)) for q, end in ends]
 
 
 def _first_key(cache: KeysAndValues, look: Look) -> int:

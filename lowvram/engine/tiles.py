@@ -18,7 +18,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,44 +28,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lowvram.engine.batch import tile_bounds
 from lowvram.engine.host import Host
 from lowvram.engine.shelf import Shelf
+from lowvram.engine.station import Tile, numbered_in, station_of, with_tensors
 from lowvram.engine.tile_attention import KeysAndValues, KeysKnown
 from lowvram.errors import ConfigError
 
 # Loss of a tile: (last hidden states [B, t, H], number of the tile) -> []
 TileLoss = Callable[[torch.Tensor, int], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Tokens `start` to `end` of every row, and how transformers calls each layer for them."""
-
-    index: int
-    start: int
-    end: int
-    calls: list[inspect.BoundArguments] = field(repr=False)
-
-
-class _Station:
-    """Stands before a layer's own forward: lets a call through, or notes it down and returns its input."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._forward = layer.forward
-        self._signature = inspect.signature(layer.forward)
-        names = self._signature.parameters
-        self.hidden_name = next(iter(names))
-        self.cache_name = "cache" if "cache" in names else "past_key_values"
-        self.noted: list[inspect.BoundArguments] | None = None
-        self.answer: torch.Tensor | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.noted is None:
-            if callable(fetch := kwargs.get(self.hidden_name)):
-                kwargs[self.hidden_name] = fetch()
-            return self._forward(*args, **kwargs)
-        call = self._signature.bind(*args, **kwargs)
-        hidden = call.arguments.pop(self.hidden_name)
-        self.noted.append(call)
-        return hidden if self.answer is None else self.answer
+Fetch = Callable[[], torch.Tensor]  # -> [B, t, H]
 
 
 class TiledDecoder:
@@ -106,13 +74,22 @@ class TiledDecoder:
         loss: torch.Tensor = _TiledLoss.apply(anchor, _Pass(self, input_ids, loss_of))  # type: ignore[no-untyped-call]
         return loss
 
-    def tiles(self, input_ids: torch.Tensor) -> list[Tile]:
-        """[B, T] -> its tiles, and how transformers calls the layers for each."""
+    def tiles(self, input_ids: torch.Tensor, shelf: Shelf) -> list[Tile]:
+        """[B, T] -> its tiles, and how transformers calls the layers for each.
+
+        What is the same for all layers, such as RoPE's tables, goes on the shelf: kept on the device, 512
+        bytes a token of Llama 8B would be an eighth of its keys and values.
+        """
         tiles = []
         for index, (start, end) in enumerate(tile_bounds(input_ids.shape[1], self.tile_tokens)):
-            tile = Tile(index, start, end, [])
-            with self._noting(tile.calls):
+            calls: list[dict[str, Any]] = []
+            tile = Tile(index, start, end, calls)
+            with self._noting(calls):
                 self._run(input_ids, tile)
+            found: list[torch.Tensor] = []
+            calls[:] = [{name: numbered_in(value, found) for name, value in call.items()} for call in calls]
+            for number, tensor in enumerate(found):
+                shelf.put((index, number), tensor)
             tiles.append(tile)
         return tiles
 
@@ -154,7 +131,7 @@ class TiledDecoder:
         return hidden
 
     @contextmanager
-    def _noting(self, calls: list[inspect.BoundArguments]) -> Iterator[None]:
+    def _noting(self, calls: list[dict[str, Any]]) -> Iterator[None]:
         for station in self._stations:
             station.noted = calls
         try:
@@ -164,14 +141,21 @@ class TiledDecoder:
                 station.noted = None
 
     def run_layer(
-        self, index: int, tile: Tile, fetch: Callable[[], torch.Tensor], cache: KeysAndValues
+        self,
+        index: int,
+        tile: Tile,
+        hidden: Fetch,
+        numbered: Callable[[int], torch.Tensor],
+        cache: KeysAndValues,
     ) -> torch.Tensor:  # [B, t, H]
-        """One layer's own forward on a tile that it fetches itself: to a trace too that is the layer's."""
-        call, station = tile.calls[index], self._stations[index]
-        arguments = {**call.arguments, **call.arguments.get("kwargs", {}), station.cache_name: cache}
-        arguments.pop("kwargs", None)
-        if "attention_mask" in arguments:
-            arguments["attention_mask"] = None  # ours knows what a tile may see
+        """One layer's own forward on tensors that it fetches itself: to a trace too they are the layer's."""
+        station = self._stations[index]
+        arguments = {**tile.calls[index], station.cache_name: cache}
+
+        def fetch(given: dict[str, Any]) -> dict[str, Any]:
+            found = {name: with_tensors(value, numbered) for name, value in given.items()}
+            return {**found, station.hidden_name: hidden()}
+
         cache.at(tile.start, tile.end)
         for module in self._attention:
             module.lowvram_tile = cache
@@ -225,14 +209,6 @@ def why_not_tiled(decoder: Any) -> str:
     return ""
 
 
-def station_of(layer: Any) -> _Station:
-    """The layer's own: a second decoder over the same layers finds the first one's."""
-    if not isinstance(layer.forward, _Station):
-        layer.forward = _Station(layer)
-    station: _Station = layer.forward
-    return station
-
-
 class _Pass:
     """One micro-batch on its way through the layers and back."""
 
@@ -240,6 +216,7 @@ class _Pass:
         self._decoder, self._ids, self._loss_of = decoder, input_ids, loss_of
         self._hidden = decoder.shelf()  # (layer, tile) -> its input; the first layer's is looked up again
         self._gradients = decoder.shelf()  # tile -> of the current layer's output
+        self._same = decoder.shelf()  # (tile, number) -> what all layers are called with
         self._tiles: list[Tile] = []
         self._keeps = torch.is_grad_enabled()
         seeded = decoder.is_random() and not input_ids.is_meta
@@ -247,7 +224,7 @@ class _Pass:
 
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
-        self._tiles = self._decoder.tiles(self._ids)
+        self._tiles = self._decoder.tiles(self._ids, self._same)
         for layer in range(self._decoder.n_layers):
             self._forward_layer(layer)
         return self._losses()
@@ -256,8 +233,7 @@ class _Pass:
         cache = KeysAndValues(self._ids.shape[1])
         for tile in self._tiles:
             fetch = partial(self._input, layer, tile, tile.index + 1)
-            with self._random(layer, tile):
-                output = self._decoder.run_layer(layer, tile, fetch, cache)
+            output = self._run(layer, tile, fetch, tile.index + 1, cache)
             if not self._keeps:
                 self._drop_input(layer, tile)
             self._hidden.put((layer + 1, tile.index), output)
@@ -287,6 +263,7 @@ class _Pass:
         for layer in reversed(range(self._decoder.n_layers)):
             self._backward_layer(layer, scale if layer == self._decoder.n_layers - 1 else None)
         self._gradients.clear()
+        self._same.clear()
 
     def _backward_layer(self, layer: int, scale: torch.Tensor | None) -> None:
         cache = KeysAndValues(self._ids.shape[1])
@@ -302,8 +279,8 @@ class _Pass:
         cache.stops_when_known = True
         for tile in self._tiles:
             fetch = partial(self._input, layer, tile, tile.index + 1)
-            with self._random(layer, tile), suppress(KeysKnown):
-                self._decoder.run_layer(layer, tile, fetch, cache)
+            with suppress(KeysKnown):
+                self._run(layer, tile, fetch, tile.index + 1, cache)
         cache.stops_when_known = False
 
     @torch.enable_grad()
@@ -319,12 +296,23 @@ class _Pass:
             fetched.append(hidden.detach().requires_grad_())
             return fetched[0]
 
-        with self._random(layer, tile):
-            output = self._decoder.run_layer(layer, tile, fetch, cache)
+        output = self._run(layer, tile, fetch, tile.index - 1, cache)
         torch.autograd.backward(output, self._gradient(tile, scale))
         gradient = fetched[0].grad
         assert gradient is not None
         return gradient
+
+    def _run(
+        self, layer: int, tile: Tile, hidden: Fetch, following: int, cache: KeysAndValues
+    ) -> torch.Tensor:  # [B, t, H]
+        """A layer on a tile, with the random numbers of every time that it is run on it."""
+
+        def same(number: int) -> torch.Tensor:
+            soon = ((following, number),) if 0 <= following < len(self._tiles) else ()
+            return self._same.get((tile.index, number), *soon)
+
+        with self._random(layer, tile):
+            return self._decoder.run_layer(layer, tile, hidden, same, cache)
 
     def _gradient(self, tile: Tile, scale: torch.Tensor | None) -> torch.Tensor:  # [B, t, H]
         """Of the tile's output, which is needed once."""
