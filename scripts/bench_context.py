@@ -50,9 +50,10 @@ HOST_BYTES = 64 * GiB
 RANK = 32
 HEADINGS = (
     *("model", "card", "plain, traced", "lowvram, traced", "reserved GiB", "host GiB", "limited by"),
-    *("bytes/token", "floor", "Unsloth, published", "HF + FA2, published"),
+    *("bytes/token", "floor", "times floor", "Unsloth, published", "HF + FA2, published"),
 )
 _AMPERE = (8, 6)
+_PER_STEP = ("saved_activations", "recompute_working_set", "logits")
 # github.com/unslothai/unsloth, README, "Context length benchmarks": Llama 3.1 8B, QLoRA, r=32 on all linear
 # layers, batch 1; the right-hand column is Hugging Face + FlashAttention 2, None where it is out of memory
 PUBLISHED = {8: (2972, None), 12: (21848, 932), 16: (40724, 2551), 24: (78475, 5789)}
@@ -71,6 +72,7 @@ class Row:
     limited_by: str
     bytes_per_token: int
     floor_bytes_per_token: int  # keys and values of one layer
+    times_floor: float | None  # of the step's memory at so many tokens, the floor being those and one tile
     published_unsloth_tokens: int | None
     published_hf_fa2_tokens: int | None
 
@@ -94,6 +96,7 @@ def measure(model: str, card_gib: int) -> Row:
         plain = longest(partial(_plain_bytes, remembered, step.target_modules), budget_bytes, on_host)
         far, near = max(tokens, 65536), max(tokens, 65536) // 2
         slope = (allocated(remembered, step, far) - allocated(remembered, step, near)) / (far - near)
+        floor = _floor(config.get_text_config())
         unsloth, fa2 = PUBLISHED[card_gib] if model == MODELS[0] else (None, None)
         return Row(
             model=model,
@@ -104,7 +107,8 @@ def measure(model: str, card_gib: int) -> Row:
             host_gib=round(host_bytes(step.model_copy(update={"seq_len": tokens}), shape) / GiB, 1),
             limited_by="host memory" if tokens == on_host else "card",
             bytes_per_token=round(slope),
-            floor_bytes_per_token=_floor(config.get_text_config()),
+            floor_bytes_per_token=floor,
+            times_floor=times_floor(remembered, step, tokens, slope, floor) if tokens else None,
             published_unsloth_tokens=unsloth,
             published_hf_fa2_tokens=fa2,
         )
@@ -133,6 +137,14 @@ def allocated(model: RememberedModel, step: StepConfig, seq_len: int) -> int:
     """In the backward pass, where every token counts; loading may need more and does not depend on them."""
     at = step.model_copy(update={"seq_len": seq_len})
     return model.estimate(at, "cuda", _AMPERE).phases_bytes["backward"]
+
+
+def times_floor(model: RememberedModel, step: StepConfig, seq_len: int, slope: float, floor: int) -> float:
+    """What a step needs beside weights, adapters, gradients and optimizer, over the least that it could."""
+    estimate = model.estimate(step.model_copy(update={"seq_len": seq_len}), "cuda", _AMPERE)
+    needed = sum(estimate.components_bytes.get(name, 0) for name in _PER_STEP)
+    tile_bytes = needed - slope * seq_len
+    return round(needed / (floor * seq_len + tile_bytes), 2)
 
 
 def _floor(text: Any) -> int:
@@ -187,8 +199,8 @@ def earlier_rows() -> dict[tuple[str, int], Row]:
 def _parsed(name: str, text: str) -> Any:
     if name in ("model", "limited_by"):
         return text
-    if name.endswith("_gib") and name != "card_gib":
-        return float(text)
+    if name == "times_floor" or (name.endswith("_gib") and name != "card_gib"):
+        return float(text) if text else None
     return int(text) if text else None
 
 
