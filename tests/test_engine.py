@@ -33,6 +33,7 @@ from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.loss import WholeHead, summed_cross_entropy
 from lowvram.engine.model import attention_for, load, skeleton
 from lowvram.engine.optimizer import make_optimizer
+from lowvram.engine.recompute import layers_of
 from lowvram.engine.shape import shape_of
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss, evaluate, train_step
@@ -52,6 +53,12 @@ MODELS = {
 }
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TARGETS = {"gpt2": ("c_attn", "c_proj")}
+
+RECOMPUTED: dict[str, dict[str, Any]] = {
+    "nothing": {"gradient_checkpointing": False},
+    "all layers": {},
+    "all but the last": {"kept_layers": 1},
+}
 
 
 def _step(**changes: Any) -> StepConfig:
@@ -83,15 +90,14 @@ def _pair(kind: str, step: StepConfig) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
 @pytest.mark.parametrize("chunk", [16, 4096])
 @pytest.mark.parametrize("lengths", [((9, 17, 4), (12,)), ((21,),)])
 def test_loss_and_gradients_equal_plain_transformers(
-    kind: str, checkpointing: bool, chunk: int, lengths: tuple[tuple[int, ...], ...]
+    kind: str, recomputed: str, chunk: int, lengths: tuple[tuple[int, ...], ...]
 ) -> None:
-    step = _step(
-        levers=Levers(gradient_checkpointing=checkpointing, loss_chunk_tokens=chunk), use_rslora=chunk > 99
-    )
+    levers = Levers(**RECOMPUTED[recomputed], loss_chunk_tokens=chunk)
+    step = _step(levers=levers, use_rslora=chunk > 99)
     step = step.model_copy(update={"target_modules": TARGETS.get(kind, step.target_modules)})
     model, reference = _pair(kind, step)
     micro_batches = [examples(part, seed) for seed, part in enumerate(lengths)]
@@ -115,6 +121,29 @@ def test_loss_and_gradients_equal_plain_transformers(
         # so does the softmax of Gemma 2's attention
         atol = (1e-5 if kind == "gemma2" else 1e-6) * float(parameter.grad.abs().max())
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=atol)
+
+
+def test_the_last_layers_are_computed_once() -> None:
+    """Three layers: the first two twice, and of a model that has been trained otherwise before as well."""
+    model, _ = _pair("llama", _step())
+    calls: list[int] = []
+    for index, layer in enumerate(layers_of(model)):
+        layer.input_layernorm.register_forward_hook(lambda *_, index=index: calls.append(index))
+    for kept, expected in (
+        (0, [0, 1, 2, 2, 1, 0]),
+        (1, [0, 1, 2, 1, 0]),
+        (2, [0, 1, 2, 0]),
+        (0, [0, 1, 2, 2, 1, 0]),
+    ):
+        calls.clear()
+        SummedLoss(model, _step(levers=Levers(kept_layers=kept)))(
+            *collate(examples((9,)), 0).tensors
+        ).backward()
+        assert calls == expected
+    with pytest.raises(ConfigError, match="kept_layers=3 leaves none of the 3 layers"):
+        SummedLoss(model, _step(levers=Levers(kept_layers=3)))
+    with pytest.raises(ValueError, match="exception from gradient_checkpointing"):
+        Levers(kept_layers=1, gradient_checkpointing=False)
 
 
 def test_window_is_obeyed() -> None:
@@ -223,14 +252,14 @@ def test_models_whose_attention_would_not_obey_are_refused(kind: str) -> None:
     assert len(caught.value.message) < 300
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
 @pytest.mark.parametrize("scaled", [False, True])
-def test_t5_loss_and_gradients_equal_plain_transformers(checkpointing: bool, scaled: bool) -> None:
+def test_t5_loss_and_gradients_equal_plain_transformers(recomputed: str, scaled: bool) -> None:
     """Source and target of different lengths, padding on both sides of the model."""
     step = _step(
         task_type="SEQ2SEQ_LM",
         target_modules=("q", "v", "wo"),
-        levers=Levers(gradient_checkpointing=checkpointing, loss_chunk_tokens=16),
+        levers=Levers(**RECOMPUTED[recomputed], loss_chunk_tokens=16),
     )
     shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 97}
     config = T5Config(**shape, dropout_rate=0.0, decoder_start_token_id=0, tie_word_embeddings=scaled)

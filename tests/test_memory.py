@@ -88,6 +88,7 @@ def _really_allocated(source: ModelSource, step: StepConfig) -> int:
             "seq_len": 48,
             "levers": Levers(loss_chunk_tokens=16),
         },
+        {"accumulation": 1, "levers": Levers(kept_layers=9, loss_chunk_tokens=64)},
         {"accumulation": 1, "levers": Levers(tile_tokens=64, loss_chunk_tokens=64)},
         {
             "base_precision": "fp32",
@@ -194,24 +195,35 @@ def _outcome(trace: Trace) -> tuple[int, int, int, int]:
         ("mistral", {"seq_len": 1024}),  # beyond its window: with a mask
         ("gemma3_text", {"seq_len": 256}),  # alternates, 2 layers left over
         ("qwen3_moe", {"base_precision": "bf16"}),
+        ("llama", {"levers": Levers(kept_layers=1)}),
+        ("llama", {"levers": Levers(kept_layers=7), "num_hidden_layers": 14}),
+        ("qwen2", {"levers": Levers(kept_layers=10), "num_hidden_layers": 13}),
+        ("gemma3_text", {"levers": Levers(kept_layers=6), "seq_len": 256, "num_hidden_layers": 38}),
     ],
 )
 def test_extended_trace_equals_the_whole_model_s(kind: str, changes: dict[str, Any]) -> None:
-    """From four blocks to all: the same bytes at the same event, in both allocators."""
-    config = AutoConfig.for_model(kind, **{**_SMALL, **_MORE.get(kind, {})})
-    blocks = blocks_of(config)
+    """From four blocks of each kind to all: the same bytes at the same event, in both allocators."""
+    more = {"num_hidden_layers": changes.pop("num_hidden_layers")} if "num_hidden_layers" in changes else {}
+    config = AutoConfig.for_model(kind, **{**_SMALL, **_MORE.get(kind, {}), **more})
+    step = StepConfig(
+        **{"seq_len": 512, "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj"), **changes}
+    )
+    blocks = blocks_of(config, step.levers.kept_layers)
     assert blocks is not None
     assert blocks.traced_layers < blocks.n_layers
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
-    step = StepConfig(**{"seq_len": 512, "target_modules": targets, **changes})
-    short = trace_step(with_layers(config, blocks.traced_layers), step, "cuda")
-    assert _outcome(extend(short, blocks)) == _outcome(trace_step(config, step, "cuda"))
+    levers = step.levers.model_copy(update={"kept_layers": blocks.traced_kept_layers})
+    short = with_layers(config, blocks.traced_layers)
+    extended = extend(trace_step(short, step.model_copy(update={"levers": levers}), "cuda"), blocks)
+    whole = trace_step(config, step, "cuda")
+    assert _outcome(extended) == _outcome(whole)
+    assert set(extended.layers) == set(whole.layers)
 
 
 def test_layers_that_differ_are_traced_whole() -> None:
     config = AutoConfig.for_model("qwen3_moe", **_SMALL, mlp_only_layers=[5])
     assert blocks_of(config) is None
     assert blocks_of(AutoConfig.for_model("llama", **_SMALL | {"num_hidden_layers": 4})) is None
+    assert blocks_of(AutoConfig.for_model("gemma3_text", **_SMALL | _MORE["gemma3_text"]), 5) is None
 
 
 @pytest.mark.slow

@@ -22,6 +22,9 @@ class Levers(Frozen):
         True, description="quantise NF4's block scales as well (0.37 bit/weight)"
     )
     gradient_checkpointing: bool = Field(True, description="keep one activation a layer, recompute the rest")
+    kept_layers: int = Field(
+        0, ge=0, description="of the recomputed layers, so many of the last keep all and are not recomputed"
+    )
     loss_chunk_tokens: int = Field(
         1024, ge=16, description="trained tokens whose logits exist at one time; the full logits never do"
     )
@@ -56,6 +59,11 @@ class Levers(Frozen):
         if self.tiles and not self.gradient_checkpointing:
             raise ValueError(
                 "tile_tokens and offload_checkpoints recompute: they need gradient_checkpointing=on"
+            )
+        if self.kept_layers and (self.tiles or not self.gradient_checkpointing):
+            raise ValueError(
+                "kept_layers are an exception from gradient_checkpointing=on, "
+                "and tile_tokens and offload_checkpoints know none"
             )
         return self
 

@@ -15,6 +15,7 @@ from lowvram.engine.batch import Batch, tile_bounds, trained_by_tile
 from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
 from lowvram.engine.loss import summed_cross_entropy
+from lowvram.engine.recompute import keep_last
 from lowvram.engine.tiles import TiledDecoder
 from lowvram.engine.vocabulary import head_of, use_host
 
@@ -34,6 +35,7 @@ class SummedLoss(nn.Module):
         self._head = [head_of(base)]
         self._chunk_tokens = step.levers.loss_chunk_tokens
         self._tiles = _tiled(base.get_decoder(), step, self._host)
+        keep_last(base, step.levers)
 
     def forward(
         self,

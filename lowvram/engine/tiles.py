@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lowvram.engine.batch import tile_bounds
 from lowvram.engine.host import Host
+from lowvram.engine.recompute import layers_of
 from lowvram.engine.shelf import Shelf
 from lowvram.engine.station import Tile, numbered_in, station_of, with_tensors
 from lowvram.engine.tile_attention import KeysAndValues, KeysKnown
@@ -57,7 +57,7 @@ class TiledDecoder:
             )
         self._decoder, self.tile_tokens = decoder, tile_tokens
         self._host, self._offloads = host, offloads
-        self._layers = _layers(decoder)
+        self._layers = layers_of(decoder)
         self._stations = [station_of(layer) for layer in self._layers]
         self._attention = _attention(decoder)
 
@@ -179,17 +179,13 @@ class TiledDecoder:
         return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self._decoder.modules())
 
 
-def _layers(decoder: nn.Module) -> list[Any]:
-    return [m for m in decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-
-
 def _attention(decoder: nn.Module) -> list[Any]:
     return [m for m in decoder.modules() if hasattr(m, "is_causal")]
 
 
 def why_not_tiled(decoder: Any) -> str:
     """What stands against running this model's layers by tiles; "" where nothing does."""
-    config, layers = decoder.config.get_text_config(), _layers(decoder)
+    config, layers = decoder.config.get_text_config(), layers_of(decoder)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = [getattr(m, "sliding_window", 0) for m in _attention(decoder)]
     if config.is_encoder_decoder or len(layers) != config.num_hidden_layers:

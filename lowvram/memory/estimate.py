@@ -96,7 +96,11 @@ def trace_all_layers(
     """The whole model's trace: extended from a few layers where they repeat, else of every layer."""
     from lowvram.memory.run import trace_step  # brings torch, which an estimate from disk does without
 
-    return trace_repeating(config, lambda c: trace_step(c, step, backend, capability))
+    def trace(some_layers: PretrainedConfig, kept_layers: int) -> Trace:
+        levers = step.levers.model_copy(update={"kept_layers": kept_layers})
+        return trace_step(some_layers, step.model_copy(update={"levers": levers}), backend, capability)
+
+    return trace_repeating(config, trace, step.levers.kept_layers)
 
 
 def _reserved(trace: Trace, step: StepConfig, backend: Backend) -> int:

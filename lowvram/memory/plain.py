@@ -95,7 +95,7 @@ def trace_plain(
     config: PretrainedConfig, plain: PlainStep, backend: Backend = "cuda", capability: Capability = None
 ) -> Trace:
     """The whole model's trace: extended from a few layers where they repeat, else of every layer."""
-    return trace_repeating(config, lambda c: trace_plain_layers(c, plain, backend, capability))
+    return trace_repeating(config, lambda c, _kept: trace_plain_layers(c, plain, backend, capability))
 
 
 def trace_plain_layers(
