@@ -20,6 +20,7 @@ from lowvram.engine.shape import ModelShape, shape_of
 from lowvram.engine.source import ModelSource
 from lowvram.frozen import write_atomically
 from lowvram.memory.estimate import MemoryEstimate, estimate
+from lowvram.memory.layers import period_of
 from lowvram.memory.trace import Backend, Capability
 
 _MOST_KEPT = 2000  # files of about 1 kB
@@ -41,6 +42,11 @@ class RememberedModel:
     def shape(self) -> ModelShape:
         """Raises: ConfigError when there is no such model or lowvram cannot train it."""
         return self._recall(ModelShape, "shape", lambda: shape_of(self.source.config))
+
+    @cached_property
+    def layer_period(self) -> int:
+        """Layers after which they repeat; 0 where a trace has to run them all."""
+        return self._recall(int, "period", lambda: period_of(self.source.config) or 0)
 
     def estimate(self, step: StepConfig, backend: Backend, capability: Capability) -> MemoryEstimate:
         """`memory.estimate.estimate` of this model."""

@@ -96,6 +96,15 @@ class Blocks:
 
 def blocks_of(config: PretrainedConfig, kept_layers: int = 0) -> Blocks | None:
     """How the layers of this model repeat; None when they do not, or are too few to save anything."""
+    n_layers, period = int(config.get_text_config().num_hidden_layers), period_of(config)
+    if period is None or kept_layers % period or kept_layers >= n_layers:
+        return None
+    blocks = Blocks(n_layers, period, kept_layers)
+    return blocks if blocks.traced_layers < n_layers else None
+
+
+def period_of(config: PretrainedConfig) -> int | None:
+    """After how many layers of this model they repeat, if they do."""
     text = config.get_text_config()
     if config.is_encoder_decoder or any(getattr(text, name, None) for name in _IRREGULAR):
         return None
@@ -103,11 +112,7 @@ def blocks_of(config: PretrainedConfig, kept_layers: int = 0) -> Blocks | None:
     lists = [v for v in vars(text).values() if _is_per_layer(v, n_layers)]
     steps = max(int(getattr(text, "decoder_sparse_step", 1) or 1), 1)
     periods = (p for p in range(steps, n_layers) if p % steps == 0)
-    period = next((p for p in periods if all(_repeats(v, p) for v in lists)), None)
-    if period is None or kept_layers % period or kept_layers >= n_layers:
-        return None
-    blocks = Blocks(n_layers, period, kept_layers)
-    return blocks if blocks.traced_layers < n_layers else None
+    return next((p for p in periods if all(_repeats(v, p) for v in lists)), None)
 
 
 def _is_per_layer(value: Any, n_layers: int) -> bool:

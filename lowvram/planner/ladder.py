@@ -34,9 +34,13 @@ def rungs(
         wanted = dict(row)
         chosen = optimizer or (wanted.pop("optimizer", "adamw") if backend == "cuda" else "adamw")
         wanted.pop("optimizer", None)
-        levers = {**base.levers.model_dump(), **wanted, **pinned}
-        if not levers["gradient_checkpointing"] and (levers["tile_tokens"] or levers["offload_checkpoints"]):
-            continue  # pinned against each other, or this row is above what was pinned
+        levers = {**base.levers.model_dump(), "kept_layers": 0, **wanted, **pinned}
+        tiles, recomputes = (
+            levers["tile_tokens"] or levers["offload_checkpoints"],
+            levers["gradient_checkpointing"],
+        )
+        if (tiles and not recomputes) or (levers["kept_layers"] and (tiles or not recomputes)):
+            continue  # this row is above or below what was pinned
         step = base.model_copy(update={"levers": Levers(**levers), "optimizer": chosen})
         if step.model_dump_json() not in seen:
             seen.add(step.model_dump_json())
@@ -109,9 +113,15 @@ def split(step: StepConfig, micro_batch: int) -> StepConfig:
     return step.model_copy(update={"micro_batch": micro_batch, "accumulation": whole // micro_batch})
 
 
+def with_kept(step: StepConfig, kept_layers: int) -> StepConfig:
+    """So many of the last layers are not computed again."""
+    levers = step.levers.model_copy(update={"kept_layers": kept_layers})
+    return step.model_copy(update={"levers": levers})
+
+
 def with_length(step: StepConfig, seq_len: int) -> StepConfig:
-    """Another sequence length, in tiles that suit it where there are tiles at all."""
-    levers = step.levers
+    """Another sequence length, in tiles that suit it where there are tiles at all; all layers recompute."""
+    levers = with_kept(step, 0).levers
     if levers.tile_tokens and (tile := tile_for(seq_len)) > levers.tile_tokens:
         levers = levers.model_copy(update={"tile_tokens": tile})
     return step.model_copy(update={"seq_len": seq_len, "levers": levers})
@@ -121,5 +131,7 @@ def describe(step: StepConfig) -> str:
     """What is traced, in a line."""
     levers = step.levers
     checkpointing = "recompute" if levers.gradient_checkpointing else "keep all activations"
+    if levers.kept_layers:
+        checkpointing = f"keep the last {levers.kept_layers} layers' activations"
     tiles = f", tiles of {levers.tile_tokens}" if levers.tile_tokens else ""
     return f"{step.micro_batch} x {step.seq_len} tokens{tiles}, {checkpointing}, {step.optimizer}"

@@ -85,6 +85,9 @@ def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
         why("gradient_checkpointing", checkpointing),
         why("loss_chunk_tokens", f"logits of {levers.loss_chunk_tokens} trained tokens at one time"),
     ]
+    if levers.kept_layers:
+        more = "the last layers keep their activations, there is room for that"
+        lines.append(why("kept_layers", f"{levers.kept_layers}, {more}"))
     if levers.tile_tokens:
         lines.append(why("tile_tokens", f"a layer runs on {levers.tile_tokens} tokens at a time"))
     if levers.offload_checkpoints:

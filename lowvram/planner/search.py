@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lowvram.engine.config import StepConfig
@@ -18,6 +20,7 @@ from lowvram.planner.ladder import (
     micro_batches,
     rungs,
     split,
+    with_kept,
     with_length,
 )
 from lowvram.planner.time_model import seconds_per_step
@@ -35,6 +38,7 @@ class Search:
     tokens_per_example: float
     say: Say = lambda _: None
     _known: dict[str, MemoryEstimate] = field(default_factory=dict)
+    _layer_bytes_at: dict[int, float] = field(default_factory=dict)  # by seq_len
 
     @property
     def backend(self) -> Backend:
@@ -63,34 +67,102 @@ class Search:
     def fastest(self, base: StepConfig, pinned: dict[str, Any], optimizer: str | None) -> Found | None:
         """The candidate with the least predicted time whose trace is within the budget.
 
-        A rung that could not beat the best found so far, even at its best micro-batch, is not traced.
+        A rung that could not beat the best found so far, even at its best, is not traced.
         """
         best: Found | None = None
         for rung in self.rungs(base, pinned, optimizer):
-            sizes = micro_batches(rung.micro_batch * rung.accumulation)
-            at_best = min(self.seconds(split(rung, size)) for size in sizes)
-            if best is None or at_best < self.seconds(best.step):
-                found = self._best_micro_batch(rung, sizes)
-                if found and (best is None or self.seconds(found.step) < self.seconds(best.step)):
-                    best = found
+            limit_seconds = self.seconds(best.step) if best else math.inf
+            fills = self._fills(rung, pinned)
+            most_kept = self._most_kept if fills else 0
+            if self._least_seconds(rung, most_kept) < limit_seconds and self._fits(split(rung, 1)):
+                best = self._within(self._candidates(rung, fills), limit_seconds) or best
         return best
 
-    def _best_micro_batch(self, rung: StepConfig, sizes: list[int]) -> Found | None:
-        """The rung at the fastest micro-batch that fits; None when not even one sequence does."""
-        if not self._fits(split(rung, 1)):
-            return None
-        for size in sorted(sizes, key=lambda n: self.seconds(split(rung, n))):
-            if size > 1 and not self._plausible(rung, size):
-                continue
+    def _least_seconds(self, rung: StepConfig, kept_layers: int) -> float:
+        """At the best micro-batch, if so many layers could keep their activations."""
+        at = [split(rung, size) for size in micro_batches(rung.micro_batch * rung.accumulation)]
+        return min(self.seconds(with_kept(step, kept_layers or step.levers.kept_layers)) for step in at)
+
+    def _candidates(self, rung: StepConfig, fills: bool) -> list[StepConfig]:
+        """The rung in micro-batches that may fit, with as many layers kept as there seems to be room for.
+
+        By the line through 1 and 2 sequences, which is right within a few percent.
+        """
+        one = self.reserved_bytes(split(rung, 1))
+        found = [self._filled(split(rung, 1), one) if fills else split(rung, 1)]
+        for size in micro_batches(rung.micro_batch * rung.accumulation)[1:]:
             step = split(rung, size)
+            at_best = self._filled(step, one) if fills else step
+            if self.seconds(at_best) >= self.seconds(found[0]):
+                continue
+            needed = one + (size - 1) * (self.reserved_bytes(split(rung, 2)) - one)
+            if size <= 2 or needed <= 1.1 * self.budget_bytes:
+                found.append(self._filled(step, needed) if fills else step)
+        return sorted(found, key=self.seconds)
+
+    def _within(self, candidates: list[StepConfig], limit_seconds: float) -> Found | None:
+        """The first that fits, with fewer kept layers if need be, while it is faster than the limit."""
+        for step in candidates:
+            while step.levers.kept_layers and self.seconds(step) < limit_seconds and not self._fits(step):
+                step = with_kept(step, self._fewer(step))
+            if self.seconds(step) >= limit_seconds:
+                continue
             if self._fits(step):
-                return Found(step, self.estimate(step))
+                fuller = self._fuller(step)
+                return Found(fuller, self.estimate(fuller))
         return None
 
-    def _plausible(self, rung: StepConfig, size: int) -> bool:
-        """Rule a size out by the line through 1 and 2 sequences, which is right within a few percent."""
-        one, two = (self.reserved_bytes(split(rung, n)) if size >= n else 0 for n in (1, 2))
-        return size <= 2 or one + (size - 1) * (two - one) <= 1.1 * self.budget_bytes
+    def _fuller(self, step: StepConfig) -> StepConfig:
+        """With the kept layers that there turned out to be room for, beside those already kept."""
+        if not step.levers.kept_layers:
+            return step
+        more = with_kept(step, step.levers.kept_layers + self._kept_in(step, self.reserved_bytes(step)))
+        if more.levers.kept_layers > self._most_kept:
+            more = with_kept(step, self._most_kept)
+        return more if self._fits(more) else step
+
+    def _fills(self, rung: StepConfig, pinned: dict[str, Any]) -> bool:
+        """Whether the planner may let some layers keep their activations."""
+        levers = rung.levers
+        free = not {"gradient_checkpointing", "kept_layers"} & set(pinned)
+        return free and levers.gradient_checkpointing and not levers.tiles and self._most_kept > 0
+
+    @cached_property
+    def _most_kept(self) -> int:
+        """All layers but one; whole periods, so that a trace need not run every layer."""
+        shape, period = self.model.shape, self.model.layer_period
+        if shape.task_type != "CAUSAL_LM" or not period:
+            return 0
+        return (shape.n_layers - 1) // period * period
+
+    def _filled(self, step: StepConfig, needed_bytes: float) -> StepConfig:
+        """With as many kept layers as seem to have room beside `needed_bytes`."""
+        return with_kept(step, min(self._kept_in(step, needed_bytes), self._most_kept))
+
+    def _kept_in(self, step: StepConfig, needed_bytes: float) -> int:
+        """How many layers' activations the budget has room for beside `needed_bytes`; whole periods."""
+        period = self.model.layer_period
+        room = max(self.budget_bytes - needed_bytes, 0)
+        return int(room / (self._layer_bytes(step) * step.micro_batch * period)) * period
+
+    def _fewer(self, step: StepConfig) -> int:
+        """Kept layers on the line through none and as many as turned out too many."""
+        kept, period = step.levers.kept_layers, self.model.layer_period
+        none = self.reserved_bytes(with_kept(step, 0))
+        room = max(self.budget_bytes - none, 0)
+        share = room / max(self.reserved_bytes(step) - none, 1)
+        return max(min(int(share * kept) // period * period, kept - period), 0)
+
+    def _layer_bytes(self, step: StepConfig) -> float:
+        """What one layer of one sequence keeps when it is not recomputed."""
+        if step.seq_len not in self._layer_bytes_at:
+            one = split(with_kept(step, 0), 1)
+            kept = one.model_copy(
+                update={"levers": one.levers.model_copy(update={"gradient_checkpointing": False})}
+            )
+            more = self.reserved_bytes(kept) - self.reserved_bytes(one)
+            self._layer_bytes_at[step.seq_len] = max(more / (self.model.shape.n_layers - 1), 1.0)
+        return self._layer_bytes_at[step.seq_len]
 
     def rungs(self, base: StepConfig, pinned: dict[str, Any], optimizer: str | None) -> list[StepConfig]:
         """The candidates at one sequence length, from the fastest to the smallest."""

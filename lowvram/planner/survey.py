@@ -11,7 +11,7 @@ from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.frozen import Frozen
 from lowvram.hardware import Hardware, card_of_size
 from lowvram.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT
-from lowvram.planner.ladder import longest_on_host
+from lowvram.planner.ladder import longest_on_host, with_kept
 from lowvram.planner.profiles import budget, profile_for
 from lowvram.planner.search import Search
 from lowvram.units import GiB
@@ -175,11 +175,12 @@ def _largest_seq_len(needs: list[LengthNeed], room_bytes: int) -> int:
 
 
 def _largest_rank(plan: Plan, search: Search) -> int:
-    """The plan's rank doubled as often as it fits, all else as planned."""
+    """The plan's rank doubled as often as it fits, all else as planned but that all layers recompute."""
     limit = min(search.model.shape.full_rank(plan.target_modules), _LARGEST_RANK)
 
     def fits(rank: int) -> bool:
-        return search.reserved_bytes(plan.step.model_copy(update={"rank": rank})) <= plan.budget_bytes
+        step = with_kept(plan.step, 0).model_copy(update={"rank": rank})
+        return search.reserved_bytes(step) <= plan.budget_bytes
 
     rank = _likely_rank(plan, limit)
     while rank > plan.rank and not fits(rank):
@@ -208,4 +209,4 @@ def _full_fine_tuning_bytes(plan: Plan, search: Search) -> int | None:
 
 def _sixteen_bit(plan: Plan) -> StepConfig:
     precision: BasePrecision = plan.compute_dtype
-    return plan.step.model_copy(update={"base_precision": precision})
+    return with_kept(plan.step, 0).model_copy(update={"base_precision": precision})

@@ -52,12 +52,13 @@ def seconds_per_step(
     """Seconds of one optimizer step.
 
     2ND forward and 2ND for the activations' gradients (frozen weights need no gradient of their own), 2ND
-    more when the forward is recomputed; smaller loss chunks and 8-bit updates add a few percent. Tiles make
+    more where the forward is recomputed; smaller loss chunks and 8-bit updates add a few percent. Tiles make
     keys and values once more (an eighth of a forward) and dequantise each weight for each tile. Checkpoints
     on the host travel once there and twice back beside the arithmetic: what takes longer counts.
     """
     levers = step.levers
-    passes = 6.0 if levers.gradient_checkpointing else 4.0
+    recomputed = n_layers - levers.kept_layers if levers.gradient_checkpointing else 0
+    passes = 4.0 + 2.0 * recomputed / n_layers
     passes += 0.5 if levers.tile_tokens else 0.0
     tokens = step.micro_batch * step.accumulation * min(tokens_per_example, step.seq_len)
     arithmetic = passes * n_parameters * tokens / flops_per_second(hardware)

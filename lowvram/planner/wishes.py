@@ -14,6 +14,7 @@ from lowvram.frozen import Frozen
 _ALL_OFF: dict[str, Any] = {
     "double_quantization": False,
     "gradient_checkpointing": False,
+    "kept_layers": 0,
     "loss_chunk_tokens": 1 << 20,
     "tile_tokens": 0,
     "offload_checkpoints": False,
@@ -23,6 +24,7 @@ _ALL_OFF: dict[str, Any] = {
 _ALL_ON: dict[str, Any] = {
     "double_quantization": True,
     "gradient_checkpointing": True,
+    "kept_layers": 0,
     "loss_chunk_tokens": 64,
     "tile_tokens": 1024,
     "offload_checkpoints": True,
