@@ -19,6 +19,7 @@ from lowvram.memory.allocator import (
     replay_reserved,
     segment_bytes,
 )
+from lowvram.memory.trace import CACHE_EMPTIED
 from lowvram.units import KiB, MiB
 
 Program = list[int]  # a positive number allocates that many bytes, -k frees the k-th of those alive, around
@@ -271,6 +272,13 @@ def test_fits_between_live_and_reserved(expandable: bool, program: Program) -> N
         peak = max(peak, live)
     assert fits(events, sizes, allocator.peak_reserved_bytes, expandable)
     assert not peak or not fits(events, sizes, peak - 1, expandable)
+
+
+def test_the_cache_is_emptied_where_a_trace_says_so() -> None:
+    """40 MiB do not fit the 30 that are cached; with the cache emptied in between they need no more."""
+    sizes = [30 * MiB, 40 * MiB]
+    assert replay_reserved([1, -1, 2], sizes) == 70 * MiB
+    assert replay_reserved([1, -1, CACHE_EMPTIED, 2], sizes) == 40 * MiB
 
 
 def test_cached_segments_are_given_back_before_failing() -> None:

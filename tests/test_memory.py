@@ -195,7 +195,7 @@ def _outcome(trace: Trace) -> tuple[int, int, int, int]:
         ("mistral", {"seq_len": 1024}),  # beyond its window: with a mask
         ("gemma3_text", {"seq_len": 256}),  # alternates, 2 layers left over
         ("qwen3_moe", {"base_precision": "bf16"}),
-        ("llama", {"levers": Levers(kept_layers=1)}),
+        ("llama", {"levers": Levers(kept_layers=1, empty_cache=True)}),
         ("llama", {"levers": Levers(kept_layers=7), "num_hidden_layers": 14}),
         ("qwen2", {"levers": Levers(kept_layers=10), "num_hidden_layers": 13}),
         ("gemma3_text", {"levers": Levers(kept_layers=6), "seq_len": 256, "num_hidden_layers": 38}),

@@ -15,7 +15,9 @@ from lowvram import hardware, plan_view
 from lowvram.data.stats import DataStats
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
+from lowvram.memory.cache import RememberedModel
 from lowvram.planner.build import checked, make_plan
+from lowvram.planner.ladder import with_kept
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import load_profile, profile_for
 from lowvram.planner.wishes import Wishes, wishes_from
@@ -46,6 +48,12 @@ def test_qwen2_7b_fits_8_gb_and_the_readme_says_how(config_only: Config) -> None
     assert plan.n_parameters == 7_615_616_512
     assert plan.n_trainable == 28 * 4 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
     assert plan.estimate.peak_reserved_bytes <= 8 * GiB - card.context_bytes - card.held_bytes
+    more = with_kept(plan.step, plan.levers.kept_layers + 2)  # one layer is the closest that is looked for
+    too_much = RememberedModel(ModelSource(str(config_only(QWEN2_7B)))).estimate(
+        more, "cuda", card.capability
+    )
+    assert plan.levers.kept_layers > 0
+    assert too_much.peak_reserved_bytes > plan.budget_bytes
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     shown = {**plan.estimate.components_bytes, "reserved": plan.estimate.peak_reserved_bytes}
     for name, n_bytes in shown.items():
@@ -106,7 +114,26 @@ def test_levers_are_pinned(config_only: Config) -> None:
     wishes = wishes_from(levers="gradient_checkpointing=on,loss_chunk_tokens=128", seq_len=64, batch=1)
     plan = make_plan(ModelSource(str(config_only(SMALL))), _card(24), load_profile("24gb"), wishes)
     assert plan.levers.gradient_checkpointing
+    assert plan.levers.kept_layers == 0  # left to itself the planner keeps every layer's activations
     assert plan.levers.loss_chunk_tokens == 128
+    plan = make_plan(
+        ModelSource(str(config_only(SMALL))),
+        _card(24),
+        load_profile("24gb"),
+        wishes_from(levers="kept_layers=2,empty_cache", seq_len=64, batch=1),
+    )
+    assert (plan.levers.gradient_checkpointing, plan.levers.kept_layers, plan.levers.empty_cache) == (
+        True,
+        2,
+        True,
+    )
+    with pytest.raises(ConfigError, match="leaves none of the 4 layers"):
+        make_plan(
+            ModelSource(str(config_only(SMALL))),
+            _card(24),
+            load_profile("24gb"),
+            wishes_from(levers="kept_layers=4", seq_len=64, batch=1),
+        )
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram.memory.allocator import CachingAllocator, replay_reserved
-from lowvram.memory.snapshot import CACHE_EMPTIED, is_expandable, recording_of, replay_snapshot
+from lowvram.memory.snapshot import is_expandable, recording_of, replay_snapshot
+from lowvram.memory.trace import CACHE_EMPTIED
 from lowvram.units import MiB
 
 Entry = dict[str, Any]

@@ -48,6 +48,11 @@ class Levers(Frozen):
         False,
         description="the CUDA allocator grows its segments instead of adding fixed ones: less is wasted",
     )
+    empty_cache: bool = Field(
+        False,
+        description="after each step the CUDA allocator gives back what it caches: for other programs, not "
+        "for this one's peak",
+    )
 
     @property
     def tiles(self) -> bool:

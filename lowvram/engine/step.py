@@ -105,6 +105,7 @@ def train_step(
     backward: Backward = torch.Tensor.backward,
     clip: Clip = nn.utils.clip_grad_norm_,
     unsynced: Callable[[], AbstractContextManager[object]] = nullcontext,
+    empty_cache: bool = False,
 ) -> StepResult:
     """Forward and backward over all micro-batches, clip, update.
 
@@ -115,6 +116,7 @@ def train_step(
         batches: the step's micro-batches; each moves to the model's device when its turn comes.
         backward, clip: accelerate's versions while training.
         unsynced: context of all micro-batches but the last, under DDP `no_sync`.
+        empty_cache: the lever of that name.
     """
     tokens = sum(batch.trained_tokens for batch in batches)
     parameters = trainable(loss_of).values()
@@ -131,6 +133,8 @@ def train_step(
     grad_norm = clip(parameters, max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if empty_cache and device.type == "cuda":
+        torch.cuda.empty_cache()
     return StepResult(total, torch.as_tensor(grad_norm), tokens)
 
 

@@ -13,7 +13,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from lowvram.memory.trace import round_up
+from lowvram.memory.trace import CACHE_EMPTIED, round_up
 from lowvram.units import MiB
 
 ROUNDING = 512  # kMinBlockSize: sizes are multiples of it
@@ -250,7 +250,7 @@ def segment_bytes(size: int) -> int:
 
 
 def replay_reserved(events: Iterable[int], sizes: Sequence[int], expandable: bool = False) -> int:
-    """Peak reserved bytes of a trace's events (+i allocates sizes[i-1], -i frees it) on an endless card."""
+    """Peak reserved bytes of a trace's events (see `Trace`) on an endless card."""
     allocator = CachingAllocator(expandable)
     _replay(allocator, events, sizes)
     return allocator.peak_reserved_bytes
@@ -298,6 +298,8 @@ def _replay(
     for event in events:
         if event > 0:
             addresses[event] = allocator.allocate(sizes[event - 1])
+        elif event == CACHE_EMPTIED:
+            allocator.empty_cache()
         else:
             allocator.release(addresses.pop(-event))
     return addresses

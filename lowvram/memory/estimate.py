@@ -113,9 +113,8 @@ def _reserved(trace: Trace, step: StepConfig, backend: Backend) -> int:
 def peak_of(trace: Trace) -> tuple[int, int]:
     """Most bytes alive at one time, and the index of the event that reached it."""
     live = peak = at = 0
-    for index, event in enumerate(trace.events):
-        allocation = trace.allocations[abs(event) - 1]
-        live += allocation.n_bytes if event > 0 else -allocation.n_bytes
+    for index, change in enumerate(trace.changes_bytes()):
+        live += change
         if live > peak:
             peak, at = live, index
     return peak, at
@@ -124,11 +123,11 @@ def peak_of(trace: Trace) -> tuple[int, int]:
 def _peak_by_phase(trace: Trace) -> dict[str, int]:
     peaks: dict[str, int] = {}
     live = 0
-    for event in trace.events:
-        allocation = trace.allocations[abs(event) - 1]
-        live += allocation.n_bytes if event > 0 else -allocation.n_bytes
+    for event, change in zip(trace.events, trace.changes_bytes(), strict=True):
+        live += change
         if event > 0:
-            peaks[allocation.phase] = max(live, peaks.get(allocation.phase, 0))
+            phase = trace.allocations[event - 1].phase
+            peaks[phase] = max(live, peaks.get(phase, 0))
     return peaks
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lowvram.memory.trace import ALLOC_ROUNDING, OUTSIDE, Allocation, Trace, round_up
+from lowvram.memory.trace import ALLOC_ROUNDING, CACHE_EMPTIED, OUTSIDE, Allocation, Trace, round_up
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -248,7 +248,9 @@ class _Extension:
             if at in self._starts:
                 self._new.backward_starts.append(len(self._new.events))
             layer = self._old.layers[at] + shift
-            if event > 0:
+            if event == CACHE_EMPTIED:
+                self._new.empty_cache()
+            elif event > 0:
                 copied = self._copy(self._old.allocations[event - 1], shift)
                 self._made[event - 1][block] = self._new.allocate(copied, layer)
             else:

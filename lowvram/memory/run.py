@@ -53,6 +53,8 @@ def _trace_on(
     label_gradients(recorder, rig.parameters)
     with recorder.during("optimizer"):
         rig.optimizer.record_state(recorder)
+    if step.levers.empty_cache:  # the step before did
+        recorder.trace.empty_cache()
     if step.accumulation > 1:
         create_gradients(recorder, rig.parameters)
     with recorder, recorder.during("forward"):

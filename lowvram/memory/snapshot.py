@@ -8,9 +8,8 @@ from typing import Any
 
 from lowvram.frozen import Frozen
 from lowvram.memory.allocator import ROUNDING, CachingAllocator
-from lowvram.memory.trace import round_up
+from lowvram.memory.trace import CACHE_EMPTIED, round_up
 
-CACHE_EMPTIED = 0  # the event at which torch gave cached memory back; the others are as in Trace.events
 _RESERVING = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 
 

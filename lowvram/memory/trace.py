@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,7 @@ Backend = Literal["cuda", "cpu"]
 Capability = tuple[int, int] | None
 
 ALLOC_ROUNDING = 512  # the CUDA caching allocator's smallest unit, bytes
+CACHE_EMPTIED = 0  # the event at which the allocator gives cached memory back
 OUTSIDE = -1  # the layer of what runs outside all layers
 
 
@@ -32,7 +34,7 @@ class Allocation:
 
 @dataclass
 class Trace:
-    """Allocations and the order of events: +i allocates allocation i-1, -i frees it."""
+    """Allocations and the order of events: +i allocates allocation i-1, -i frees it, 0 empties the cache."""
 
     allocations: list[Allocation] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
@@ -50,3 +52,13 @@ class Trace:
         self.allocations[index].died = len(self.events)
         self.events.append(-(index + 1))
         self.layers.append(layer)
+
+    def empty_cache(self) -> None:
+        self.events.append(CACHE_EMPTIED)
+        self.layers.append(OUTSIDE)
+
+    def changes_bytes(self) -> Iterator[int]:
+        """What each event adds to the memory in use."""
+        for event in self.events:
+            n_bytes = self.allocations[abs(event) - 1].n_bytes if event else 0
+            yield n_bytes if event > 0 else -n_bytes

@@ -30,6 +30,7 @@ _LAUNCH_SECONDS_PER_LAYER = {"cpu": 0.5e-3}  # dispatch of one layer's operators
 _GPU_LAUNCH_SECONDS_PER_LAYER = 1.5e-3
 _HOST_BYTES_PER_SECOND = 12e9  # PCIe 4.0 x8, half of its figure
 _HEAD_COST = {"int8": 0.05, "nf4": 0.06, "streamed": 0.5}  # of a step, at chunks of 64 to 256 tokens
+_EMPTY_CACHE_SECONDS = 0.05  # some dozens of cudaFree and cudaMalloc, each of which waits for the device
 _PADDING_PER_ROW = 0.008  # of the tokens, for each further row in a micro-batch: GSM8K rows, sorted windows
 
 
@@ -69,6 +70,8 @@ def seconds_per_step(
     chunks += 0.005 * levers.embedding_on_host
     per_layer = _LAUNCH_SECONDS_PER_LAYER.get(hardware.backend, _GPU_LAUNCH_SECONDS_PER_LAYER)
     launches = step.accumulation * n_layers * per_layer
+    if levers.empty_cache and hardware.backend != "cpu":
+        launches += _EMPTY_CACHE_SECONDS
     update = 1.0 if step.optimizer == "adamw" else 1.02
     padding = 1.0 + _PADDING_PER_ROW * (step.micro_batch - 1)
     return arithmetic * chunks * update * padding + launches

@@ -20,6 +20,7 @@ _ALL_OFF: dict[str, Any] = {
     "offload_checkpoints": False,
     "embedding_on_host": False,
     "head": "16bit",
+    "empty_cache": False,
 }
 _ALL_ON: dict[str, Any] = {
     "double_quantization": True,
@@ -30,6 +31,7 @@ _ALL_ON: dict[str, Any] = {
     "offload_checkpoints": True,
     "embedding_on_host": True,
     "head": "nf4",
+    "empty_cache": True,
 }
 
 

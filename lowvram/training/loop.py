@@ -240,6 +240,7 @@ def _step(run: Run, micro_batches: list[list[Any]]) -> StepResult:
             run.optimizer,
             batches,
             max_grad_norm=run.plan.max_grad_norm,
+            empty_cache=run.plan.levers.empty_cache,
             **watched(run.monitor, run.accelerator.backward, run.accelerator.clip_grad_norm_),
         )
     run.measured_steps += 1
