@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lowvram import hardware, plan_view
 from lowvram.data.stats import DataStats
+from lowvram.engine.config import Levers
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.memory.cache import RememberedModel
@@ -41,17 +42,15 @@ def _card(gib: int) -> hardware.Hardware:
 
 def test_qwen2_7b_fits_8_gb_and_the_readme_says_how(config_only: Config) -> None:
     """The reference row: 7B at rank 4, 2,048 tokens, desktop card; the README shows this plan."""
-    card = _card(8)
-    plan = make_plan(ModelSource(str(config_only(QWEN2_7B))), card, profile_for(card), Wishes())
+    source, card = ModelSource(str(config_only(QWEN2_7B))), _card(8)
+    plan = make_plan(source, card, profile_for(card), Wishes())
     assert plan.fits
     assert (plan.rank, plan.seq_len, plan.profile) == (4, 2048, "8gb")
     assert plan.n_parameters == 7_615_616_512
     assert plan.n_trainable == 28 * 4 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
     assert plan.estimate.peak_reserved_bytes <= 8 * GiB - card.context_bytes - card.held_bytes
     more = with_kept(plan.step, plan.levers.kept_layers + 2)  # one layer is the closest that is looked for
-    too_much = RememberedModel(ModelSource(str(config_only(QWEN2_7B)))).estimate(
-        more, "cuda", card.capability
-    )
+    too_much = RememberedModel(source).estimate(more, "cuda", card.capability)
     assert plan.levers.kept_layers > 0
     assert too_much.peak_reserved_bytes > plan.budget_bytes
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -111,29 +110,20 @@ def test_bad_wishes_are_refused() -> None:
 
 
 def test_levers_are_pinned(config_only: Config) -> None:
-    wishes = wishes_from(levers="gradient_checkpointing=on,loss_chunk_tokens=128", seq_len=64, batch=1)
-    plan = make_plan(ModelSource(str(config_only(SMALL))), _card(24), load_profile("24gb"), wishes)
-    assert plan.levers.gradient_checkpointing
-    assert plan.levers.kept_layers == 0  # left to itself the planner keeps every layer's activations
-    assert plan.levers.loss_chunk_tokens == 128
-    plan = make_plan(
-        ModelSource(str(config_only(SMALL))),
-        _card(24),
-        load_profile("24gb"),
-        wishes_from(levers="kept_layers=2,empty_cache", seq_len=64, batch=1),
-    )
-    assert (plan.levers.gradient_checkpointing, plan.levers.kept_layers, plan.levers.empty_cache) == (
-        True,
-        2,
-        True,
-    )
+    source = ModelSource(str(config_only(SMALL)))
+
+    def levers_of(asked: str) -> Levers:
+        wishes = wishes_from(levers=asked, seq_len=64, batch=1)
+        return make_plan(source, _card(24), load_profile("24gb"), wishes).levers
+
+    levers = levers_of("gradient_checkpointing=on,loss_chunk_tokens=128")
+    assert levers.gradient_checkpointing
+    assert levers.kept_layers == 0  # left to itself the planner keeps every layer's activations
+    assert levers.loss_chunk_tokens == 128
+    levers = levers_of("kept_layers=2,empty_cache")
+    assert (levers.kept_layers, levers.gradient_checkpointing, levers.empty_cache) == (2, True, True)
     with pytest.raises(ConfigError, match="leaves none of the 4 layers"):
-        make_plan(
-            ModelSource(str(config_only(SMALL))),
-            _card(24),
-            load_profile("24gb"),
-            wishes_from(levers="kept_layers=4", seq_len=64, batch=1),
-        )
+        levers_of("kept_layers=4")
 
 
 @pytest.mark.parametrize(

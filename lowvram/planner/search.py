@@ -75,7 +75,7 @@ class Search:
             fills = self._fills(rung, pinned)
             most_kept = self._most_kept if fills else 0
             if self._least_seconds(rung, most_kept) < limit_seconds and self._fits(split(rung, 1)):
-                best = self._within(self._candidates(rung, fills), limit_seconds) or best
+                best = self._within(self._candidates(rung, fills), limit_seconds, fills) or best
         return best
 
     def _least_seconds(self, rung: StepConfig, kept_layers: int) -> float:
@@ -100,17 +100,22 @@ class Search:
                 found.append(self._filled(step, needed) if fills else step)
         return sorted(found, key=self.seconds)
 
-    def _within(self, candidates: list[StepConfig], limit_seconds: float) -> Found | None:
-        """The first that fits, with fewer kept layers if need be, while it is faster than the limit."""
+    def _within(self, candidates: list[StepConfig], limit_seconds: float, fills: bool) -> Found | None:
+        """The first that fits and is faster than the limit, with fewer or more kept layers if it `fills`."""
         for step in candidates:
-            while step.levers.kept_layers and self.seconds(step) < limit_seconds and not self._fits(step):
-                step = with_kept(step, self._fewer(step))
             if self.seconds(step) >= limit_seconds:
-                continue
-            if self._fits(step):
-                fuller = self._fuller(step)
-                return Found(fuller, self.estimate(fuller))
+                break
+            fitting = self._fitting(step, fills)
+            if fitting and self.seconds(fitting) < limit_seconds:
+                return Found(fitting, self.estimate(fitting))
         return None
+
+    def _fitting(self, step: StepConfig, fills: bool) -> StepConfig | None:
+        while not self._fits(step):
+            if not (fills and step.levers.kept_layers):
+                return None
+            step = with_kept(step, self._fewer(step))
+        return self._fuller(step) if fills else step
 
     def _fuller(self, step: StepConfig) -> StepConfig:
         """With the kept layers that there turned out to be room for, beside those already kept."""
