@@ -1,8 +1,9 @@
-"""Liger's Triton kernels for RMSNorm and the gated MLP, put into one model instance where they are installed."""
+"""Liger's Triton kernels for RMSNorm and the gated MLP, put into one model where they are installed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _OFF = "Use --levers liger=off."
+_COMPILER = "Install gcc or clang, or use --levers liger=off."
 # Families that scripts/check_liger.py compares with plain transformers, and the gate that Liger computes
 # for each whatever the config says (a Llama with gelu would silently get silu).
 _SILU, _TANH_GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
@@ -33,13 +35,24 @@ _GATES: dict[str, tuple[str, ...]] = {
 def why_not_liger(config: PretrainedConfig) -> str:
     """Why this model cannot be given Liger's kernels here; "" where it can."""
     gates = _GATES.get(config.model_type)
+    if type(config).__module__.startswith("transformers_modules."):
+        return "the model brings its own code"
     if gates is None:
         return f"lowvram has compared them for {', '.join(_GATES)}, not for '{config.model_type}'"
     gate = getattr(config, "hidden_activation", None) or config.hidden_act
     if gate not in gates:
         return f"they compute {gates[0]}, this '{config.model_type}' has {gate}"
-    missing = [name for name in ("liger_kernel", "triton") if find_spec(name) is None]
+    missing = _missing()
     return f"{' and '.join(missing)} not installed" if missing else ""
+
+
+def is_installed() -> bool:
+    """Liger's package, and Triton's, which a CUDA build of torch brings along."""
+    return not _missing()
+
+
+def _missing() -> list[str]:
+    return [name for name in ("liger_kernel", "triton") if find_spec(name) is None]
 
 
 def require_liger(config: PretrainedConfig, device: str) -> None:
@@ -50,13 +63,24 @@ def require_liger(config: PretrainedConfig, device: str) -> None:
     """
     if reason := why_not_liger(config):
         raise ConfigError(f"The lever liger cannot be used: {reason}.", _remedy(reason))
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch, for tests: very slow
-    if device == "cpu" and not interpreted:
-        raise ConfigError("The lever liger needs a GPU: Triton compiles its kernels for no CPU.", _OFF)
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own switch: runs anywhere, very slowly
+        return
+    if device not in ("cuda", "meta"):
+        raise ConfigError(f"The lever liger needs a GPU: Triton compiles nothing for '{device}'.", _OFF)
+    if device == "cuda" and not can_compile():
+        raise ConfigError("The lever liger needs a C compiler: Triton builds with it.", _COMPILER)
+
+
+def can_compile() -> bool:
+    """Whether Triton finds a C compiler; on Windows it brings its own."""
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return bool(found) or os.name == "nt"
 
 
 def _remedy(reason: str) -> str:
-    return f"pip install 'lowvram[liger]', or: {_OFF}" if "not installed" in reason else _OFF
+    if "not installed" not in reason:
+        return _OFF
+    return "Type pip install 'lowvram[liger]', or use --levers liger=off."
 
 
 def apply_liger(model: PreTrainedModel) -> None:

@@ -19,8 +19,9 @@ _ALL_OFF: dict[str, Any] = {
     "offload_checkpoints": False,
     "embedding_on_host": False,
     "head": "16bit",
+    "liger": False,
 }
-_ALL_ON: dict[str, Any] = {
+_ALL_ON: dict[str, Any] = {  # but liger, which is on where it is installed
     "double_quantization": True,
     "gradient_checkpointing": True,
     "loss_chunk_tokens": 64,
