@@ -20,7 +20,7 @@ _COMPILER = "Install gcc or clang, or use --levers liger=off."
 # Families that scripts/check_liger.py compares with plain transformers, and the gate that Liger computes
 # for each whatever the config says (a Llama with gelu would silently get silu).
 _SILU, _TANH_GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
-_GATES: dict[str, tuple[str, ...]] = {
+GATES: dict[str, tuple[str, ...]] = {
     "llama": _SILU,
     "mistral": _SILU,
     "phi3": _SILU,
@@ -34,11 +34,11 @@ _GATES: dict[str, tuple[str, ...]] = {
 
 def why_not_liger(config: PretrainedConfig) -> str:
     """Why this model cannot be given Liger's kernels here; "" where it can."""
-    gates = _GATES.get(config.model_type)
+    gates = GATES.get(config.model_type)
     if type(config).__module__.startswith("transformers_modules."):
         return "the model brings its own code"
     if gates is None:
-        return f"lowvram has compared them for {', '.join(_GATES)}, not for '{config.model_type}'"
+        return f"lowvram has compared them for {', '.join(GATES)}, not for '{config.model_type}'"
     gate = getattr(config, "hidden_activation", None) or config.hidden_act
     if gate not in gates:
         return f"they compute {gates[0]}, this '{config.model_type}' has {gate}"
