@@ -374,7 +374,8 @@ def main() -> None:
     except KeyboardInterrupt:  # before or while an error is told
         sys.exit(130)
     finally:
-        gc.freeze()  # the last collection would walk a million objects of torch: a second for nothing
+        if "triton" not in sys.modules:  # which prints 40 lines of "leaked" about what is not collected
+            gc.freeze()  # the last collection would walk a million objects of torch: a second for nothing
 
 
 def _run() -> None:

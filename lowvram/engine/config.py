@@ -44,6 +44,10 @@ class Levers(Frozen):
         "16bit",
         description="the frozen head on the device: whole, quantised, or streamed from host memory in tiles",
     )
+    liger: bool = Field(
+        False,
+        description="Liger's Triton kernels for norms and the gated MLP: fewer bytes kept, fewer passes",
+    )
     expandable_segments: bool = Field(
         False,
         description="the CUDA allocator grows its segments instead of adding fixed ones: less is wasted",

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from lowvram.engine.attention import CAUSAL_ATTENTION, PADDED_ATTENTION, register
 from lowvram.engine.config import BasePrecision, StepConfig
 from lowvram.engine.host import Host
+from lowvram.engine.liger import apply_liger, require_liger
 from lowvram.engine.nf4 import nf4_linear
 from lowvram.engine.source import ModelSource
 from lowvram.engine.vocabulary import place_vocabulary, without_vocabulary_levers
@@ -61,6 +62,8 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
         _replace_linears(model, step)
     with torch.device("meta"):  # host memory as well
         place_vocabulary(model, step, Host(torch.device("meta")))
+    if step.levers.liger:
+        apply_liger(model)
     return model
 
 
@@ -146,6 +149,8 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
         ConfigError: weights are missing, pickled or do not match the config or the levers.
     """
     source.require_weights()
+    if step.levers.liger:
+        require_liger(source.config, torch.device(device).type)
     kwargs: dict[str, Any] = {
         "dtype": storage_dtype(step.base_precision, step.compute_dtype),
         "device_map": {"": device},
@@ -173,6 +178,8 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
     # transformers loads to one device (its split over several adds hooks to every module), so embedding and
     # head are there in 16 bits first, at the end of loading, when the step's activations are not
     place_vocabulary(model, step, Host(torch.device(device)))
+    if step.levers.liger:
+        apply_liger(model)
     _keep_nf4_layout(model)
     return model
 

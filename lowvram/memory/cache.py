@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -25,6 +25,7 @@ from lowvram.memory.trace import Backend, Capability
 
 _MOST_KEPT = 2000  # files of about 1 kB
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_OPTIONAL = ("liger-kernel",)  # what its kernels keep is its Python's choice; Triton allocates nothing
 Found = TypeVar("Found")
 
 
@@ -93,7 +94,14 @@ def _code() -> str:
     rooms = Path(__file__).parents[1]
     files = sorted(f for room in ("engine", "memory") for f in (rooms / room).glob("*.py"))
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
-    return " ".join((digest, *(version(name) for name in _LIBRARIES)))
+    return " ".join((digest, *(version(name) for name in _LIBRARIES), *map(_version_or_none, _OPTIONAL)))
+
+
+def _version_or_none(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return f"no {name}"
 
 
 def _drop_oldest(folder: Path) -> None:

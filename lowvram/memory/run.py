@@ -15,6 +15,7 @@ from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
 from lowvram.engine.step import SummedLoss, evaluate_batch, train_step
 from lowvram.memory.kernels import cublas_bytes
+from lowvram.memory.launches import no_launches_on_meta
 from lowvram.memory.load import record_loading
 from lowvram.memory.recorder import Recorder
 from lowvram.memory.rig import Rig, rig_for
@@ -35,7 +36,8 @@ def trace_step(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' deprecations; the user sees them when training
-        with rig_for(config, step, backend, capability) as rig:
+        launches = no_launches_on_meta() if step.levers.liger else nullcontext()
+        with rig_for(config, step, backend, capability) as rig, launches:
             return _trace_on(rig, config, step, backend, capability)
 
 

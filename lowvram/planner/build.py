@@ -16,6 +16,7 @@ from lowvram.hardware import card_of_size as hardware_of_size
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.trace import Backend
 from lowvram.planner.ladder import host_bytes, split
+from lowvram.planner.optional import picks_liger, require_liger_on
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.profiles import Profile, budget
 from lowvram.planner.reasons import explain
@@ -71,7 +72,9 @@ def _decide(
     say: Say,
 ) -> tuple[Plan, Search]:
     model = RememberedModel(source)
-    base = _base_step(model.shape, hardware, profile, wishes, stats)
+    if wishes.pinned_levers().get("liger"):
+        require_liger_on(hardware.backend, source.config)
+    base = _base_step(source, model.shape, hardware, profile, wishes, stats)
     mean_tokens = stats.mean_tokens if stats else base.seq_len
     search = Search(model, hardware, budget(hardware, profile), mean_tokens, say)
     found = _find(search, base, wishes, profile)
@@ -94,6 +97,8 @@ def checked(plan: Plan, source: ModelSource) -> Plan:
         )
     if plan.compute_dtype == "fp16" and plan.device.backend == "cpu":
         raise ConfigError("compute_dtype fp16 is for GPUs: its loss scaling needs one.", "Use bf16 or fp32.")
+    if plan.levers.liger:
+        require_liger_on(plan.device.backend, source.config)
     backend: Backend = "cpu" if plan.device.backend == "cpu" else "cuda"
     predicted = model.estimate(plan.step, backend, plan.device.capability)
     if predicted.peak_reserved_bytes > plan.budget_bytes:
@@ -106,7 +111,12 @@ def checked(plan: Plan, source: ModelSource) -> Plan:
 
 
 def _base_step(
-    shape: ModelShape, hardware: Hardware, profile: Profile, wishes: Wishes, stats: DataStats | None
+    source: ModelSource,
+    shape: ModelShape,
+    hardware: Hardware,
+    profile: Profile,
+    wishes: Wishes,
+    stats: DataStats | None,
 ) -> StepConfig:
     precision: BasePrecision = wishes.precision or "nf4"
     targets = shape.resolve_targets(wishes.targets or profile.targets)
@@ -125,7 +135,7 @@ def _base_step(
         seq_len=_seq_len(shape, profile, wishes, stats),
         micro_batch=1,
         accumulation=_effective_batch(profile, wishes, stats),
-        levers=Levers(expandable_segments=linux_gpu),
+        levers=Levers(expandable_segments=linux_gpu, liger=picks_liger(source, hardware)),
     )
 
 

@@ -98,6 +98,8 @@ def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
         lines.append(why("head", _HEADS[levers.head]))
     if levers.empty_cache:
         lines.append(why("empty_cache", "on"))
+    if levers.liger:
+        lines.append(why("liger", "on, it is installed: its norms and gated MLPs keep fewer bytes"))
     if step.base_precision == "nf4":
         lines.append(why("double_quantization", "on, 0.37 bits a weight for about 1 % of the time"))
     if step.optimizer != "adamw":

@@ -102,6 +102,7 @@ def _as_on_a_card(plan: Plan) -> StepConfig:
     on_cpu = plan.device.backend == "cpu"
     levers = Levers(
         double_quantization=own.double_quantization,
+        liger=own.liger,
         expandable_segments=platform.system() == "Linux" if on_cpu else own.expandable_segments,
     )
     changes: dict[str, Any] = {"micro_batch": 1, "accumulation": 2, "levers": levers}

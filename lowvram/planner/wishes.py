@@ -21,8 +21,9 @@ _ALL_OFF: dict[str, Any] = {
     "embedding_on_host": False,
     "head": "16bit",
     "empty_cache": False,
+    "liger": False,
 }
-_ALL_ON: dict[str, Any] = {
+_ALL_ON: dict[str, Any] = {  # but liger, which is on where it is installed
     "double_quantization": True,
     "gradient_checkpointing": True,
     "kept_layers": 0,
