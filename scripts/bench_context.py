@@ -94,7 +94,7 @@ def measure(model: str, card_gib: int) -> Row:
         on_host = longest_on_host(step, shape, HOST_BYTES) // 64 * 64
         tokens = longest(reserved_bytes, budget_bytes, on_host)
         plain = longest(partial(_plain_bytes, remembered, step.target_modules), budget_bytes, on_host)
-        far, near = max(tokens, 65536), max(tokens, 65536) // 2
+        far, near = max(tokens, 65536), max(tokens, 65536) // 4
         slope = (allocated(remembered, step, far) - allocated(remembered, step, near)) / (far - near)
         floor = _floor(config.get_text_config())
         unsloth, fa2 = PUBLISHED[card_gib] if model == MODELS[0] else (None, None)
@@ -164,15 +164,17 @@ def _plain_bytes(model: RememberedModel, targets: tuple[str, ...], seq_len: int)
 def longest(bytes_of: Callable[[int], int], budget_bytes: int, limit: int) -> int:
     """The most tokens within the budget, to 64 tokens and 1 %; 0 when not even 64 are.
 
-    Bytes are nearly a line over tokens: two points, and then steps of 1 % where it was left.
+    Bytes are nearly a line over tokens: two short sequences, and then where their line meets the budget.
     """
-    if bytes_of(limit) <= budget_bytes:
-        return limit
-    bytes_at = {n: bytes_of(n) for n in (limit // 4, limit // 2)}
-    tokens = where_it_meets(budget_bytes, bytes_at) // 64 * 64
-    while tokens >= 64 and bytes_of(tokens) > budget_bytes:
-        tokens = int(tokens * 0.99) // 64 * 64
-    return max(tokens, 0)
+    bytes_at = {n: bytes_of(n) for n in (limit // 16, limit // 8)}
+    best = 0
+    while True:
+        tokens = max(min(where_it_meets(budget_bytes, bytes_at), limit) // 64 * 64, 64)
+        if tokens <= best * 1.01 or tokens in bytes_at:
+            return best
+        bytes_at[tokens] = bytes_of(tokens)
+        if bytes_at[tokens] <= budget_bytes:
+            best = max(best, tokens)
 
 
 def table(rows: list[Row]) -> Table:
