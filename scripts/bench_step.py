@@ -141,9 +141,14 @@ def measure(folder: str, rounds: int) -> Iterator[Row]:
     """Every set-up, short ones first; each round runs both steps, and who goes first alternates."""
     pairs = {checkpointing: _pair(folder, checkpointing) for checkpointing in (False, True)}
     for tokens, checkpointing, is_masked in product(LENGTHS, pairs, (False, True)):
-        ids = torch.randint(5, 40_000, (1, tokens), generator=torch.Generator().manual_seed(tokens))
-        text = Text(ids, tokens // 2 if is_masked else 0)
-        yield _row(text, checkpointing, _rounds(pairs[checkpointing], text, rounds))
+        text = random_text(tokens, tokens // 2 if is_masked else 0)
+        yield _row(text, checkpointing, rounds_of(pairs[checkpointing], text, rounds))
+
+
+def random_text(tokens: int, masked: int = 0) -> Text:
+    """The same for the same length."""
+    ids = torch.randint(5, 40_000, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+    return Text(ids, masked)
 
 
 def _pair(folder: str, checkpointing: bool) -> list[Step]:
@@ -152,8 +157,8 @@ def _pair(folder: str, checkpointing: bool) -> list[Step]:
     return [plain_step(folder, config), our_step(folder, config)]
 
 
-def _rounds(steps: list[Step], text: Text, rounds: int) -> list[list[float]]:
-    """Seconds of [plain, ours], round by round, after one step each to warm up."""
+def rounds_of(steps: list[Step], text: Text, rounds: int) -> list[list[float]]:
+    """Seconds of each of two steps, round by round, after one each to warm up."""
     losses = [step(text) for step in steps]
     assert abs(losses[0] / losses[1] - 1) < 0.02, f"the two steps differ: losses {losses}"
     return [_round(steps, text, reverse=bool(index % 2)) for index in range(rounds)]
