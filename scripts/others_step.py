@@ -1,0 +1,108 @@
+"""What the traced steps of other projects have in common: recorder, missing values, optimizer, peaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lowvram.engine.config import StepConfig
+from lowvram.memory.allocator import replay_reserved
+from lowvram.memory.estimate import peak_of
+from lowvram.memory.kernels import cublas_bytes
+from lowvram.memory.layers import trace_repeating
+from lowvram.memory.plain import PlainRecorder
+from lowvram.memory.recorder import Recorder
+from lowvram.memory.rig import OptimizerTwin
+from lowvram.memory.run import label_gradients
+from lowvram.memory.trace import ALLOC_ROUNDING, Trace
+from lowvram.units import MiB
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+RANK, ALPHA = 32, 64  # on all linear layers, as in scripts/bench_context.py
+AMPERE = (8, 6)
+
+
+class StepRecorder(PlainRecorder):
+    """Leaves out wrappers, whose inner tensors are what has bytes, and what is really on the host."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda", ALLOC_ROUNDING)
+
+    def _record(self, tensor: torch.Tensor, op: str) -> None:
+        if is_traceable_wrapper_subclass(tensor):
+            return
+        if isinstance(tensor, FakeTensor):  # of the optimizer's twins
+            Recorder._record(self, tensor, op)
+        else:
+            super()._record(tensor, op)
+
+
+class NoValues(TorchFunctionMode):
+    """Answers what a step asks of tensors that have no values: each number is 1, each mask is full."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.item, torch.Tensor.__bool__) and args[0].is_meta:
+            return func is torch.Tensor.__bool__ or 1
+        if func is torch.Tensor.__getitem__ and _is_mask(args[1]):
+            mask = args[1]
+            found = torch.empty((mask.numel(), mask.dim()), dtype=torch.int64, device=mask.device)
+            return args[0][found.unbind(1)]  # what torch does, too: nonzero, then an index for each dimension
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.is_meta and index.dtype == torch.bool
+
+
+class AdamW(OptimizerTwin):
+    """torch's fused AdamW, the default of both projects; its state is there before the step."""
+
+    def __init__(self, recorder: StepRecorder, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__(parameters, StepConfig(optimizer="adamw"))
+        label_gradients(recorder, parameters)
+        for name, parameter in parameters.items():
+            recorder.own(parameter, name)
+        with recorder.during("optimizer"):
+            self.record_state(recorder)
+
+
+def begin(recorder: StepRecorder) -> None:
+    """What a process holds from its first matrix product on."""
+    for n_bytes in cublas_bytes(AMPERE):
+        recorder.keep(n_bytes, "cublas workspace")
+
+
+def meta_ids(seq_len: int) -> torch.Tensor:
+    """One sequence of ids [1, T]."""
+    return torch.empty((1, seq_len), dtype=torch.int64, device="meta")
+
+
+def peak_bytes(config: PretrainedConfig, trace: Callable[[PretrainedConfig], Trace]) -> tuple[int, int]:
+    """Peaks of allocated and of reserved bytes, by the allocator's default settings, before any margin."""
+    whole = trace_repeating(config, trace)
+    sizes = [a.n_bytes for a in whole.allocations]
+    return peak_of(whole)[0], replay_reserved(whole.events, sizes)
+
+
+def longest(reserved_bytes: Callable[[int], int], budget_bytes: int, most: int) -> int:
+    """The most tokens within the budget, to 64 tokens; 0 when not even 64 are."""
+    least, beyond = 0, most // 64 + 1
+    while beyond - least > 1:
+        middle = (least + beyond) // 2
+        fits = reserved_bytes(64 * middle) <= budget_bytes
+        least, beyond = (middle, beyond) if fits else (least, middle)
+    return 64 * least
+
+
+def said(rows: Iterable[tuple[int, tuple[int, int]]]) -> str:
+    """Allocated and reserved MiB by sequence length."""
+    lines = (f"{n:>7} tokens: {a / MiB:9.1f} MiB allocated, {r / MiB:9.1f} reserved" for n, (a, r) in rows)
+    return "\n".join(lines)
