@@ -14,8 +14,9 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 def trace_layers(config: PretrainedConfig, seq_len: int) -> Trace:
     """One steady step of every layer of `config`."""
-    with warnings.catch_warnings(), NoValues(), sdpa_of("cuda", AMPERE):
+    with warnings.catch_warnings(), NoValues():
         warnings.simplefilter("ignore")
         return _trace(_model(config), config, seq_len)
 
@@ -79,7 +80,15 @@ def _model(config: PretrainedConfig) -> Any:
     set_trainable_params(model, get_adapter_params(model))
     training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
     onto_meta(model)
+    for module in model.modules():
+        if isinstance(module, modules.MultiHeadAttention):
+            module._attention_call = partial(_flash, module._attention_call)
     return model
+
+
+def _flash(attention: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    with sdpa_of("cuda", AMPERE):
+        return attention(*args, **kwargs)
 
 
 @contextmanager
