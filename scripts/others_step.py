@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import argparse
+import json
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bench_context import CARDS_GIB, CONTEXT_BYTES, RANK
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowvram.engine.config import StepConfig
+from lowvram.engine.known_models import known_config
 from lowvram.memory.allocator import replay_reserved
 from lowvram.memory.estimate import peak_of
 from lowvram.memory.kernels import cublas_bytes
@@ -21,13 +26,14 @@ from lowvram.memory.recorder import Recorder
 from lowvram.memory.rig import OptimizerTwin
 from lowvram.memory.run import label_gradients
 from lowvram.memory.trace import ALLOC_ROUNDING, Trace
-from lowvram.units import MiB
+from lowvram.units import GiB, MiB
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-RANK, ALPHA = 32, 64  # on all linear layers, as in scripts/bench_context.py
+ALPHA = 2 * RANK  # which changes no byte
 AMPERE = (8, 6)
+Measure = Callable[[Any, int, str], tuple[int, int]]  # (config, tokens, option) -> allocated, reserved
 
 
 class StepRecorder(PlainRecorder):
@@ -93,16 +99,47 @@ def peak_bytes(config: PretrainedConfig, trace: Callable[[PretrainedConfig], Tra
 
 
 def longest(reserved_bytes: Callable[[int], int], budget_bytes: int, most: int) -> int:
-    """The most tokens within the budget, to 64 tokens; 0 when not even 64 are."""
-    least, beyond = 0, most // 64 + 1
-    while beyond - least > 1:
-        middle = (least + beyond) // 2
-        fits = reserved_bytes(64 * middle) <= budget_bytes
-        least, beyond = (middle, beyond) if fits else (least, middle)
-    return 64 * least
+    """The most tokens within the budget, to 64 tokens or 1 %; 0 when not even 64 are.
+
+    Bytes are nearly a line over tokens: between one length that fits and one that does not, the line's
+    meeting with the budget is tried, a little before and a little beyond it by turns.
+    """
+    if reserved_bytes(most) <= budget_bytes:
+        return most
+    if reserved_bytes(64) > budget_bytes:
+        return 0
+    least, beyond, outward = 64, most, False
+    while beyond - least > max(64, least // 100):
+        slope = (reserved_bytes(beyond) - reserved_bytes(least)) / (beyond - least)
+        meeting = least + (budget_bytes - reserved_bytes(least)) / slope
+        tried = int(meeting * (1.004 if outward else 0.996)) // 64 * 64
+        tried = min(max(tried, least + 64), (beyond - 1) // 64 * 64)
+        fits = reserved_bytes(tried) <= budget_bytes
+        least, beyond = (tried, beyond) if fits else (least, tried)
+        outward = fits
+    return least
 
 
-def said(rows: Iterable[tuple[int, tuple[int, int]]]) -> str:
-    """Allocated and reserved MiB by sequence length."""
-    lines = (f"{n:>7} tokens: {a / MiB:9.1f} MiB allocated, {r / MiB:9.1f} reserved" for n, (a, r) in rows)
-    return "\n".join(lines)
+def answer(measure: Measure, options: dict[str, str]) -> None:
+    """The command line: peaks at given lengths, or without any the longest context of each card."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("tokens", type=int, nargs="*")
+    parser.add_argument("--option", choices=list(options), default=next(iter(options)))
+    asked = parser.parse_args()
+    known = known_config(asked.model)
+    if known is None:
+        parser.error(f"{asked.model} is not among lowvram's known models")
+    config = known.get_text_config()
+    for n in asked.tokens:
+        allocated, reserved = measure(config, n, asked.option)
+        print(f"{n:>7} tokens: {allocated / MiB:9.1f} MiB allocated, {reserved / MiB:9.1f} MiB reserved")
+    if not asked.tokens:
+        _contexts(config, cache(lambda n: measure(config, n, asked.option)[1]))
+
+
+def _contexts(config: PretrainedConfig, reserved_bytes: Callable[[int], int]) -> None:
+    """A line of JSON for each card."""
+    for card_gib in CARDS_GIB:
+        tokens = longest(reserved_bytes, card_gib * GiB - CONTEXT_BYTES, config.max_position_embeddings)
+        print(json.dumps({"card_gib": card_gib, "traced_tokens": tokens}), flush=True)

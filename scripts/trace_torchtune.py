@@ -12,7 +12,6 @@ The recipe's loading is left out: the weights are there.
 from __future__ import annotations
 
 import importlib.util
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torchtune
+from bench_context import RANK
 from others_step import (
     ALPHA,
     AMPERE,
-    RANK,
     AdamW,
     NoValues,
     StepRecorder,
+    answer,
     begin,
     meta_ids,
     peak_bytes,
-    said,
 )
 from torch import nn
 from torchtune import modules, training
@@ -43,7 +42,6 @@ from torchtune.models.qwen2 import lora_qwen2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from lowvram.engine.known_models import known_config
 from lowvram.memory.kernels import sdpa_of
 from lowvram.memory.trace import Trace
 from lowvram.memory.weights import onto_meta
@@ -51,11 +49,11 @@ from lowvram.memory.weights import onto_meta
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-OPTIONS = "8B_qlora_single_device: chunked CE, checkpointing, bf16, fused AdamW, not compiled"
+OPTIONS = {"defaults": "8B_qlora_single_device: chunked CE, checkpointing, bf16, fused AdamW"}
 LINEARS = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 
-def trace_layers(config: PretrainedConfig, seq_len: int) -> Trace:
+def trace_layers(config: PretrainedConfig, seq_len: int, option: str) -> Trace:
     """One steady step of every layer of `config`."""
     with warnings.catch_warnings(), NoValues():
         warnings.simplefilter("ignore")
@@ -168,17 +166,10 @@ def _recipe_class() -> Any:
     return module.LoRAFinetuneRecipeSingleDevice
 
 
-def measure(config: PretrainedConfig, seq_len: int) -> tuple[int, int]:
+def measure(config: PretrainedConfig, seq_len: int, option: str) -> tuple[int, int]:
     """Peaks of allocated and reserved bytes."""
-    return peak_bytes(config, lambda c: trace_layers(c, seq_len))
-
-
-def main() -> None:
-    config = known_config(sys.argv[1])
-    assert config is not None, f"{sys.argv[1]} is not among lowvram's known models"
-    lengths = [int(text) for text in sys.argv[2:]]
-    print(said((n, measure(config.get_text_config(), n)) for n in lengths))
+    return peak_bytes(config, lambda c: trace_layers(c, seq_len, option))
 
 
 if __name__ == "__main__":
-    main()
+    answer(measure, OPTIONS)

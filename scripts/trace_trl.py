@@ -11,7 +11,6 @@ a GPU would allocate: Triton kernels and addmm(out=) nothing, SDPA FlashAttentio
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,18 +22,18 @@ from unittest.mock import patch
 
 import torch
 import trl.trainer.utils
+from bench_context import RANK
 from datasets import Dataset
 from others_step import (
     ALPHA,
     AMPERE,
-    RANK,
     AdamW,
     NoValues,
     StepRecorder,
+    answer,
     begin,
     meta_ids,
     peak_bytes,
-    said,
 )
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
@@ -45,7 +44,6 @@ from trl.kernels import chunked_logprob
 
 from lowvram.engine.adapters import trainable
 from lowvram.engine.config import StepConfig
-from lowvram.engine.known_models import known_config
 from lowvram.engine.model import skeleton
 from lowvram.memory.autocast import Bf16Autocast, keep_in_recomputation
 from lowvram.memory.kernels import choose_kernels
@@ -56,10 +54,10 @@ from lowvram.memory.weights import onto_meta, quantize_weight
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-OPTIONS = "defaults: nll with fused LM head, checkpointing, bf16, fused AdamW"
+OPTIONS = {"defaults": "SFTConfig's defaults: fused LM head, checkpointing, bf16, fused AdamW"}
 
 
-def trace_layers(config: PretrainedConfig, seq_len: int) -> Trace:
+def trace_layers(config: PretrainedConfig, seq_len: int, option: str) -> Trace:
     """Loading and one steady step of every layer of `config`."""
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, _on_gpu():
         warnings.simplefilter("ignore")
@@ -178,17 +176,10 @@ def _on_gpu() -> Iterator[None]:
         yield
 
 
-def measure(config: PretrainedConfig, seq_len: int) -> tuple[int, int]:
+def measure(config: PretrainedConfig, seq_len: int, option: str) -> tuple[int, int]:
     """Peaks of allocated and reserved bytes."""
-    return peak_bytes(config, lambda c: trace_layers(c, seq_len))
-
-
-def main() -> None:
-    config = known_config(sys.argv[1])
-    assert config is not None, f"{sys.argv[1]} is not among lowvram's known models"
-    lengths = [int(text) for text in sys.argv[2:]]
-    print(said((n, measure(config.get_text_config(), n)) for n in lengths))
+    return peak_bytes(config, lambda c: trace_layers(c, seq_len, option))
 
 
 if __name__ == "__main__":
-    main()
+    answer(measure, OPTIONS)
