@@ -120,12 +120,12 @@ def longest(reserved_bytes: Callable[[int], int], budget_bytes: int, most: int) 
     return least
 
 
-def answer(measure: Measure, options: dict[str, str]) -> None:
+def answer(measure: Measure, options: tuple[str, ...]) -> None:
     """The command line: peaks at given lengths, or without any the longest context of each card."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("tokens", type=int, nargs="*")
-    parser.add_argument("--option", choices=list(options), default=next(iter(options)))
+    parser.add_argument("--option", choices=options, default=options[0])
     asked = parser.parse_args()
     known = known_config(asked.model)
     if known is None:

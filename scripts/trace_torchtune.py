@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torchtune
 from bench_context import RANK
+from others_offload import offloading_on
 from others_step import (
     ALPHA,
     AMPERE,
@@ -41,6 +42,7 @@ from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
 from torchtune.models.qwen2 import lora_qwen2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.training import _activation_offloading
 
 from lowvram.memory.kernels import sdpa_of
 from lowvram.memory.trace import Trace
@@ -49,15 +51,17 @@ from lowvram.memory.weights import onto_meta
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-OPTIONS = {"defaults": "8B_qlora_single_device: chunked CE, checkpointing, bf16, fused AdamW"}
+OPTIONS = ("defaults", "activation_offloading")  # of the recipe's configuration
 LINEARS = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 
 def trace_layers(config: PretrainedConfig, seq_len: int, option: str) -> Trace:
     """One steady step of every layer of `config`."""
-    with warnings.catch_warnings(), NoValues():
+    recorder = StepRecorder()
+    with warnings.catch_warnings(), NoValues(), offloading_on(recorder, _activation_offloading):
         warnings.simplefilter("ignore")
-        return _trace(_model(config), config, seq_len)
+        _trace(recorder, _model(config), config, seq_len, option)
+    return recorder.trace
 
 
 def _model(config: PretrainedConfig) -> Any:
@@ -103,18 +107,16 @@ def _real_rope() -> Iterator[None]:
     Llama3ScaledRoPE.rope_init = own
 
 
-def _trace(model: Any, config: PretrainedConfig, seq_len: int) -> Trace:
-    recorder = StepRecorder()
+def _trace(recorder: StepRecorder, model: Any, config: PretrainedConfig, seq_len: int, option: str) -> None:
     recorder.watch(model, config.vocab_size)
     _record_weights(recorder, model)
     begin(recorder)
     optimizer = AdamW(recorder, {n: p for n, p in model.named_parameters() if p.requires_grad})
-    recipe = _recipe(model)
+    recipe = _recipe(model, option)
     recorder.label(recipe.ignore_labels_cache, "base_weights")
     with recorder, recorder.during("forward"):
         _step(recorder, recipe, optimizer, seq_len)
     recorder.let_go()
-    return recorder.trace
 
 
 def _record_weights(recorder: StepRecorder, model: nn.Module) -> None:
@@ -128,14 +130,16 @@ def _record_weights(recorder: StepRecorder, model: nn.Module) -> None:
     recorder.at("")
 
 
-def _recipe(model: Any) -> Any:
+def _recipe(model: Any, option: str) -> Any:
     """What the recipe's _loss_step reads of the recipe."""
     loss = CEWithChunkedOutputLoss()
     model.set_num_output_chunks(loss.num_output_chunks)
     return SimpleNamespace(
         _model=model,
         _loss_fn=loss,
-        activations_handling_ctx=nullcontext(),
+        activations_handling_ctx=training.get_act_offloading_ctx_manager(
+            model, option == "activation_offloading"
+        ),
         ignore_labels_cache=torch.full((1, 1), loss.ignore_index, device="meta"),
     )
 
@@ -160,7 +164,8 @@ def _recipe_class() -> Any:
     """From its file: the folder of recipes refuses to be imported."""
     path = Path(torchtune.__file__).parent.parent / "recipes" / "lora_finetune_single_device.py"
     spec = importlib.util.spec_from_file_location("torchtune_recipe", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.LoRAFinetuneRecipeSingleDevice

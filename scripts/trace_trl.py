@@ -24,6 +24,7 @@ import torch
 import trl.trainer.utils
 from bench_context import RANK
 from datasets import Dataset
+from others_offload import offloading_on
 from others_step import (
     ALPHA,
     AMPERE,
@@ -41,6 +42,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers.quantizers import AutoHfQuantizer
 from trl import SFTConfig, SFTTrainer
 from trl.kernels import chunked_logprob
+from trl.models import activation_offloading
 
 from lowvram.engine.adapters import trainable
 from lowvram.engine.config import StepConfig
@@ -54,18 +56,25 @@ from lowvram.memory.weights import onto_meta, quantize_weight
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-OPTIONS = {"defaults": "SFTConfig's defaults: fused LM head, checkpointing, bf16, fused AdamW"}
+OPTIONS = ("defaults", "activation_offloading")
 
 
 def trace_layers(config: PretrainedConfig, seq_len: int, option: str) -> Trace:
     """Loading and one steady step of every layer of `config`."""
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, _on_gpu():
+    recorder = StepRecorder()
+    with (
+        warnings.catch_warnings(),
+        tempfile.TemporaryDirectory() as folder,
+        _on_gpu(),
+        offloading_on(recorder, activation_offloading),
+    ):
         warnings.simplefilter("ignore")
-        trainer = _trainer(config, folder)
-        return _trace(trainer, config, seq_len)
+        trainer = _trainer(config, folder, option)
+        _trace(recorder, trainer, config, seq_len)
+    return recorder.trace
 
 
-def _trainer(config: PretrainedConfig, folder: str) -> SFTTrainer:
+def _trainer(config: PretrainedConfig, folder: str, option: str) -> SFTTrainer:
     """As a user makes one for QLoRA, over a model that is on the meta device."""
     arguments = SFTConfig(
         output_dir=folder,
@@ -73,6 +82,7 @@ def _trainer(config: PretrainedConfig, folder: str) -> SFTTrainer:
         use_cpu=True,  # as which the constructor may run here
         per_device_train_batch_size=1,
         dataset_kwargs={"skip_prepare_dataset": True},
+        activation_offloading=option == "activation_offloading",
     )
     arguments.__dict__["_setup_devices"] = torch.device("meta")  # the cached answer to "which device"
     model: Any = skeleton(config, StepConfig(base_precision="nf4", compute_dtype="bf16"))
@@ -116,6 +126,8 @@ def _as_trained(trainer: SFTTrainer) -> None:
     choose_kernels(model, "cuda", AMPERE)
     model.forward = partial(_autocast, model.forward)
     trainer.accelerator.prepare_model(model, device_placement=False)
+    if trainer.args.activation_offloading:
+        trainer.maybe_activation_offload_context.update_model_params(model)  # which are other tensors now
 
 
 def _autocast(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -124,8 +136,7 @@ def _autocast(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
 
-def _trace(trainer: SFTTrainer, config: PretrainedConfig, seq_len: int) -> Trace:
-    recorder = StepRecorder()
+def _trace(recorder: StepRecorder, trainer: SFTTrainer, config: PretrainedConfig, seq_len: int) -> None:
     recorder.watch(trainer.model, config.get_text_config().vocab_size)
     record_loading(recorder, trainer.model, "cuda")
     begin(recorder)
@@ -142,7 +153,6 @@ def _trace(trainer: SFTTrainer, config: PretrainedConfig, seq_len: int) -> Trace
         trainer.model.zero_grad()
         del loss, inputs, ids
     recorder.let_go()
-    return recorder.trace
 
 
 def _backward(recorder: StepRecorder, loss: torch.Tensor) -> None:
