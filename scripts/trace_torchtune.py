@@ -27,6 +27,7 @@ from others_offload import offloading_on
 from others_step import (
     ALPHA,
     AMPERE,
+    OFFLOADING,
     AdamW,
     NoValues,
     StepRecorder,
@@ -50,8 +51,6 @@ from lowvram.memory.weights import onto_meta
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-OPTIONS = ("defaults", "activation_offloading")  # of the recipe's configuration
 LINEARS = ["q_proj", "k_proj", "v_proj", "output_proj"]
 
 
@@ -137,9 +136,7 @@ def _recipe(model: Any, option: str) -> Any:
     return SimpleNamespace(
         _model=model,
         _loss_fn=loss,
-        activations_handling_ctx=training.get_act_offloading_ctx_manager(
-            model, option == "activation_offloading"
-        ),
+        activations_handling_ctx=training.get_act_offloading_ctx_manager(model, option == OFFLOADING),
         ignore_labels_cache=torch.full((1, 1), loss.ignore_index, device="meta"),
     )
 
@@ -173,8 +170,8 @@ def _recipe_class() -> Any:
 
 def measure(config: PretrainedConfig, seq_len: int, option: str) -> tuple[int, int]:
     """Peaks of allocated and reserved bytes."""
-    return peak_bytes(config, lambda c: trace_layers(c, seq_len, option))
+    return peak_bytes(config, lambda c: trace_layers(c, seq_len, option), option)
 
 
 if __name__ == "__main__":
-    answer(measure, OPTIONS)
+    answer(measure)

@@ -28,6 +28,7 @@ from others_offload import offloading_on
 from others_step import (
     ALPHA,
     AMPERE,
+    OFFLOADING,
     AdamW,
     NoValues,
     StepRecorder,
@@ -56,8 +57,6 @@ from lowvram.memory.weights import onto_meta, quantize_weight
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-OPTIONS = ("defaults", "activation_offloading")
-
 
 def trace_layers(config: PretrainedConfig, seq_len: int, option: str) -> Trace:
     """Loading and one steady step of every layer of `config`."""
@@ -82,7 +81,7 @@ def _trainer(config: PretrainedConfig, folder: str, option: str) -> SFTTrainer:
         use_cpu=True,  # as which the constructor may run here
         per_device_train_batch_size=1,
         dataset_kwargs={"skip_prepare_dataset": True},
-        activation_offloading=option == "activation_offloading",
+        activation_offloading=option == OFFLOADING,
     )
     arguments.__dict__["_setup_devices"] = torch.device("meta")  # the cached answer to "which device"
     model: Any = skeleton(config, StepConfig(base_precision="nf4", compute_dtype="bf16"))
@@ -188,8 +187,8 @@ def _on_gpu() -> Iterator[None]:
 
 def measure(config: PretrainedConfig, seq_len: int, option: str) -> tuple[int, int]:
     """Peaks of allocated and reserved bytes."""
-    return peak_bytes(config, lambda c: trace_layers(c, seq_len, option))
+    return peak_bytes(config, lambda c: trace_layers(c, seq_len, option), option)
 
 
 if __name__ == "__main__":
-    answer(measure, OPTIONS)
+    answer(measure)
