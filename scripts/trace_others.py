@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Longest contexts of TRL's and torchtune's QLoRA steps, traced, each in an environment of its own.
 
-    python scripts/trace_others.py [--work FOLDER] [--project NAME] [--model NAME]
+    python scripts/trace_others.py [--work FOLDER] [--project NAME] [--model NAME] [--option NAME]
 
 Rank 32 on all linear layers, one sequence, NF4, bf16, checkpointing, and what each project has against
 memory. Budgets are those of scripts/bench_context.py. Writes benchmarks/context_others.csv; a run of one
@@ -17,7 +17,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,16 +25,16 @@ from compare_estimators import BENCH, ROOT, environment, version_of
 from estimator_tools import TORCH
 
 FILE = BENCH / "context_others.csv"
+OPTIONS = ("defaults", "activation_offloading")  # what the project does unasked, and with this besides
 
 
 @dataclass(frozen=True)
 class Project:
-    """What is installed, which script traces it, and which options and models it is asked about."""
+    """What is installed, which script traces it, and which models it is asked about."""
 
     package: str
     requirements: list[str]
     script: str
-    options: tuple[str, ...]
     models: tuple[str, ...]
 
 
@@ -46,14 +46,12 @@ PROJECTS = (
         package="trl",
         requirements=[TORCH, str(ROOT), "trl==1.16.0"],
         script="trace_trl.py",
-        options=("defaults", "activation_offloading"),
         models=(LLAMA, *QWEN, "google/gemma-3-12b-pt"),
     ),
     Project(
         package="torchtune",
         requirements=[TORCH, str(ROOT), "torchtune==0.6.1", "torchao==0.15.0"],
         script="trace_torchtune.py",
-        options=("defaults", "activation_offloading"),
         models=(LLAMA, *QWEN),
     ),
 )
@@ -115,9 +113,12 @@ def _parsed(name: str, text: str) -> int | str:
 def write(rows: dict[tuple[str, str, str, int], Row]) -> None:
     models = [model for project in PROJECTS for model in project.models]
     projects = [project.package for project in PROJECTS]
-    ordered = sorted(
-        rows.values(), key=lambda r: (models.index(r.model), projects.index(r.project), r.options, r.card_gib)
-    )
+
+    def place(row: Row) -> tuple[int, ...]:
+        option = OPTIONS.index(row.options)
+        return models.index(row.model), projects.index(row.project), option, row.card_gib
+
+    ordered = sorted(rows.values(), key=place)
     with FILE.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, list(Row.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
@@ -129,20 +130,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the environments here, not in a temporary folder")
     parser.add_argument("--project", choices=[p.package for p in PROJECTS], action="append")
     parser.add_argument("--model", choices=PROJECTS[0].models, action="append")
+    parser.add_argument("--option", choices=OPTIONS, action="append")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = (asked.work or Path(temporary)).resolve()
         for project in PROJECTS:
             if project.package in (asked.project or [project.package]):
                 models = [m for m in project.models if m in (asked.model or project.models)]
-                run(project, models, work)
+                run(project, models, asked.option or OPTIONS, work)
 
 
-def run(project: Project, models: list[str], work: Path) -> None:
-    """All options and models of a project, written as they come."""
+def run(project: Project, models: list[str], options: Iterable[str], work: Path) -> None:
+    """A project's models, written as they come."""
     venv = environment(project.package, project.requirements, work)
     for model in models:
-        for option in project.options:
+        for option in options:
             rows = {row.key: row for row in measure(project, model, option, venv)}
             write(earlier_rows() | rows)
             tokens = ", ".join(f"{row.card_gib} GB {row.traced_tokens:,}" for row in rows.values())
