@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--card", type=int, choices=CARDS_GIB, action="append")
     parser.add_argument(
-        "--refresh", action="store_true", help="draw again, with context_others.csv; no trace"
+        "--refresh", action="store_true", help="draw with context_others.csv; no trace"
     )
     chosen = parser.parse_args()
     set_alloc_conf()  # as the command line does: host memory is counted by it
