@@ -251,9 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--card", type=int, choices=CARDS_GIB, action="append")
-    parser.add_argument(
-        "--refresh", action="store_true", help="draw with context_others.csv; no trace"
-    )
+    parser.add_argument("--refresh", action="store_true", help="draw with context_others.csv; no trace")
     chosen = parser.parse_args()
     set_alloc_conf()  # as the command line does: host memory is counted by it
     rows = earlier_rows()

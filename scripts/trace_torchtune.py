@@ -108,6 +108,9 @@ def _real_rope() -> Iterator[None]:
 
 def _trace(recorder: StepRecorder, model: Any, config: PretrainedConfig, seq_len: int, option: str) -> None:
     recorder.watch(model, config.vocab_size)
+    for module in model.modules():  # those that all layers share are the caller's, not layer 0's
+        if isinstance(module, (type(model.layers[0].attn.pos_embeddings), nn.SiLU)):
+            module._forward_pre_hooks.clear()
     _record_weights(recorder, model)
     begin(recorder)
     optimizer = AdamW(recorder, {n: p for n, p in model.named_parameters() if p.requires_grad})
