@@ -6,7 +6,8 @@ Of torchtune run the model builders, set_trainable_params, set_activation_checkp
 recipe's own _loss_step, CEWithChunkedOutputLoss and scale_grads; of torchao NF4Tensor and LinearNF4, forward
 and backward, whose dequantising is made of torch's operators. Written here are the few lines of the recipe's
 train() between them, without accumulation. Of SDPA the trace sees FlashAttention-2, as a GPU would take.
-The recipe's loading is left out: the weights are there.
+The recipe's loading is left out: the weights are there. torch.compile is off, as in the recipe's file; with
+it the loss would not keep the float32 softmax of every chunk, which is the most of what grows with tokens.
 """
 
 from __future__ import annotations

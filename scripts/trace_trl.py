@@ -3,10 +3,11 @@
     python scripts/trace_trl.py MODEL TOKENS...      within the environment that trace_others.py makes
 
 Of TRL run SFTTrainer.__init__ (get_peft_model, enable_input_require_grads, adapters cast to bf16, the fused
-LM head), training_step, compute_loss, the patched forward and ChunkedLogProbFunction, forward and backward;
-of accelerate prepare_model's autocast and cast of outputs; of transformers Trainer's training_step and
-_clip_grad_norm; of peft and bitsandbytes all modules. What has no meaning on meta tensors is replaced by what
-a GPU would allocate: Triton kernels and addmm(out=) nothing, SDPA FlashAttention-2, autocast lowvram's.
+LM head), training_step, compute_loss, the patched forward, ChunkedLogProbFunction, forward and backward, and
+OffloadActivations where asked; of accelerate prepare_model's cast of outputs; of transformers
+Trainer.training_step and _clip_grad_norm; of peft and bitsandbytes all modules. What meta tensors cannot do
+is replaced by what a GPU would allocate: nothing for Triton kernels and addmm(out=), FlashAttention-2 for SDPA,
+lowvram's autocast. Not counted: temporaries inside masked_scatter and index_put.
 """
 
 from __future__ import annotations
