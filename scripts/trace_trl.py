@@ -6,8 +6,8 @@ Of TRL run SFTTrainer.__init__ (get_peft_model, enable_input_require_grads, adap
 LM head), training_step, compute_loss, the patched forward, ChunkedLogProbFunction, forward and backward, and
 OffloadActivations where asked; of accelerate prepare_model's cast of outputs; of transformers
 Trainer.training_step and _clip_grad_norm; of peft and bitsandbytes all modules. What meta tensors cannot do
-is replaced by what a GPU would allocate: nothing for Triton kernels and addmm(out=), FlashAttention-2 for SDPA,
-lowvram's autocast. Not counted: temporaries inside masked_scatter and index_put.
+is replaced by what a GPU would allocate: nothing for Triton kernels and addmm(out=), FlashAttention-2 for
+SDPA, lowvram's autocast. Not counted: temporaries inside masked_scatter and index_put.
 """
 
 from __future__ import annotations
