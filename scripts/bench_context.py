@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Finds the largest context of each model on each card, by trace: plain transformers + peft, and lowvram.
 
-    PYTHONPATH=. python scripts/bench_context.py [--model NAME] [--card GIB]
+    PYTHONPATH=. python scripts/bench_context.py [--model NAME] [--card GIB] [--refresh]
 
 Rank 32 on all linear layers, one sequence, NF4, bf16. What the allocator reserves stays within the card's
 nominal GiB less 0.55 GiB of context; host memory within 64 GiB. Contexts beyond a model's own positions are
@@ -37,6 +37,7 @@ from lowvram.units import GiB
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 FILE = BENCHMARKS / "context.csv"
+OTHERS = BENCHMARKS / "context_others.csv"  # by scripts/trace_others.py
 CARDS_GIB = (8, 12, 16, 24)
 MODELS = (
     "meta-llama/Llama-3.1-8B",
@@ -218,6 +219,23 @@ def write(rows: list[Row]) -> None:
     (BENCHMARKS / "context.svg").write_text(picture(rows), encoding="utf-8")
 
 
+def other_bars(card_gib: int) -> list[tuple[str, int, str]]:
+    """TRL's and torchtune's steps on this card, where they were traced."""
+    if not OTHERS.exists():
+        return []
+    with OTHERS.open(newline="", encoding="utf-8") as handle:
+        lines = [
+            x for x in csv.DictReader(handle) if (x["model"], x["card_gib"]) == (MODELS[0], str(card_gib))
+        ]
+    colours = {"trl": "#d9a441", "torchtune": "#c2714f"}
+    return [(_other_name(x), int(x["traced_tokens"]), colours[x["project"]]) for x in lines]
+
+
+def _other_name(line: dict[str, str]) -> str:
+    option = "" if line["options"] == "defaults" else f" with {line['options'].replace('_', ' ')}"
+    return f"{line['project']} {line['version']}{option}, traced"
+
+
 def picture(rows: list[Row]) -> str:
     """Bars on a logarithmic scale for the first model: a length each for card and step."""
     bars, height = [], 0
@@ -226,6 +244,7 @@ def picture(rows: list[Row]) -> str:
         bars.append(f'<text x="0" y="{height + 11}" font-weight="bold">{row.card_gib} GB</text>')
         for name, tokens, colour in (
             ("transformers + peft, traced", row.traced_plain_tokens, "#b8b8b8"),
+            *other_bars(row.card_gib),
             ("Unsloth, published", row.published_unsloth_tokens or 0, "#7a9cc6"),
             ("lowvram, traced", row.traced_lowvram_tokens, "#2f8f5b"),
         ):
@@ -235,7 +254,7 @@ def picture(rows: list[Row]) -> str:
             bars.append(f'<text x="{66 + width:.0f}" y="{height + 11}">{name}: {said}</text>')
             height += 17
     title = "Longest context, Llama-3.1-8B, rank 32, one sequence (logarithmic)"
-    box, fill = f"0 -24 680 {height + 36}", f'<rect y="-24" width="680" height="{height + 36}" fill="#fff"/>'
+    box, fill = f"0 -24 700 {height + 36}", f'<rect y="-24" width="700" height="{height + 36}" fill="#fff"/>'
     font = 'font-family="sans-serif" font-size="11"'
     text = f'<text x="0" y="-8" font-size="14">{title}</text>'
     inside = fill + text + "".join(bars)
@@ -246,10 +265,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--card", type=int, choices=CARDS_GIB, action="append")
+    parser.add_argument("--refresh", action="store_true", help="draw with context_others.csv; no trace")
     chosen = parser.parse_args()
     set_alloc_conf()  # as the command line does: host memory is counted by it
     rows = earlier_rows()
     console = Console()
+    if chosen.refresh:
+        write(in_order(rows))
+        return
     for model in chosen.model or MODELS:
         for card_gib in chosen.card or CARDS_GIB:
             started = time.perf_counter()

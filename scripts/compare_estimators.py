@@ -46,23 +46,23 @@ IDS = (
 )
 
 
-def environment(tool: Tool, work: Path) -> Path:
-    """A virtual environment with this tool, made once per set of requirements."""
-    venv = work / tool.package
+def environment(package: str, requirements: list[str], work: Path) -> Path:
+    """A virtual environment with this package, made once in each folder."""
+    venv = work / package
     if not (venv / "installed").exists():
-        print(f"Installing {tool.package} into {venv}")
+        print(f"Installing {package} into {venv}")
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
         pip = [f"{venv}/bin/python", "-m", "pip", "install", "--quiet"]
-        if TORCH in tool.requirements and subprocess.run([*pip, TORCH], capture_output=True).returncode:
+        if TORCH in requirements and subprocess.run([*pip, TORCH], capture_output=True).returncode:
             subprocess.run([*pip, TORCH, "--index-url", TORCH_INDEX], check=True)
         no_kernels = {**os.environ, "DS_BUILD_OPS": "0"}
-        subprocess.run([*pip, "setuptools", "wheel", *tool.requirements], check=True, env=no_kernels)
+        subprocess.run([*pip, "setuptools", "wheel", *requirements], check=True, env=no_kernels)
         (venv / "installed").touch()
     return venv
 
 
-def version_of(tool: Tool, venv: Path) -> str:
-    code = f"from importlib.metadata import version; print(version({tool.package!r}))"
+def version_of(package: str, venv: Path) -> str:
+    code = f"from importlib.metadata import version; print(version({package!r}))"
     done = subprocess.run([f"{venv}/bin/python", "-c", code], capture_output=True, text=True, check=True)
     return str(done.stdout).strip()
 
@@ -81,8 +81,8 @@ def shown(command: list[str]) -> str:
 
 def answers(tool: Tool, rows: list[Row], work: Path, hub: str) -> Iterator[Row]:
     """One line of estimators.csv per row; the raw outputs go to benchmarks/estimators."""
-    venv, raw = environment(tool, work), []
-    named = {"estimator": tool.name, "version": version_of(tool, venv)}
+    venv, raw = environment(tool.package, tool.requirements, work), []
+    named = {"estimator": tool.name, "version": version_of(tool.package, venv)}
     for row in rows:
         question = tool.ask(row, f"benchmarks/configs/{folder_name(row['model'])}")
         line = {"id": row["id"], **named, "cannot_express": tool.lacks(row)}

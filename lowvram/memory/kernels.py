@@ -57,19 +57,27 @@ class _FusedDropout(nn.Dropout):
 
 def _traced_attention(chosen: str, backend: Backend, capability: Capability) -> str:
     """Register the model's attention function with SDPA replaced by the kernel SDPA would pick."""
-    flash = backend == "cpu" or capability is None or capability >= (8, 0)
-    name = f"{chosen}_traced_{backend}_{'fused' if flash else 'turing'}"
-    kernel = _cpu_sdpa if backend == "cpu" else _ampere_sdpa if flash else _turing_sdpa
-
+    name = f"{chosen}_traced_{backend}_{'fused' if _has_flash(backend, capability) else 'turing'}"
     own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[chosen]
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _SdpaAs(kernel):
+        with sdpa_of(backend, capability):
             return own(module, *args, **kwargs)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, MASKS[chosen])
     return name
+
+
+def sdpa_of(backend: Backend, capability: Capability) -> TorchFunctionMode:
+    """Within this mode F.scaled_dot_product_attention is the kernel that SDPA would pick there."""
+    if backend == "cpu":
+        return _SdpaAs(_cpu_sdpa)
+    return _SdpaAs(_ampere_sdpa if _has_flash(backend, capability) else _turing_sdpa)
+
+
+def _has_flash(backend: Backend, capability: Capability) -> bool:
+    return backend == "cpu" or capability is None or capability >= (8, 0)
 
 
 class _SdpaAs(TorchFunctionMode):

@@ -105,7 +105,7 @@ def trace_plain_layers(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' deprecations
         model = plain_model(config, plain, backend, capability)
-        recorder = _PlainRecorder(backend, ALLOC_ROUNDING if backend == "cuda" else 1)
+        recorder = PlainRecorder(backend, ALLOC_ROUNDING if backend == "cuda" else 1)
         recorder.watch(model, config.get_text_config().vocab_size)
         parameters = trainable(model)
         _record_weights(recorder, model)
@@ -120,7 +120,7 @@ def trace_plain_layers(
     return recorder.trace
 
 
-class _PlainRecorder(Recorder):  # type: ignore[no-untyped-call]
+class PlainRecorder(Recorder):  # type: ignore[no-untyped-call]
     """Knows operators over lists, too: result i belongs to the owner of element i. The host costs nothing."""
 
     _elements: Iterator[torch.Tensor] | None = None
@@ -257,7 +257,7 @@ def _record_weights(recorder: Recorder, model: Model) -> None:
 
 
 def _run(
-    recorder: _PlainRecorder,
+    recorder: PlainRecorder,
     model: Model,
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, nn.Parameter],

@@ -39,11 +39,11 @@ class OptimizerTwin:
     def __init__(self, parameters: Mapping[str, nn.Parameter], step: StepConfig) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
-            self._twins = {n: nn.Parameter(torch.empty(p.shape)) for n, p in parameters.items()}
-            shapes = {p.shape for p in parameters.values()}
-            gradients = {shape: torch.empty(shape) for shape in shapes}  # only read: one does for all
+            twins = {n: torch.empty(p.shape, dtype=p.dtype) for n, p in parameters.items()}
+            self._twins = {n: nn.Parameter(twin) for n, twin in twins.items()}
+            alike = {(twin.shape, twin.dtype): torch.empty_like(twin) for twin in twins.values()}
         for twin in self._twins.values():
-            twin.grad = gradients[twin.shape]
+            twin.grad = alike[twin.shape, twin.dtype]  # only read: one does for all
         self._optimizer = make_optimizer(self._twins.values(), step, learning_rate=1e-4)
         with self._mode:
             self._optimizer.step()  # makes the state, which every later step finds in memory
