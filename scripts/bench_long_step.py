@@ -2,11 +2,13 @@
 
     PYTHONPATH=. python scripts/bench_long_step.py [--tokens 8192] [--tile 512] [--threads N] [--out FILE]
 
-Each step is traced and, where it fits into --most-gb, really run on the CPU under torch's profiler. What is
-counted is all memory of the process's tensors, weights and optimizer state as well. A CPU's host memory is
-the memory of its device: offloaded checkpoints and the embedding on the host count in full, so this shows
-what tiles and the loss in chunks save; a GPU is spared those as well (column `apart_bytes`, traced).
-Writes benchmarks/long_step.csv.
+Each step is traced, and where the trace says that it fits into --most-gb really run on the CPU under torch's
+profiler. Counted is all memory of tensors, that of weights and optimizer state as well, which is found by
+going through the process's tensors. A CPU's host memory is its device's: offloaded checkpoints and the
+embedding on the host count in full, so what is left of the saving is due to tiles and the loss in chunks.
+`gpu_traced_bytes` is the same step's trace on an H100, which is spared the host's part. Both steps train with
+torch's AdamW: bitsandbytes' 8-bit one would save lowvram another 14 MB. Writes benchmarks/long_step.csv;
+seconds are under the profiler, and nothing is asserted of them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -36,7 +38,7 @@ from lowvram.memory.plain import PlainStep, plain_peak_bytes
 from lowvram.memory.profiled import profiled_peak_bytes
 
 TOKENS = 8192  # all positions that SmolLM2 knows
-TILE = 512  # 256 saves 8 MB more and takes twice as many calls; 1024 costs 26 MB
+TILE = 512  # at 8,192 tokens 256 saves 8 MB more in twice as many calls, 1024 costs 25 MB, 2048 98 MB
 Name = Literal["lowvram", "plain, checkpointing", "plain"]
 NAMES: tuple[Name, ...] = ("lowvram", "plain, checkpointing", "plain")
 _WARM_UP_TOKENS = 16
@@ -109,31 +111,96 @@ def text_of(tokens: int) -> Text:
 def _alive() -> dict[int, int]:
     """Address -> bytes of every storage that a tensor of this process holds."""
     tensors: Any = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-    storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
-    return {s.data_ptr(): s.nbytes() for s in storages}
+    storages = [t.detach().untyped_storage() for t in tensors if t.device.type == "cpu"]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step; the executed columns are empty where it was only traced."""
+
+    step: Name
+    tokens: int
+    tile_tokens: int
+    traced_bytes: int
+    executed_bytes: int | None
+    error_percent: float | None  # of the trace, signed
+    share_of_plain: float | None  # executed bytes over those of plain with checkpointing
+    gpu_traced_bytes: int
+    seconds: float | None
+    machine: str
+    threads: int
+    torch: str
+    transformers: str
+    peft: str
+    bitsandbytes: str
+    date: str
+
+
+def measure(folder: str, tokens: int, tile_tokens: int, most_bytes: float) -> Iterator[Row]:
+    """The plain steps first, whose bytes the other's are a share of."""
+    yardstick: int | None = None
+    for name in reversed(NAMES):
+        config = config_of(name, tokens, tile_tokens)
+        traced = traced_bytes(folder, name, config)
+        run = executed(folder, name, config) if traced <= most_bytes else None
+        if name == "plain, checkpointing" and run:
+            yardstick = run.peak_bytes
+        yield row_of(name, config, traced, traced_bytes(folder, name, config, "cuda"), run, yardstick)
+
+
+def row_of(
+    name: Name, config: StepConfig, traced: int, on_gpu: int, run: Executed | None, yardstick: int | None
+) -> Row:
+    """`yardstick`: executed bytes of plain with checkpointing, where they are known."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    return Row(
+        step=name,
+        tokens=config.seq_len,
+        tile_tokens=config.levers.tile_tokens,
+        traced_bytes=traced,
+        executed_bytes=run.peak_bytes if run else None,
+        error_percent=round(100 * (traced / run.peak_bytes - 1), 3) if run else None,
+        share_of_plain=round(run.peak_bytes / yardstick, 3) if run and yardstick else None,
+        gpu_traced_bytes=on_gpu,
+        seconds=round(run.seconds, 1) if run else None,
+        machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        threads=torch.get_num_threads(),
+        date=date.today().isoformat(),
+        **{package: version(package) for package in packages},
+    )
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """The whole table, after each row."""
+    records: list[dict[str, Any]] = [asdict(row) for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, records[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--tile", type=int, default=TILE)
+    parser.add_argument("--threads", type=int, help="fewer than the cores where neighbours take some")
+    parser.add_argument("--most-gb", type=float, default=10.0, help="a step that takes more is only traced")
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "long_step.csv")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    disable_progress_bar()
+    rows: list[Row] = []
+    for row in measure(demo_model(print), args.tokens, args.tile, 1e9 * args.most_gb):
+        rows.append(row)
+        write(rows, args.out)
+        executed_mb = f"{row.executed_bytes / 1e6:,.1f} MB" if row.executed_bytes else "not run"
+        error = f", off by {row.error_percent:+.2f} %" if row.error_percent is not None else ""
+        print(
+            f"{row.step}: traced {row.traced_bytes / 1e6:,.1f} MB, executed {executed_mb}{error}", flush=True
+        )
 
 
 if __name__ == "__main__":
-    import sys
-
-    disable_progress_bar()
-    folder = demo_model(print)
-    for name in sys.argv[2:]:
-        c = config_of(name, int(sys.argv[1]))
-        tr = traced_bytes(folder, name, c)
-        print(name, "traced", tr, flush=True)
-        print("cuda", traced_bytes(folder, name, c, "cuda"), flush=True)
-        if name == "plain" and int(sys.argv[1]) > 4000:
-            continue
-        e = executed(folder, name, c)
-        print(e, 100 * (tr / e.peak_bytes - 1), flush=True)
-        from lowvram.memory.run import trace_step
-
-        if name == "lowvram":
-            t = trace_step(ModelSource(folder).config, c, "cpu")
-            print(
-                {
-                    k: sum(a.n_bytes for a in t.allocations if a.component == k)
-                    for k in ("base_weights", "embeddings", "head", "adapters", "optimizer_state")
-                }
-            )
+    main()

@@ -5,7 +5,7 @@
 
 Models have their published shapes and random weights; nothing is downloaded. Each row lands in
 benchmarks/gpu_check.csv as soon as it is measured. Without a GPU the same path is run on the CPU with a tiny
-model, against torch's profiler; exit code 1 when that is more than 1 % off. There and here it is also 1 when a
+model, against torch's profiler; exit code 1 when that is more than 1 % off. Also 1, here as there, when a
 lever's gradients differ from those of the step without it.
 """
 
@@ -297,7 +297,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit code 0: done; 1: the self-check or the first step failed; 2: wrong arguments or CSV file."""
+    """Exit code 0: done; 1: the self-check, the first step or a lever failed; 2: wrong arguments or CSV file."""
     given, console = arguments(), Console(highlight=False)
     try:
         return on_gpu(given, console) if read_driver().cards else on_cpu(console)
