@@ -37,9 +37,9 @@ HERE = Path(__file__).parent
 MODELS = ("qwen2-7b", "llama-8b", "13b", "30b")  # by size
 CARDS = (8.0, 12.0, 16.0, 24.0)
 REFERENCES = ((8.0, "qwen2-7b"), (8.0, "llama-8b"), (12.0, "13b"), (24.0, "30b"))  # what users ask for first
-PARTS = ("micro", "levers", "cards")
+PARTS = ("micro", "levers", "tiles", "cards")
 TOLERANCE = 0.01
-_STAGES = {"micro": ("kernels", 120.0), "levers": ("levers", 120.0)}  # what is shown, seconds at most
+_STAGES = {"micro": ("kernels", 120.0), "levers": ("levers", 90.0), "tiles": ("a long step", 90.0)}  # at most
 _WRONG = ("differs", "failed")
 _POLL_SECONDS = 0.3
 _LEAST_SECONDS = 20.0  # a process that has imported torch has used half of them
@@ -297,7 +297,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Exit code 0: done; 1: the self-check, the first step or a lever failed; 2: wrong arguments or CSV file."""
+    """Exit code 0: done; 1: self-check, first step or a lever failed; 2: wrong arguments or CSV file."""
     given, console = arguments(), Console(highlight=False)
     try:
         return on_gpu(given, console) if read_driver().cards else on_cpu(console)

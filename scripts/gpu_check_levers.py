@@ -135,7 +135,8 @@ def _read_head(model: PeftModel) -> torch.Tensor:  # [V, H]
     head = model.get_base_model().get_output_embeddings()
     if isinstance(head, TiledHead):
         return torch.cat([tile.clone() for _, tile in head.tiles()])
-    return head.weight.detach().clone()
+    weight: torch.Tensor = head.weight
+    return weight.detach().clone()
 
 
 def _batch(step: StepConfig) -> Batch:
@@ -162,7 +163,7 @@ def loss_and_gradients(model: PeftModel, step: StepConfig, batch: Batch) -> Foun
     for name, parameter in trainable(model).items():
         assert parameter.grad is not None, f"{name} has no gradient"
         gradients[name], parameter.grad = parameter.grad, None
-    return float(loss), gradients
+    return float(loss.detach()), gradients
 
 
 def deviation(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
@@ -285,4 +286,4 @@ def _delay(host: Host, device: torch.device) -> None:
     """Some milliseconds during which the copy that comes next has not begun."""
     if device.type == "cuda":
         with torch.cuda.stream(host._stream):
-            torch.cuda._sleep(10_000_000)
+            torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]

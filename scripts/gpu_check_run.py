@@ -228,7 +228,7 @@ def _without_frames(value: Any) -> Any:
 def main() -> None:
     """`gpu_check_run.py STAGE --rows FILE ...`: each row is added to FILE as one line of JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("stage", choices=("small", "micro", "levers", "plan", "card", "self-check"))
+    parser.add_argument("stage", choices=("small", "micro", "levers", "tiles", "plan", "card", "self-check"))
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--hardware", type=Path, help="written by small, read by plan")
     parser.add_argument("--job", type=Path, help="written by plan, read by card")
@@ -247,6 +247,7 @@ def main() -> None:
         micro_checks(emit)
     elif given.stage == "levers":
         parity_checks(emit, "cuda")
+    elif given.stage == "tiles":
         tiled_rows(emit, "qwen2-7b/4", "cuda", LONG_STEP)
     elif given.stage == "plan":
         here = Hardware.model_validate_json(given.hardware.read_bytes())

@@ -38,7 +38,7 @@ HEADS = ("streamed", "nf4", "int8")
 
 
 def _all_levers(**changes: int) -> Levers:
-    return Levers(offload_checkpoints=True, embedding_on_host=True, head="streamed", **changes)  # type: ignore[arg-type]
+    return Levers(offload_checkpoints=True, embedding_on_host=True, head="streamed", **changes)
 
 
 LONG_STEP = StepConfig(  # 8 tiles; a second a step of four of Qwen2-7B's layers on an H100
