@@ -46,5 +46,5 @@ def test_a_table_has_a_row_for_each_step(tmp_path: Path) -> None:
     assert header.startswith(
         "step,tokens,tile_tokens,traced_bytes,executed_bytes,error_percent,share_of_plain"
     )
-    assert first.startswith("lowvram,64,512,101,100,1.0,0.25,50,1.2,")
+    assert first.startswith("lowvram,64,1024,101,100,1.0,0.25,50,1.2,")
     assert second.startswith("plain,64,512,900,,,,800,,")

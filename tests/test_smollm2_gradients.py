@@ -8,6 +8,7 @@ that, for all adapters together, for each kind of layer, for each depth, and for
 from __future__ import annotations
 
 import gc
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ RANK, ALPHA = 8, 16
 # GSM8K's lines, their questions masked: 301 tokens, and rows of 160, 104 and 113 padded to the longest
 BATCHES = {"one row": (2,), "three rows, padded": (0, 1, 3)}
 MORE_THAN_PLAIN = 1.5  # 1.2 was seen: adapters in bf16, where peft casts activations up to float32
-SCALE = 0.02  # how far a gradient may be too long or too short; rounding has no direction
+SCALE = 0.01  # beside what plain bf16 is too long or too short by
 Gradients = dict[str, torch.Tensor]
 CHECKPOINTING = {"gradient_checkpointing": True}
 TILES = {**CHECKPOINTING, "tile_tokens": 64}  # the last tile is shorter than the others
@@ -212,6 +213,11 @@ def _product(one: Gradients, other: Gradients) -> float:
     return sum(float((one[n].double() * other[n].double()).sum()) for n in other)
 
 
+def _scale(found: Gradients, exact: Gradients) -> float:
+    """How much too long, along the exact direction."""
+    return _product(found, exact) / _product(exact, exact) - 1
+
+
 def _cosine(one: Gradients, other: Gradients) -> float:
     lengths = [_square(gradients, list(other)) ** 0.5 for gradients in (one, other)]
     return _product(one, other) / (lengths[0] * lengths[1]) if all(lengths) else 0.0
@@ -243,8 +249,9 @@ def _complaints(found: Gradients, exact: Gradients, truth: Truth) -> Iterator[st
     angle = max(1 - _cosine(plain, truth.exact) for plain in plains)
     if not 1 - _cosine(found, exact) <= MORE_THAN_PLAIN**2 * angle:
         yield f"cosine {_cosine(found, exact):.5f}, plain bf16 {1 - angle:.5f}"
-    if not abs(scale := _product(found, exact) / _product(exact, exact) - 1) <= SCALE:
-        yield f"too long by {scale:+.2%}"
+    bias = max(abs(_scale(plain, truth.exact)) for plain in plains)
+    if not abs(scale := _scale(found, exact)) <= MORE_THAN_PLAIN * bias + SCALE:
+        yield f"too long by {scale:+.2%}, plain bf16 {bias:.2%}"
 
 
 CASES = [
@@ -262,7 +269,7 @@ def test_no_lever_is_further_from_float32_than_plain_bf16(
     found = _ours(smollm, base, batch, levers)
     quantized = levers.get("head") if levers.get("head") in ("nf4", "int8") else None
     exact = _exact_with_head(smollm, base, batch, str(quantized)) if quantized else truth.exact
-    _tell(name, found, exact, truth)
+    logging.getLogger(__name__).info("%s: %s", name, _told(found, exact, truth))
     assert not list(_complaints(found, exact, truth))
     if not quantized:  # and no further from a plain run than plain runs are from each other
         noise = max(_deviation(a, b, list(b)) for a, b in combinations(truth.plain.values(), 2))
@@ -288,8 +295,8 @@ def _zeroed(gradients: Gradients, part: str) -> Gradients:
     [
         (lambda g: _zeroed(g, ""), "all: 1.0000 from float32"),
         (lambda g: _zeroed(g, "layers.7.self_attn.k_proj.lora_A"), "k_proj.lora_A.default.weight: 1.0000"),
-        (lambda g: {n: 1.04 * t for n, t in g.items()}, "too long by"),
-        (lambda g: {n: 0.96 * t for n, t in g.items()}, "too long by -"),
+        (lambda g: {n: 1.06 * t for n, t in g.items()}, "too long by"),
+        (lambda g: {n: 0.94 * t for n, t in g.items()}, "too long by -"),
         (lambda g: {n: 1.3 * t if "layers.29." in n else t for n, t in g.items()}, "layer 29"),
         (lambda g: {n: t * torch.nan for n, t in g.items()}, "all: nan"),
     ],
@@ -308,21 +315,20 @@ def test_the_tied_embedding_leaves_only_with_its_head(smollm: Path) -> None:
         load(ModelSource(str(smollm)), _step("nf4", {"embedding_on_host": True}), "cpu")
 
 
-def _tell(name: str, found: Gradients, exact: Gradients, truth: Truth) -> None:
-    """Shown by `pytest -s`: the numbers that the limits were chosen by."""
+def _told(found: Gradients, exact: Gradients, truth: Truth) -> str:
+    """For `pytest --log-cli-level=INFO`: the numbers that the limits were chosen by."""
     names = list(exact)
     plain = {order: round(_deviation(g, truth.exact, names), 4) for order, g in truth.plain.items()}
-    groups = _groups(names)
-    ratio = max(
-        _deviation(found, exact, n) / max(_deviation(p, truth.exact, n) for p in truth.plain.values())
-        for n in groups.values()
-    )
+    scales = {order: round(_scale(g, truth.exact), 4) for order, g in truth.plain.items()}
     matrices = [_deviation(found, exact, [n]) for n in names]
-    scale = _product(found, exact) / _product(exact, exact) - 1
-    print(
-        f"\n{name}: {_deviation(found, exact, names):.4f} from float32 (plain bf16 {plain}), cosine "
-        f"{_cosine(found, exact):.5f}, scale {scale:+.4f}, worst group {ratio:.2f} of plain, matrices "
-        f"{median(matrices):.3f} to {max(matrices):.3f}"
+    ratio = max(
+        _deviation(found, exact, n) / max(_deviation(g, truth.exact, n) for g in truth.plain.values())
+        for n in _groups(names).values()
+    )
+    return (
+        f"{_deviation(found, exact, names):.4f} from float32 (plain bf16 {plain}), cosine "
+        f"{_cosine(found, exact):.5f}, scale {_scale(found, exact):+.4f} ({scales}), worst group {ratio:.2f} "
+        f"of plain's, matrices {median(matrices):.3f} to {max(matrices):.3f}"
     )
 
 
