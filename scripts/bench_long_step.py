@@ -98,9 +98,14 @@ def executed(folder: str, name: Name, config: StepConfig) -> Executed:
     step(text_of(_WARM_UP_TOKENS))  # makes the optimizer's state
     gc.collect()
     held = sum(n_bytes for key, n_bytes in _alive().items() if key not in before)
-    text, started = text_of(config.seq_len), time.perf_counter()
-    peak = profiled_peak_bytes(lambda: step(text))
-    return Executed(held + peak, time.perf_counter() - started)
+    text, seconds = text_of(config.seq_len), [0.0]
+
+    def run() -> None:
+        started = time.perf_counter()
+        step(text)
+        seconds[0] = time.perf_counter() - started
+
+    return Executed(held + profiled_peak_bytes(run), seconds[0])
 
 
 def text_of(tokens: int) -> Text:
