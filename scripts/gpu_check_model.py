@@ -33,20 +33,23 @@ _TINY: dict[str, Any] = {  # for the self-check on a CPU, and for the recorded s
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "vocab_size": 2048,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
+_SMALL = {"tiny": {"vocab_size": 2048}, "small": {"vocab_size": 20_000}}  # a tile of a head is 8,192 rows
 
 
 def config_of(model: str) -> PretrainedConfig:
-    """The published shape from lowvram's own table, or the tiny one."""
+    """The published shape from lowvram's own table, or one of the small ones."""
     from transformers import AutoConfig
 
-    if model == "tiny":
-        return AutoConfig.for_model("llama", **_TINY)
-    config = known_config(HUB_IDS[model])
-    assert config is not None, f"{HUB_IDS[model]} is not in lowvram's table"
+    if model in _SMALL:
+        return AutoConfig.for_model("llama", **_TINY, **_SMALL[model])
+    name, _, layers = model.partition("/")
+    config = known_config(HUB_IDS[name])
+    assert config is not None, f"{HUB_IDS[name]} is not in lowvram's table"
+    if layers:
+        config.num_hidden_layers = int(layers)
     config.max_position_embeddings = _POSITIONS
     return config
 

@@ -37,7 +37,8 @@ class Row(Frozen):
     """One measurement; what does not apply is empty.
 
     `check` is context, cublas, gemm_4bit, attention, dropout (assumed against measured bytes), snapshot and
-    replay (a small step), or plan, largest, beyond, refused, stopped (a model on an emulated card).
+    replay (a small step), parity (a lever's loss and gradients), tiles (a long step with every lever), or
+    plan, largest, beyond, refused, stopped (a model on an emulated card).
     """
 
     check: str
@@ -59,6 +60,9 @@ class Row(Frozen):
     measured_driver_bytes: int | None = None
     assumed_bytes: int | None = None
     measured_bytes: int | None = None
+    loss_error: float | None = None  # signed, against the exact step's
+    gradient_error: float | None = None  # |g - exact| / |exact| over all adapters
+    gradient_limit: float | None = None  # beyond it the outcome is "differs"
     tokens_per_second: float | None = None
     note: str | None = None
 

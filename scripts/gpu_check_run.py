@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_check_levers import parity_checks
 from gpu_check_micro import micro_checks
 from gpu_check_model import config_of
 from gpu_check_rows import Row
-from gpu_check_step import ALL_LINEAR, Trial, attempt, measured_rows, self_check, shape_of
+from gpu_check_step import (
+    ALL_LINEAR,
+    LONG_STEP,
+    Trial,
+    attempt,
+    measured_rows,
+    self_checks,
+    shape_of,
+    tiled_rows,
+)
 
 from lowvram import hardware as machine
 from lowvram.engine.config import Levers, StepConfig
@@ -218,7 +228,7 @@ def _without_frames(value: Any) -> Any:
 def main() -> None:
     """`gpu_check_run.py STAGE --rows FILE ...`: each row is added to FILE as one line of JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("stage", choices=("small", "micro", "plan", "card", "self-check"))
+    parser.add_argument("stage", choices=("small", "micro", "levers", "tiles", "plan", "card", "self-check"))
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--hardware", type=Path, help="written by small, read by plan")
     parser.add_argument("--job", type=Path, help="written by plan, read by card")
@@ -235,6 +245,10 @@ def main() -> None:
         write_atomically(given.hardware, found.model_dump_json())
     elif given.stage == "micro":
         micro_checks(emit)
+    elif given.stage == "levers":
+        parity_checks(emit, "cuda")
+    elif given.stage == "tiles":
+        tiled_rows(emit, "qwen2-7b/4", "cuda", LONG_STEP)
     elif given.stage == "plan":
         here = Hardware.model_validate_json(given.hardware.read_bytes())
         try:
@@ -245,7 +259,8 @@ def main() -> None:
     elif given.stage == "card":
         run_job(Job.model_validate_json(given.job.read_bytes()), emit)
     else:
-        emit(self_check())
+        self_checks(emit)
+        parity_checks(emit, "cpu")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,23 @@ SELF_CHECK_STEP = StepConfig(  # float32: a CPU without bf16 takes ten times as 
     accumulation=2,
     levers=Levers(loss_chunk_tokens=128),
 )
+HEADS = ("streamed", "nf4", "int8")
+
+
+def _all_levers(**changes: int) -> Levers:
+    return Levers(offload_checkpoints=True, embedding_on_host=True, head="streamed", **changes)
+
+
+LONG_STEP = StepConfig(  # 8 tiles; a second a step of four of Qwen2-7B's layers on an H100
+    rank=8,
+    target_modules=ALL_LINEAR,
+    seq_len=16_384,
+    micro_batch=1,
+    accumulation=1,
+    levers=_all_levers(tile_tokens=2048, loss_chunk_tokens=256).model_copy(
+        update={"expandable_segments": True}
+    ),
+)
 
 
 class Trial:
@@ -127,9 +144,43 @@ def measured_rows(
     return rows
 
 
-def self_check() -> Row:
-    """Without a GPU: the same path on the CPU, what torch's profiler saw against the prediction."""
-    config, step = config_of("tiny"), SELF_CHECK_STEP
+def tiled_rows(emit: Callable[[Row], None], model: str, device: str, step: StepConfig) -> None:
+    """A long step by tiles with every lever, once with each head: predicted beside measured."""
+    for head in HEADS:
+        trial_of = step.model_copy(update={"levers": step.levers.model_copy(update={"head": head})})
+        capability = torch.cuda.get_device_capability(0) if device == "cuda" else None
+        predicted = estimate(config_of(model), trial_of, "cuda" if device == "cuda" else "cpu", capability)
+        base = Row(check="tiles", model=model, note=f"head={head}", **shape_of(trial_of))
+        monitor, seconds = MemoryMonitor(device), [0.0]
+        monitor.start()
+
+        def run(
+            step: StepConfig = trial_of, monitor: MemoryMonitor = monitor, into: list[float] = seconds
+        ) -> None:
+            trial = Trial(config_of(model), step, device, monitor)
+            trial.evaluate(step)  # first, as training does
+            into[:] = [trial.step(step) for _ in range(2)][1:]  # the second finds the optimizer's state
+
+        outcome = attempt(run)
+        monitor.stop()
+        speed = round(step.seq_len * step.micro_batch / seconds[0], 1) if seconds[0] else None
+        base = base.model_copy(update={"outcome": outcome, "tokens_per_second": speed})
+        for row in measured_rows(base, predicted, monitor, 0):
+            emit(row)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def self_checks(emit: Callable[[Row], None]) -> None:
+    """Without a GPU: the same path on the CPU, whole sequences and tiles."""
+    tiles = SELF_CHECK_STEP.model_copy(update={"levers": _all_levers(tile_tokens=64, loss_chunk_tokens=128)})
+    for step in (SELF_CHECK_STEP, tiles):
+        emit(self_check(step))
+
+
+def self_check(step: StepConfig) -> Row:
+    """What torch's profiler saw against the prediction."""
+    config = config_of("tiny")
     monitor = MemoryMonitor("cpu")
     monitor.start()
 

@@ -54,7 +54,8 @@ def test_the_self_check_passes_without_a_gpu() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no NVIDIA GPU here" in done.stdout
-    assert "against the prediction; 1 % is allowed" in done.stdout
+    assert done.stdout.count("against the prediction; 1 % is allowed") == 2  # whole sequences and tiles
+    assert "22 of 22 checks of the levers' gradients passed" in done.stdout
 
 
 @pytest.mark.parametrize(("measured", "code"), [(1000, 0), (1009, 0), (991, 0), (1020, 1), (980, 1)])
@@ -66,6 +67,12 @@ def test_the_self_check_can_fail(monkeypatch: pytest.MonkeyPatch, measured: int,
 
     monkeypatch.setattr(gpu_check, "run_stage", stage)
     assert gpu_check.on_cpu(Console(quiet=True)) == code
+    for outcome in ("differs", "failed"):
+        wrong = Row(check="parity", outcome=outcome, gradient_error=0.2, gradient_limit=0.1)
+        monkeypatch.setattr(
+            gpu_check, "run_stage", lambda *given, w=wrong: [given[-1](r) for r in (row, w)] and None
+        )
+        assert gpu_check.on_cpu(Console(quiet=True)) == 1
     monkeypatch.setattr(gpu_check, "run_stage", lambda *_: "exit code -9")
     assert gpu_check.on_cpu(Console(quiet=True)) == 1
 
@@ -163,6 +170,10 @@ if stage == "small":
     emit(check="context", measured_bytes=1)
 elif stage == "micro":
     sys.exit("a kernel failed")
+elif stage == "levers":
+    emit(check="parity", outcome=OUTCOME)
+elif stage == "tiles":
+    emit(check="tiles", phase="all", measured_reserved_bytes=7)
 elif stage == "plan":
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     if given["--model"] == "13b":
@@ -175,21 +186,26 @@ elif stage == "card":
 """
 
 
-def test_the_whole_check_goes_on_past_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every stage replaced by a stand-in: a failing kernel, a refusal, a hanging card."""
-    stub = _STUB.replace("HARDWARE", repr(_here().model_dump_json()))
+@pytest.mark.parametrize(("outcome", "code"), [("ran", 0), ("differs", 1), ("failed", 1)])
+def test_the_whole_check_goes_on_past_what_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: str, code: int
+) -> None:
+    """Every stage replaced by a stand-in: a failing kernel, a lever, a refusal, a hanging card."""
+    stub = _STUB.replace("HARDWARE", repr(_here().model_dump_json())).replace("OUTCOME", repr(outcome))
     (tmp_path / "gpu_check_run.py").write_text(stub)
     monkeypatch.setattr(gpu_check, "HERE", tmp_path)
     monkeypatch.setattr(gpu_check, "_LEAST_SECONDS", 1.0)
     out = tmp_path / "out.csv"
     given = ("--cards", "8", "--models", "qwen2-7b,llama-8b,13b", "--minutes", "0.05", "--out", str(out))
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", *given])
-    assert gpu_check.on_gpu(gpu_check.arguments(), Console(quiet=True)) == 0
+    assert gpu_check.on_gpu(gpu_check.arguments(), Console(quiet=True)) == code
     with out.open() as handle:
         rows = [(row["check"], row["model"], row["outcome"]) for row in csv.DictReader(handle)]
     assert rows == [
         ("context", "", "ran"),
         ("stopped", "", "stopped"),
+        ("parity", "", outcome),
+        ("tiles", "", "ran"),
         ("plan", "qwen2-7b", "ran"),
         ("plan", "llama-8b", "ran"),
         ("stopped", "llama-8b", "stopped"),
