@@ -168,14 +168,16 @@ def longest(bytes_of: Callable[[int], int], budget_bytes: int, limit: int) -> in
     Bytes are nearly a line over tokens: two short sequences, and then where their line meets the budget.
     """
     bytes_at = {n: bytes_of(n) for n in (limit // 16, limit // 8)}
-    best = 0
+    fits, too_many = 0, limit + 1
     while True:
-        tokens = max(min(where_it_meets(budget_bytes, bytes_at), limit) // 64 * 64, 64)
-        if tokens <= best * 1.01 or tokens in bytes_at:
-            return best
+        tokens = min(where_it_meets(budget_bytes, bytes_at), limit)
+        if tokens >= too_many:  # what is reserved comes in pages: no line
+            tokens = int(too_many * 0.995)
+        tokens = tokens // 64 * 64
+        if tokens <= fits * 1.01:
+            return fits
         bytes_at[tokens] = bytes_of(tokens)
-        if bytes_at[tokens] <= budget_bytes:
-            best = max(best, tokens)
+        fits, too_many = (tokens, too_many) if bytes_at[tokens] <= budget_bytes else (fits, tokens)
 
 
 def table(rows: list[Row]) -> Table:

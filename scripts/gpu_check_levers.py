@@ -29,6 +29,7 @@ from lowvram.engine.batch import Batch
 from lowvram.engine.config import ComputeDtype, Levers, StepConfig
 from lowvram.engine.head import TiledHead
 from lowvram.engine.host import Host
+from lowvram.engine.liger import is_installed
 from lowvram.engine.nf4 import nf4_values
 from lowvram.engine.shelf import Shelf
 from lowvram.engine.step import SummedLoss
@@ -70,6 +71,7 @@ def lever_sets(tile_tokens: int) -> dict[str, Levers]:
     changes: dict[str, dict[str, Any]] = {
         "none": {},
         "gradient_checkpointing": {"gradient_checkpointing": True},
+        "kept_layers": {"gradient_checkpointing": True, "kept_layers": 1},
         "loss_chunk_tokens": {"loss_chunk_tokens": 64},
         "tile_tokens": tiles,
         "offload_checkpoints": offload,
@@ -77,6 +79,8 @@ def lever_sets(tile_tokens: int) -> dict[str, Levers]:
         **{f"head={kind}": {"head": kind} for kind in ("streamed", "nf4", "int8")},
         **{f"all, head={kind}": {**everything, "head": kind} for kind in ("streamed", "nf4", "int8")},
     }
+    if is_installed():
+        changes["liger"] = {"liger": True}
     return {name: Levers(**{**NO_LEVERS.model_dump(), **change}) for name, change in changes.items()}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.bias import CausalVariant
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -244,6 +245,13 @@ def test_any_tile_of_any_batch_equals_the_whole(
     expected, references = _loss_and_gradients(_model(kind, whole), whole, tuple(lengths))
     assert loss == pytest.approx(expected, rel=1e-9)
     _assert_same(gradients, references)
+
+
+def test_the_causal_mask_of_last_queries_is_no_tensor() -> None:
+    """torch's own way to ask for it takes 8 bytes for each query and key, in host memory, for nothing."""
+    mask = tile_attention._LowerRight(CausalVariant.LOWER_RIGHT, 4096, 1 << 40)
+    assert mask.untyped_storage().nbytes() == 0
+    assert (mask.variant, mask.seq_len_q, mask.seq_len_kv) == (CausalVariant.LOWER_RIGHT, 4096, 1 << 40)
 
 
 def test_evaluation_is_the_same_and_keeps_nothing() -> None:
