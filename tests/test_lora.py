@@ -14,13 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lowvram.engine import lora
 from lowvram.engine.adapters import LoraLinear
-from lowvram.engine.lora import lora_linear
+from lowvram.engine.lora import dropped_places, lora_linear
 
 CPU_STATE_BYTES = 5056
 RESULTS = ("y", "dx", "dA", "dB")
 
 
-@pytest.fixture(params=[False, True], ids=["keeps the mask", "draws it again"])
+@pytest.fixture(params=[False, True], ids=["keeps the places", "draws a mask again"])
 def redraws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """A CPU's way and a GPU's, both with the CPU's generator."""
     monkeypatch.setattr(lora, "_redraws", lambda _device, _dropout: request.param)
@@ -54,8 +54,29 @@ def _results(layer: Any, x: torch.Tensor, run: Any) -> dict[str, torch.Tensor | 
     return dict(zip(RESULTS, (y.detach(), x.grad, a.grad, b.grad), strict=True))
 
 
+class _SameDropout(nn.Dropout):
+    """A mask of all elements, from the places that our layer drops on a CPU."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # nn.Dropout's own name for it
+        if not self.training:
+            return input
+        kept = torch.ones(input.numel(), dtype=input.dtype)
+        kept[dropped_places(input.numel(), self.p, input.device)] = 0
+        return input * kept.view(input.shape) / (1 - self.p)
+
+
 def _peft(layer: Any) -> Any:
-    return lambda x: super(LoraLinear, layer).forward(x)
+    """peft's own forward, with the same elements dropped."""
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        own = layer.lora_dropout["default"]
+        if isinstance(own, nn.Dropout) and not lora._redraws(x.device, own):
+            layer.lora_dropout["default"] = _SameDropout(own.p)
+        y: torch.Tensor = super(LoraLinear, layer).forward(x)
+        layer.lora_dropout["default"] = own
+        return y
+
+    return run
 
 
 def _input(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -160,14 +181,21 @@ def test_backward_leaves_the_generator_as_it_was() -> None:
 
 
 def test_dropout_keeps_what_it_should() -> None:
-    """Through A = B = 1 the output tells what was dropped: 30 % within 5 sigma, the rest over 0.7."""
+    """Through A = B = 1 the output tells what was dropped: 30 % within 5 sigma, the rest over 0.7.
+
+    Neighbours are dropped independently: both in 9 % of all pairs.
+    """
     layer = _layer(nn.Linear(1, 1, bias=False).double(), 1, p=0.3)
     layer.base_layer.weight.data.zero_()
     layer.lora_A["default"].weight.data.fill_(1.0)
     layer.lora_B["default"].weight.data.fill_(1 / layer.scaling["default"])
     y = layer(torch.ones(20000, 1, dtype=torch.float64))
     assert {round(v, 12) for v in y.flatten().tolist()} == {0.0, round(1 / 0.7, 12)}
-    assert abs(float((y == 0).double().mean()) - 0.3) < 5 * (0.3 * 0.7 / 20000) ** 0.5
+    gone = (y == 0).double()
+    assert abs(float(gone.mean()) - 0.3) < 5 * (0.3 * 0.7 / 20000) ** 0.5
+    for distance in (1, 2, 7):
+        pairs = float((gone[distance:] * gone[:-distance]).mean())
+        assert abs(pairs - 0.09) < 5 * (0.09 * 0.91 / 20000) ** 0.5 * 2**0.5
     assert bool((layer.eval()(torch.ones(99, 1, dtype=torch.float64)) == 1).all())
 
 
@@ -205,15 +233,31 @@ def _saved_bytes(run: Any, known: list[torch.Tensor]) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_keeps_its_input_and_at_most_a_mask(p: float, dtype: torch.dtype, redraws: bool) -> None:
+def test_keeps_its_input_and_what_it_dropped(p: float, dtype: torch.dtype, redraws: bool) -> None:
     """No copy of x, no x A^T, no cast weight; peft's own layer keeps them."""
     layer = _layer(nn.Linear(96, 80, bias=False).to(dtype), 8, p=p)
     x = _input(2, 64, 96, dtype=dtype)
     known = [x, *layer.parameters()]
+    torch.manual_seed(5)
     ours = _saved_bytes(lambda: lora_linear(layer, x), known)
-    dropout_bytes = CPU_STATE_BYTES if redraws else x.numel()  # one byte an element
+    torch.manual_seed(5)
+    dropout_bytes = CPU_STATE_BYTES if redraws else dropped_places(x.numel(), p or 0.5, x.device).nbytes
     assert ours == (dropout_bytes if p else 0)
     assert _saved_bytes(lambda: _peft(layer)(x), known) > ours + 2 * 64 * 8
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.95])
+@pytest.mark.parametrize("n_elements", [1, 7, 100_000])
+def test_places_are_among_the_elements_and_as_many_as_they_should_be(p: float, n_elements: int) -> None:
+    torch.manual_seed(1)
+    places = dropped_places(n_elements, p, torch.device("cpu"))
+    assert bool((places.diff() > 0).all())
+    assert not len(places) or (int(places[0]) >= 0 and int(places[-1]) < n_elements)
+    sigma = (n_elements * p * (1 - p)) ** 0.5
+    assert abs(len(places) - n_elements * p) <= 5 * sigma + 1
+    assert dropped_places(n_elements, p, torch.device("meta")).numel() == round(n_elements * p)
+    if n_elements > 7:  # the last stretch is reached as often as the first
+        assert abs(int((places >= n_elements // 2).sum()) - n_elements * p / 2) <= 5 * sigma
 
 
 def test_runs_on_float32_from_a_16_bit_base() -> None:

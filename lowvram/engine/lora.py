@@ -1,7 +1,8 @@
-"""LoRA's product as one autograd function that keeps what it is given, on a CPU dropout's mask as well."""
+"""LoRA's product as one autograd function that keeps what it is given, on a CPU what was dropped as well."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,11 +35,11 @@ def lora_linear(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:  # [.., in] 
 
 
 def _redraws(device: torch.device, dropout: nn.Module) -> bool:
-    """Whether backward draws the mask again instead of keeping it, 1 byte an element.
+    """Whether backward draws the mask again instead of keeping what was dropped.
 
     On a GPU drawing costs nothing, for one kernel draws and drops, and backward needs the dropped input
-    anyway; kept masks would be 83 MB in a layer of Qwen2-7B with 2,048 tokens. A CPU's generator takes 10 %
-    of a step of SmolLM2-135M once more. On the meta device a trace's dropout says.
+    anyway; kept masks would be 83 MB in a layer of Qwen2-7B with 2,048 tokens. A CPU's generator is slow: a
+    mask of all elements takes 10 % of a step of SmolLM2-135M. On the meta device a trace's dropout says.
     """
     if device.type == "meta":
         return bool(getattr(dropout, "redraws", True))
@@ -63,14 +64,14 @@ class _LoraAdd(torch.autograd.Function):
         redraws: bool,
     ) -> torch.Tensor:  # [.., out], [.., in], [r, in], [out, r] -> [.., out]
         ctx.mark_dirty(result)
-        ctx.scaling, ctx.p = scaling, p
+        ctx.p, ctx.scaling = p, scaling if redraws else scaling / (1 - p)  # there the kernel has divided
         dtype = result.dtype  # x's, but for fp16's autocast, which hands on float32 from LayerNorm
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
         dropped, memory = _drop(rows, p, redraws)
         ctx.save_for_backward(x, a, b, memory)
         hidden = (dropped @ a.to(dtype).t()).to(dtype)  # [T, r]
         del dropped
-        result.view(-1, b.shape[0]).addmm_(hidden, b.to(dtype).t(), alpha=scaling)
+        result.view(-1, b.shape[0]).addmm_(hidden, b.to(dtype).t(), alpha=ctx.scaling)
         return result
 
     @staticmethod
@@ -81,45 +82,75 @@ class _LoraAdd(torch.autograd.Function):
         grad = grad_outputs[0].reshape(-1, b.shape[0])  # [T, out]
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         narrow = grad @ b.to(grad.dtype) * ctx.scaling  # [T, r]
-        dropped, mask = _drop_again(x.reshape(-1, a.shape[1]).to(grad.dtype), ctx.p, memory)  # [T, in]
+        dropped, which = _drop_again(x.reshape(-1, a.shape[1]).to(grad.dtype), ctx.p, memory)  # [T, in]
         cast_a = a.to(grad.dtype)
         grad_a = (narrow.t() @ dropped).to(a.dtype) if needs_a else None
         grad_b = (grad.t() @ (dropped @ cast_a.t() * ctx.scaling)).to(b.dtype) if needs_b else None
         del dropped
-        grad_x = _input_gradient(narrow, cast_a, mask, ctx.p).view_as(x).to(x.dtype) if needs_x else None
+        grad_x = _input_gradient(narrow, cast_a, which, ctx.p).view_as(x).to(x.dtype) if needs_x else None
         return grad_outputs[0], grad_x, grad_a, grad_b, None, None, None
 
 
 def _drop(
     rows: torch.Tensor, p: float, redraws: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], bool [T, in] or the generator's state
-    """Dropped rows, and what makes them again: the mask, or the state that it was drawn from."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], int64 places or the generator's state
+    """Dropped rows, divided by 1 - p if a kernel draws, and what makes them again."""
     if not p:
         return rows, None
-    state = _generator(rows.device).get_state() if redraws and not rows.is_meta else None
-    dropped, mask = torch.native_dropout(rows, p, True)
-    return dropped, state if redraws else mask
+    if redraws:
+        state = None if rows.is_meta else _generator(rows.device).get_state()
+        return torch.native_dropout(rows, p, True)[0], state
+    places = dropped_places(rows.numel(), p, rows.device)
+    return _without(_copied(rows), places), places
 
 
 def _drop_again(
     rows: torch.Tensor, p: float, memory: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], bool [T, in]
-    """The forward's dropped rows and their mask, True where kept."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], int64 places or bool [T, in]
+    """The forward's dropped rows, and which they are: the places, or a mask that is True where kept."""
     if not p:
         return rows, None
-    if memory is not None and memory.dtype == torch.bool:
-        return (rows * memory).mul_(1 / (1 - p)), memory
+    if memory is not None and memory.dtype == torch.int64:
+        return _without(_copied(rows), memory), memory
     with _from_state(rows.device, memory):
         dropped, mask = torch.native_dropout(rows, p, True)
     return dropped, mask
 
 
+def dropped_places(n_elements: int, p: float, device: torch.device) -> torch.Tensor:  # -> int64 [~ n p]
+    """Which of `n_elements` are dropped, each with probability p.
+
+    From one to the next it is a geometric number of elements, so that only those dropped are drawn: at
+    p = 0.05 a fifth of the time and half of the memory of a mask.
+    """
+    most = n_elements * p + 8 * math.sqrt(
+        n_elements * p * (1 - p)
+    )  # 8 sigma: it reaches the end but for 1e-15
+    gaps = torch.empty(math.ceil(most) + 8, dtype=torch.int64, device=device).geometric_(p)
+    places = gaps.cumsum_(0).sub_(1)
+    inside = places < n_elements
+    count = round(n_elements * p) if inside.is_meta else int(inside.sum())
+    return places[:count].clone()
+
+
+def _copied(rows: torch.Tensor) -> torch.Tensor:
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+def _without(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """`rows`, zero at these places of all its elements."""
+    rows.view(-1).index_fill_(0, places, 0)
+    return rows
+
+
 def _input_gradient(
-    narrow: torch.Tensor, a: torch.Tensor, mask: torch.Tensor | None, p: float
+    narrow: torch.Tensor, a: torch.Tensor, which: torch.Tensor | None, p: float
 ) -> torch.Tensor:  # [T, r], [r, in] -> [T, in]
-    if mask is None:
+    if which is None:
         return narrow @ a
-    return (narrow / (1 - p) @ a).mul_(mask)
+    if which.dtype == torch.int64:
+        return _without(narrow @ a, which)
+    return (narrow / (1 - p) @ a).mul_(which)
 
 
 @contextmanager

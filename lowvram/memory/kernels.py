@@ -43,7 +43,7 @@ def choose_kernels(model: Any, backend: Backend, capability: Capability) -> None
 
 
 class _CpuDropout(nn.Dropout):
-    """A CPU's dropout; LoRA keeps its mask, which a GPU draws again."""
+    """A CPU's dropout; LoRA keeps what it dropped, which a GPU draws again."""
 
     redraws = False
 
