@@ -218,7 +218,7 @@ def test_query_heads_of_one_key_head_may_go_one_after_another(
     monkeypatch.setitem(MODELS, "six heads", lambda: LlamaForCausalLM(config))
     calls, attend = set(), tile_attention._attend
     monkeypatch.setattr(tile_attention, "_GRADIENT_BYTES", 1)
-    monkeypatch.setattr(tile_attention, "_LEAST_ROWS", 4 * heads_in_a_call)
+    monkeypatch.setattr(tile_attention, "_ENOUGH_HEADS", heads_in_a_call)
     monkeypatch.setattr(tile_attention, "_attend", lambda q, *rest: calls.add(q.shape[1]) or attend(q, *rest))
     step = _step("six heads", levers=Levers(tile_tokens=4))
     loss, gradients = _loss_and_gradients(_model("six heads", step), step, (24,))

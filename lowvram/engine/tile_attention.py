@@ -13,7 +13,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from lowvram.units import MiB
 
 _GRADIENT_BYTES = 16 * MiB  # of keys and values that one call of attention may make, a copy per query head
-_LEAST_ROWS = 8192  # of queries in a call: its 64 blocks of 128 keep a GPU's multiprocessors busy
+_ENOUGH_ROWS = 8192  # of queries in a call: its 64 blocks of 128 keep a GPU's multiprocessors busy
+_ENOUGH_HEADS = 4  # whatever the rows: a short last tile would need all for that
 
 
 class KeysKnown(Exception):  # noqa: N818  # not an error: nothing else of this tile is wanted
@@ -192,7 +193,8 @@ def _groups(query: torch.Tensor, cache: KeysAndValues, low: int) -> list[tuple[s
     batch, heads, length, width = query.shape
     each = heads // cache.keys.shape[1]
     head_bytes = 2 * batch * (cache.end - low) * width * query.element_size()
-    count = max(_GRADIENT_BYTES // head_bytes, -(-_LEAST_ROWS // (batch * length)), 1)
+    enough = min(-(-_ENOUGH_ROWS // (batch * length)), _ENOUGH_HEADS)
+    count = max(_GRADIENT_BYTES // head_bytes, enough)
     if count < each and cache.sums_gradients:
         starts = [(k, q) for k in range(0, heads, each) for q in range(0, each, count)]
         return [(slice(k // each, k // each + 1), slice(k + q, k + min(q + count, each))) for k, q in starts]
