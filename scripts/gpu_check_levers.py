@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowvram.engine import lora
+from lowvram.engine import adapters, lora
 from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import ComputeDtype, Levers, StepConfig
@@ -39,7 +39,7 @@ Emit = Callable[[Row], None]
 Found = tuple[float, dict[str, torch.Tensor]]  # loss and gradients
 NO_LEVERS = Levers(gradient_checkpointing=False, loss_chunk_tokens=8192)
 FLOAT32_LIMIT = 1e-4  # two orders of summing 2,048 tokens differ by 1e-6 to 1e-5
-SAME_MASK_LIMIT = 1e-5
+SAME_MASK_LIMIT = 1e-4  # other masks are off by 80 %
 SLOPE_LIMIT = 0.02  # float32's loss and the third derivative; other masks are off by 20 % and more
 MORE_THAN_PLAIN = 1.5  # of the plain bf16 step's own distance from float32
 
@@ -185,11 +185,11 @@ def compared(step: StepConfig, note: str, error: float, limit: float, loss_error
 
 
 def _dropout(emit: Emit, device: torch.device) -> None:
-    """Masks that are drawn again against kept ones, and the slope of the loss itself for those of tiles."""
+    """Masks that are drawn again against those that peft keeps; for those of tiles the loss's own slope."""
     checkpointing = Levers(loss_chunk_tokens=8192)
     step = parity_step("fp32", device, dropout=0.3)
     batch = _batch(step)
-    with patch.object(lora, "_redraws", lambda *_: False):
+    with patch.object(adapters, "_is_plain", lambda _layer: False):  # peft's own forward, torch's dropout
         kept = loss_and_gradients(_small(step, device), step, batch)[1]
     for name, levers in {"": NO_LEVERS, " under gradient_checkpointing": checkpointing}.items():
         trial = step.model_copy(update={"levers": levers})
