@@ -66,7 +66,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("parameters", format_count(plan.n_parameters)),
         ("trainable", f"{format_count(plan.n_trainable)}, rank {plan.rank}"),
         ("planned context", f"{plan.seq_len:,} tokens"),
-        ("longest context", f"{plan.largest_seq_len:,} tokens with all else as planned"),
+        ("longest context", plan.longest_context),
         ("a step", f"{format_seconds(plan.seconds_per_step)} (modelled)"),
     ]
     if plan.data:

@@ -73,7 +73,7 @@ def _head(plan: Plan) -> Table:
         table.add_row("data", escape(plan.data))
         table.add_row("steps", f"{plan.total_steps}, about {format_seconds(eta)} (modelled)")
     table.add_row("adapter", f"{format_count(plan.n_trainable)} trainable parameters")
-    table.add_row("longest context", f"{plan.largest_seq_len:,} tokens with all else as planned")
+    table.add_row("longest context", plan.longest_context)
     return table
 
 

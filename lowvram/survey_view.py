@@ -63,7 +63,8 @@ def _methods(plan: Plan, survey: Survey) -> Table:
         table.add_row("full fine-tuning", size, "all weights, 16-bit, AdamW, recompute")
     table.add_row("LoRA, 16-bit", format_bytes(survey.lora_16bit_bytes), "this plan over a 16-bit base")
     table.add_row("this plan", format_bytes(plan.estimate.peak_reserved_bytes), f"rank {plan.rank}")
-    table.add_row("largest rank", str(survey.largest_rank), "doubling the plan's, all else as planned")
+    how = "all layers recomputed" if plan.levers.kept_layers else "all else as planned"
+    table.add_row("largest rank", str(survey.largest_rank), f"doubling the plan's, {how}")
     return table
 
 

@@ -36,6 +36,7 @@ from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate, estimate
 from lowvram.memory.snapshot import replay_snapshot
 from lowvram.planner.build import make_plan
+from lowvram.planner.ladder import with_length
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import profile_for
 from lowvram.planner.receipts import Experience, with_experience
@@ -82,7 +83,7 @@ def plan_job(model: str, card_gib: float, here: Hardware) -> Job:
         config.save_pretrained(folder)
         source = ModelSource(folder)
         plan = make_plan(source, card, profile_for(card), Wishes())
-        longest = plan.model_copy(update={"seq_len": plan.largest_seq_len})
+        longest = with_length(plan, plan.largest_seq_len)
         at_largest = estimate(source.config, longest, "cuda", card.capability)
         limit = RememberedModel(source).shape.context_limit
     return Job(card_gib=card_gib, model=model, plan=plan, at_largest=at_largest, model_limit=limit)
@@ -130,7 +131,7 @@ def _run_plan(job: Job, trial: Trial, emit: Emit) -> None:
 
 
 def _run_longest(job: Job, trial: Trial, emit: Emit) -> None:
-    longest = job.plan.model_copy(update={"seq_len": job.plan.largest_seq_len})
+    longest = with_length(job.plan, job.plan.largest_seq_len)
 
     def run() -> None:
         trial.evaluate(longest)
@@ -147,7 +148,7 @@ def _run_beyond(job: Job, trial: Trial, emit: Emit) -> None:
     if beyond > job.model_limit:
         emit(row.model_copy(update={"outcome": f"not run: the model knows {job.model_limit} positions"}))
         return
-    step = job.plan.model_copy(update={"seq_len": beyond})
+    step = with_length(job.plan, beyond)
     outcome = _alone(trial, lambda: trial.last_of(step))
     _emit_measured(row, outcome, None, job, trial.monitor, emit)
 

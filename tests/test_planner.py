@@ -58,7 +58,7 @@ def test_qwen2_7b_fits_8_gb_and_the_readme_says_how(config_only: Config) -> None
     for name, n_bytes in shown.items():
         row = next(line for line in readme.splitlines() if line.startswith(f"│  {name.replace('_', ' ')} "))
         assert row.split("│")[1].rstrip().endswith(f" {format_bytes(n_bytes)}"), row
-    assert f"{plan.largest_seq_len:,} tokens with all else as planned" in readme
+    assert f"{plan.largest_seq_len:,} tokens with all layers recomputed" in readme
 
 
 def test_refuses_with_the_nearest_plan_that_fits(config_only: Config) -> None:

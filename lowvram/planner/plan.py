@@ -49,7 +49,9 @@ class Plan(StepConfig):
         description="device memory the step may reserve: card - context - held - margin"
     )
     estimate: MemoryEstimate = Field(description="predicted by running this step on meta tensors")
-    largest_seq_len: int = Field(description="longest sequence that fits with all else as planned")
+    largest_seq_len: int = Field(
+        description="longest that fits, kept layers recomputed, all else as planned"
+    )
     host_ram_bytes: int = Field(description="host memory while loading and training")
     seconds_per_step: float = Field(description="modelled, not measured")
     n_parameters: int
@@ -70,6 +72,12 @@ class Plan(StepConfig):
     @property
     def fits(self) -> bool:
         return self.estimate.peak_reserved_bytes <= self.budget_bytes
+
+    @property
+    def longest_context(self) -> str:
+        """As it is shown."""
+        how = "with all layers recomputed" if self.levers.kept_layers else "with all else as planned"
+        return f"{self.largest_seq_len:,} tokens {how}"
 
     @property
     def sha256(self) -> str:
