@@ -99,7 +99,11 @@ def peak_bytes(
 
     Offloading lets go of a layer's input five layers later, which a trace of four layers cannot show.
     """
-    whole = trace(config) if option == OFFLOADING else trace_repeating(config, trace)
+    whole = (
+        trace(config)
+        if option == OFFLOADING
+        else trace_repeating(config, lambda some_layers, _kept: trace(some_layers))
+    )
     sizes = [a.n_bytes for a in whole.allocations]
     return peak_of(whole)[0], replay_reserved(whole.events, sizes)
 
