@@ -1,6 +1,6 @@
 """Times what each lever costs: the step with it over the step without, in turns, on SmolLM2-135M in NF4.
 
-    PYTHONPATH=. python scripts/bench_levers.py [--rounds N] [--tokens N ...] [--out FILE]
+    PYTHONPATH=. python scripts/bench_levers.py [--rounds N] [--tokens N ...] [--lever NAME ...] [--out FILE]
 
 A CPU has no second memory and no copy engine: what offload_checkpoints and streamed cost here is copying
 within one memory. Writes benchmarks/levers.csv, from which planner/time_model.py has its shares. Nothing is
@@ -74,9 +74,9 @@ class Row:
     date: str
 
 
-def measure(folder: str, lengths: list[int], rounds: int) -> Iterator[Row]:
+def measure(folder: str, names: list[str], lengths: list[int], rounds: int) -> Iterator[Row]:
     """Case by case, for each holds two models."""
-    for case in track(CASES, "levers"):
+    for case in track([case for case in CASES if case.name in names], "levers"):
         for tokens in lengths:
             lever = {"tile_tokens": tokens // 4} if "tile_tokens" in case.lever else case.lever
             steps = [_step(folder, case.without), _step(folder, {**case.without, **lever})]
@@ -109,20 +109,30 @@ def _row(name: str, tokens: int, seconds: list[list[float]]) -> Row:
     )
 
 
+def earlier_rows(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What an earlier run wrote, by lever and tokens."""
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {(row["lever"], row["tokens"]): row for row in csv.DictReader(file)}
+
+
 def main() -> None:
+    names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--lever", nargs="+", choices=names, default=names, help="others' rows stay")
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "levers.csv")
     args = parser.parse_args()
     disable_progress_bar()
-    rows: list[Row] = []
-    for row in measure(demo_model(print), args.tokens, args.rounds):
-        rows.append(row)
+    rows = earlier_rows(args.out)
+    for row in measure(demo_model(print), args.lever, args.tokens, args.rounds):
+        rows[row.lever, str(row.tokens)] = asdict(row)
         with args.out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(asdict(row)), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(map(asdict, rows))
+            writer.writerows(rows.values())
         span = f"{row.lowest_ratio:.2f} to {row.highest_ratio:.2f}"
         print(f"{row.lever}, {row.tokens} tokens: {row.ratio:.2f} ({span})", flush=True)
 

@@ -160,7 +160,7 @@ def _pair(folder: str, checkpointing: bool) -> list[Step]:
 def rounds_of(steps: list[Step], text: Text, rounds: int) -> list[list[float]]:
     """Seconds of each of two steps, round by round, after one each to warm up."""
     losses = [step(text) for step in steps]
-    assert abs(losses[0] / losses[1] - 1) < 0.02, f"the two steps differ: losses {losses}"
+    assert abs(losses[0] / losses[1] - 1) < 0.05, f"the two steps differ: losses {losses}"  # NF4's head: 3 %
     return [_round(steps, text, reverse=bool(index % 2)) for index in range(rounds)]
 
 

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from lowvram.units import MiB
 
-_GRADIENT_BYTES = 16 * MiB  # of keys and values that one call of attention may make, a copy per query head
+_GRADIENT_BYTES = 64 * MiB  # of keys and values that one call of attention may make, a copy per query head
 _ENOUGH_ROWS = 8192  # of queries in a call: its 64 blocks of 128 keep a GPU's multiprocessors busy
 _ENOUGH_HEADS = 4  # whatever the rows: a short last tile would need all for that
 

@@ -49,9 +49,7 @@ class Plan(StepConfig):
         description="device memory the step may reserve: card - context - held - margin"
     )
     estimate: MemoryEstimate = Field(description="predicted by running this step on meta tensors")
-    largest_seq_len: int = Field(
-        description="longest that fits, kept layers recomputed, all else as planned"
-    )
+    largest_seq_len: int = Field(description="longest that fits, kept layers recomputed, all else as planned")
     host_ram_bytes: int = Field(description="host memory while loading and training")
     seconds_per_step: float = Field(description="modelled, not measured")
     n_parameters: int

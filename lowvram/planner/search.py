@@ -38,6 +38,7 @@ class Search:
     tokens_per_example: float
     say: Say = lambda _: None
     _known: dict[str, MemoryEstimate] = field(default_factory=dict)
+    _first: StepConfig = field(init=False)  # the fastest rung of the search that goes on
     _layer_bytes_at: dict[int, float] = field(default_factory=dict)  # by seq_len
 
     @property
@@ -70,7 +71,9 @@ class Search:
         A rung that could not beat the best found so far, even at its best, is not traced.
         """
         best: Found | None = None
-        for rung in self.rungs(base, pinned, optimizer):
+        rungs = self.rungs(base, pinned, optimizer)
+        self._first = rungs[0]
+        for rung in rungs:
             limit_seconds = self.seconds(best.step) if best else math.inf
             fills = self._fills(rung, pinned)
             most_kept = self._most_kept if fills else 0
@@ -159,9 +162,10 @@ class Search:
         return max(min(int(share * kept) // period * period, kept - period), 0)
 
     def _layer_bytes(self, step: StepConfig) -> float:
-        """What one layer of one sequence keeps when it is not recomputed."""
+        """What one layer of one sequence keeps when it is not recomputed, with the first rung's levers."""
         if step.seq_len not in self._layer_bytes_at:
-            one = split(with_kept(step, 0), 1)
+            levers = self._first.levers.model_copy(update={"gradient_checkpointing": True})
+            one = split(self._first.model_copy(update={"levers": levers}), 1)
             kept = one.model_copy(
                 update={"levers": one.levers.model_copy(update={"gradient_checkpointing": False})}
             )

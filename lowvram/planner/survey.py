@@ -183,7 +183,7 @@ def _largest_rank(plan: Plan, search: Search) -> int:
         step = with_kept(plan.step, 0).model_copy(update={"rank": rank})
         return search.reserved_bytes(step) <= plan.budget_bytes
 
-    rank = _likely_rank(plan, limit)
+    rank = _likely_rank(plan, search, limit)
     while rank > plan.rank and not fits(rank):
         rank //= 2
     while 2 * rank <= limit and fits(2 * rank):
@@ -191,9 +191,9 @@ def _largest_rank(plan: Plan, search: Search) -> int:
     return rank
 
 
-def _likely_rank(plan: Plan, limit: int) -> int:
+def _likely_rank(plan: Plan, search: Search, limit: int) -> int:
     """By what a parameter of an adapter keeps: weight, gradient and two moments, 16 bytes at the most."""
-    rank, room_bytes = plan.rank, plan.budget_bytes - plan.estimate.peak_reserved_bytes
+    rank, room_bytes = plan.rank, plan.budget_bytes - search.reserved_bytes(with_kept(plan.step, 0))
     while 2 * rank <= limit and 16 * plan.n_trainable * (2 * rank // plan.rank - 1) <= room_bytes:
         rank *= 2
     return rank

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lowvram.engine.config import StepConfig
 from lowvram.hardware import Hardware
 
@@ -29,9 +31,25 @@ _CPU_CORE_FLOPS = 6e10  # one AVX-512 core with bf16 (AMD EPYC, this project's C
 _LAUNCH_SECONDS_PER_LAYER = {"cpu": 0.5e-3}  # dispatch of one layer's operators, forward and backward
 _GPU_LAUNCH_SECONDS_PER_LAYER = 1.5e-3
 _HOST_BYTES_PER_SECOND = 12e9  # PCIe 4.0 x8, half of its figure
-_HEAD_COST = {"int8": 0.05, "nf4": 0.06, "streamed": 0.5}  # of a step, at chunks of 64 to 256 tokens
 _EMPTY_CACHE_SECONDS = 0.05  # some dozens of cudaFree and cudaMalloc, each of which waits for the device
 _PADDING_PER_ROW = 0.008  # of the tokens, for each further row in a micro-batch: GSM8K rows, sorted windows
+
+
+@dataclass(frozen=True)
+class _LeverCosts:
+    """What levers add: in passes of 2ND arithmetic, or as a share of the step."""
+
+    recompute_passes: float
+    tile_passes: float
+    small_chunk: float  # at 256 tokens; twice as much at 128
+    head: dict[str, float]
+
+
+# a CPU's as scripts/bench_levers.py has measured them: recompute 1.36, four tiles 1.44 times
+_ON_CPU = _LeverCosts(1.45, 2.4, 0.0, {"nf4": 0.02})
+# of a GPU only arithmetic is known: keys and values once more, an eighth of a forward, and every weight
+# dequantised for each tile; the head's are at chunks of 64 to 256 tokens
+_ON_GPU = _LeverCosts(1.45, 0.5, 0.02, {"int8": 0.05, "nf4": 0.06, "streamed": 0.5})
 
 
 def flops_per_second(hardware: Hardware) -> float:
@@ -52,21 +70,21 @@ def seconds_per_step(
 ) -> float:
     """Seconds of one optimizer step.
 
-    2ND forward and 2ND for the activations' gradients (frozen weights need no gradient of their own), 2ND
-    more where the forward is recomputed; smaller loss chunks and 8-bit updates add a few percent. Tiles make
-    keys and values once more (an eighth of a forward) and dequantise each weight for each tile. Checkpoints
-    on the host travel once there and twice back beside the arithmetic: what takes longer counts.
+    2ND forward and 2ND for the activations' gradients (frozen weights need no gradient of their own); what is
+    recomputed lacks the head. Checkpoints on the host travel once there and twice back beside the arithmetic:
+    what takes longer counts.
     """
+    costs = _ON_CPU if hardware.backend == "cpu" else _ON_GPU
     levers = step.levers
     recomputed = n_layers - levers.kept_layers if levers.gradient_checkpointing else 0
-    passes = 4.0 + 2.0 * recomputed / n_layers
-    passes += 0.5 if levers.tile_tokens else 0.0
+    passes = 4.0 + costs.recompute_passes * recomputed / n_layers
+    passes += costs.tile_passes if levers.tile_tokens else 0.0
     tokens = step.micro_batch * step.accumulation * min(tokens_per_example, step.seq_len)
     arithmetic = passes * n_parameters * tokens / flops_per_second(hardware)
-    if levers.offload_checkpoints:
+    if levers.offload_checkpoints and hardware.backend != "cpu":  # whose host memory is its own
         traffic = 3 * n_layers * tokens * hidden_size * 2 / _HOST_BYTES_PER_SECOND
         arithmetic = 1.03 * max(arithmetic, traffic)
-    chunks = 1.0 + 0.02 * (256 / levers.loss_chunk_tokens) + _HEAD_COST.get(levers.head, 0.0)
+    chunks = 1.0 + costs.small_chunk * (256 / levers.loss_chunk_tokens) + costs.head.get(levers.head, 0.0)
     chunks += 0.005 * levers.embedding_on_host
     per_layer = _LAUNCH_SECONDS_PER_LAYER.get(hardware.backend, _GPU_LAUNCH_SECONDS_PER_LAYER)
     launches = step.accumulation * n_layers * per_layer
