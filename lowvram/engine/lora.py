@@ -123,10 +123,9 @@ def dropped_places(n_elements: int, p: float, device: torch.device) -> torch.Ten
     From one to the next it is a geometric number of elements, so that only those dropped are drawn: at
     p = 0.05 a fifth of the time and half of the memory of a mask.
     """
-    most = n_elements * p + 8 * math.sqrt(
-        n_elements * p * (1 - p)
-    )  # 8 sigma: it reaches the end but for 1e-15
-    gaps = torch.empty(math.ceil(most) + 8, dtype=torch.int64, device=device).geometric_(p)
+    sigma = math.sqrt(n_elements * p * (1 - p))
+    most = math.ceil(n_elements * p + 8 * sigma) + 8  # that they do not reach the end happens once in 1e15
+    gaps = torch.empty(most, dtype=torch.int64, device=device).geometric_(p)
     places = gaps.cumsum_(0).sub_(1)
     inside = places < n_elements
     count = round(n_elements * p) if inside.is_meta else int(inside.sum())

@@ -35,11 +35,9 @@ def rungs(
         chosen = optimizer or (wanted.pop("optimizer", "adamw") if backend == "cuda" else "adamw")
         wanted.pop("optimizer", None)
         levers = {**base.levers.model_dump(), "kept_layers": 0, **wanted, **pinned}
-        tiles, recomputes = (
-            levers["tile_tokens"] or levers["offload_checkpoints"],
-            levers["gradient_checkpointing"],
-        )
-        if (tiles and not recomputes) or (levers["kept_layers"] and (tiles or not recomputes)):
+        tiles = bool(levers["tile_tokens"] or levers["offload_checkpoints"])
+        plain = levers["gradient_checkpointing"] and not tiles
+        if (tiles and not levers["gradient_checkpointing"]) or (levers["kept_layers"] and not plain):
             continue  # this row is above or below what was pinned
         step = base.model_copy(update={"levers": Levers(**levers), "optimizer": chosen})
         if step.model_dump_json() not in seen:
