@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
-import platform
-import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
+from bench_rows import here, medians, ratios, write
 from bench_step import BENCHMARKS, LINEARS, Step, our_step, random_text, rounds_of
 from rich.progress import track
 from transformers.utils.logging import disable_progress_bar
@@ -91,21 +87,14 @@ def _step(folder: str, settings: dict[str, Any]) -> Step:
 
 
 def _row(name: str, tokens: int, seconds: list[list[float]]) -> Row:
-    ratios = [with_it / without for without, with_it in seconds]
-    without, with_it = (statistics.median(column) for column in zip(*seconds, strict=True))
+    without, with_it = medians(seconds)
     return Row(
         lever=name,
         tokens=tokens,
-        rounds=len(seconds),
-        seconds_without=round(without, 3),
-        seconds_with=round(with_it, 3),
-        ratio=round(statistics.median(ratios), 3),
-        lowest_ratio=round(min(ratios), 3),
-        highest_ratio=round(max(ratios), 3),
-        machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        date=date.today().isoformat(),
+        seconds_without=without,
+        seconds_with=with_it,
+        **ratios(seconds),
+        **here("torch"),
     )
 
 
@@ -129,10 +118,7 @@ def main() -> None:
     rows = earlier_rows(args.out)
     for row in measure(demo_model(print), args.lever, args.tokens, args.rounds):
         rows[row.lever, str(row.tokens)] = asdict(row)
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(asdict(row)), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows.values())
+        write(list(rows.values()), args.out)
         span = f"{row.lowest_ratio:.2f} to {row.highest_ratio:.2f}"
         print(f"{row.lever}, {row.tokens} tokens: {row.ratio:.2f} ({span})", flush=True)
 

@@ -14,20 +14,17 @@ seconds are under the profiler, and nothing is asserted of them.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
-import os
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import bench_rows
 import torch
-from bench_step import BENCHMARKS, LINEARS, Step, Text, our_step, plain_step
+from bench_rows import LIBRARIES, here
+from bench_step import BENCHMARKS, LINEARS, Step, our_step, plain_step, random_text
 from transformers.utils.logging import disable_progress_bar
 
 from lowvram.demo.model import demo_model
@@ -95,10 +92,10 @@ def executed(folder: str, name: Name, config: StepConfig) -> Executed:
     """Tensors alive before the step, counted one by one, and what torch's profiler sees it allocate."""
     before = _alive()
     step: Step = (our_step if name == "lowvram" else plain_step)(folder, config)
-    step(text_of(_WARM_UP_TOKENS))  # makes the optimizer's state
+    step(random_text(_WARM_UP_TOKENS))  # makes the optimizer's state
     gc.collect()
     held = sum(n_bytes for key, n_bytes in _alive().items() if key not in before)
-    text, seconds = text_of(config.seq_len), [0.0]
+    text, seconds = random_text(config.seq_len), [0.0]
 
     def run() -> None:
         started = time.perf_counter()
@@ -106,11 +103,6 @@ def executed(folder: str, name: Name, config: StepConfig) -> Executed:
         seconds[0] = time.perf_counter() - started
 
     return Executed(held + profiled_peak_bytes(run), seconds[0])
-
-
-def text_of(tokens: int) -> Text:
-    """Random ids, all trained: the step that the trace assumes."""
-    return Text(torch.randint(5, 40_000, (1, tokens), generator=torch.Generator().manual_seed(tokens)), 0)
 
 
 def _alive() -> dict[int, int]:
@@ -158,7 +150,6 @@ def row_of(
     name: Name, config: StepConfig, traced: int, on_gpu: int, run: Executed | None, yardstick: int | None
 ) -> Row:
     """`yardstick`: executed bytes of plain with checkpointing, where they are known."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
     return Row(
         step=name,
         tokens=config.seq_len,
@@ -169,20 +160,12 @@ def row_of(
         share_of_plain=round(run.peak_bytes / yardstick, 3) if run and yardstick else None,
         gpu_traced_bytes=on_gpu,
         seconds=round(run.seconds, 1) if run else None,
-        machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        threads=torch.get_num_threads(),
-        date=date.today().isoformat(),
-        **{package: version(package) for package in packages},
+        **here(*LIBRARIES),
     )
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """The whole table, after each row."""
-    records: list[dict[str, Any]] = [asdict(row) for row in rows]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, records[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    bench_rows.write([asdict(row) for row in rows], path)
 
 
 def main() -> None:

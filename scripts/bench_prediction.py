@@ -22,16 +22,14 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from lowvram.demo.model import demo_model
-from lowvram.engine.adapters import add_adapters, trainable
+from lowvram.engine.adapters import add_adapters
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.model import load
-from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
-from lowvram.engine.step import SummedLoss, train_step
 from lowvram.memory.estimate import estimate, peak_of
 from lowvram.memory.plain import PlainStep, plain_peak_bytes
-from lowvram.memory.profiled import profiled_peak_bytes
+from lowvram.memory.profiled import executed_step_bytes
 from lowvram.memory.run import trace_step
 from lowvram.memory.weights import meta_batch
 
@@ -240,18 +238,7 @@ def _measured_bytes(source: ModelSource, step: StepConfig, bases: dict[tuple[str
     """Peak bytes that torch's profiler sees the step allocate, beyond weights and optimizer state."""
     kind = (step.base_precision, step.levers.double_quantization)
     model = add_adapters(bases.pop(kind, None) or load(source, step, "cpu"), step).train()
-    loss_of, parameters = SummedLoss(model, step), trainable(model)
-    optimizer = make_optimizer(parameters.values(), step, 1e-4)
-    for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-
-    def run() -> None:
-        batches = [_batch(step) for _ in range(min(step.accumulation, 2))]
-        train_step(loss_of, optimizer, batches, max_grad_norm=step.max_grad_norm)
-
-    peak = profiled_peak_bytes(run)
+    peak = executed_step_bytes(model, step, lambda: [_batch(step) for _ in range(min(step.accumulation, 2))])
     bases[kind] = _without_adapters(model)
     return peak
 

@@ -10,20 +10,14 @@ asserted of the times, for they depend on the machine and on who shares it.
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
+from bench_rows import LIBRARIES, here, medians, ratios, write
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
@@ -174,32 +168,16 @@ def _round(steps: list[Step], text: Text, *, reverse: bool) -> list[float]:
 
 
 def _row(text: Text, checkpointing: bool, seconds: list[list[float]]) -> Row:
-    ratios = [ours / plain for plain, ours in seconds]
-    plain, ours = (statistics.median(column) for column in zip(*seconds, strict=True))
-    packages = ("torch", "transformers", "peft", "bitsandbytes")
+    plain, ours = medians(seconds)
     return Row(
         tokens=text.ids.shape[1],
         masked_tokens=text.masked,
         checkpointing=checkpointing,
-        rounds=len(seconds),
-        plain_seconds=round(plain, 3),
-        lowvram_seconds=round(ours, 3),
-        ratio=round(statistics.median(ratios), 3),
-        lowest_ratio=round(min(ratios), 3),
-        highest_ratio=round(max(ratios), 3),
-        machine=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        threads=torch.get_num_threads(),
-        date=date.today().isoformat(),
-        **{name: version(name) for name in packages},
+        plain_seconds=plain,
+        lowvram_seconds=ours,
+        **ratios(seconds),
+        **here(*LIBRARIES),
     )
-
-
-def _write(rows: list[Row], path: Path) -> None:
-    records: list[dict[str, Any]] = [asdict(row) for row in rows]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, records[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
 
 
 def main() -> None:
@@ -214,7 +192,7 @@ def main() -> None:
     rows: list[Row] = []
     for row in measure(demo_model(print), args.rounds):
         rows.append(row)
-        _write(rows, args.out)
+        write([asdict(r) for r in rows], args.out)
         print(
             f"{row.tokens} tokens, {row.masked_tokens} masked, checkpointing {row.checkpointing}: plain "
             f"{row.plain_seconds:.2f} s, lowvram {row.lowvram_seconds:.2f} s, ratio {row.ratio:.2f} "

@@ -23,12 +23,11 @@ from lowvram.engine.batch import Batch, collate
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.liger import GATES, apply_liger
 from lowvram.engine.model import attention_for, load
-from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
-from lowvram.engine.step import SummedLoss, train_step
+from lowvram.engine.step import SummedLoss
 from lowvram.engine.tiles import why_not_tiled
 from lowvram.memory.estimate import peak_of
-from lowvram.memory.profiled import profiled_peak_bytes
+from lowvram.memory.profiled import executed_step_bytes
 from lowvram.memory.run import trace_step
 
 SHAPE: dict[str, Any] = {
@@ -135,21 +134,9 @@ def equals(kind: str, changes: dict[str, Any]) -> bool:
 
 def executed_bytes(source: ModelSource, step: StepConfig) -> int:
     """Peak of what the step allocates beyond weights and optimizer state."""
+    positions, ids = torch.arange(step.seq_len - 1), torch.randint(2, 97, (1, step.seq_len))
     model = add_adapters(load(source, step, "cpu"), step).train()
-    loss_of, parameters = SummedLoss(model, step), trainable(model)
-    optimizer = make_optimizer(parameters.values(), step, 1e-4)
-    for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    positions = torch.arange(step.seq_len - 1)
-    ids = torch.randint(2, 97, (1, step.seq_len))
-    gc.collect()  # before, or it would count as freed by the step
-    return profiled_peak_bytes(
-        lambda: train_step(
-            loss_of, optimizer, [Batch(ids.clone(), positions, ids[0, 1:].clone())], max_grad_norm=1.0
-        )
-    )
+    return executed_step_bytes(model, step, lambda: [Batch(ids.clone(), positions, ids[0, 1:].clone())])
 
 
 def traced_equals_executed(kind: str, changes: dict[str, Any], liger: bool) -> bool:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ALPHA = 2 * RANK  # which changes no byte
 AMPERE = (8, 6)
 DEFAULTS, OFFLOADING = OPTIONS = ("defaults", "activation_offloading")  # off by default in both projects
-Measure = Callable[[Any, int, str], tuple[int, int]]  # (config, tokens, option) -> allocated, reserved
+TraceLayers = Callable[[Any, int, str], Trace]  # (config, tokens, option): one step of every layer
 
 
 class StepRecorder(PlainRecorder):
@@ -130,7 +130,7 @@ def longest(reserved_bytes: Callable[[int], int], budget_bytes: int, most: int) 
     return least
 
 
-def answer(measure: Measure) -> None:
+def answer(trace_layers: TraceLayers) -> None:
     """The command line: peaks at given lengths, or without any the longest context of each card."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -141,11 +141,15 @@ def answer(measure: Measure) -> None:
     if known is None:
         parser.error(f"{asked.model} is not among lowvram's known models")
     config = known.get_text_config()
+
+    def measure(n: int) -> tuple[int, int]:
+        return peak_bytes(config, lambda c: trace_layers(c, n, asked.option), asked.option)
+
     for n in asked.tokens:
-        allocated, reserved = measure(config, n, asked.option)
+        allocated, reserved = measure(n)
         print(f"{n:>7} tokens: {allocated / MiB:9.1f} MiB allocated, {reserved / MiB:9.1f} MiB reserved")
     if not asked.tokens:
-        _contexts(config, cache(lambda n: measure(config, n, asked.option)[1]))
+        _contexts(config, cache(lambda n: measure(n)[1]))
 
 
 def _contexts(config: PretrainedConfig, reserved_bytes: Callable[[int], int]) -> None:

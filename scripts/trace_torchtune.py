@@ -35,7 +35,6 @@ from others_step import (
     answer,
     begin,
     meta_ids,
-    peak_bytes,
 )
 from torch import nn
 from torchtune import modules, training
@@ -172,10 +171,5 @@ def _recipe_class() -> Any:
     return module.LoRAFinetuneRecipeSingleDevice
 
 
-def measure(config: PretrainedConfig, seq_len: int, option: str) -> tuple[int, int]:
-    """Peaks of allocated and reserved bytes."""
-    return peak_bytes(config, lambda c: trace_layers(c, seq_len, option), option)
-
-
 if __name__ == "__main__":
-    answer(measure)
+    answer(trace_layers)

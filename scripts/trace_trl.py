@@ -36,7 +36,6 @@ from others_step import (
     answer,
     begin,
     meta_ids,
-    peak_bytes,
 )
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
@@ -186,10 +185,5 @@ def _on_gpu() -> Iterator[None]:
         yield
 
 
-def measure(config: PretrainedConfig, seq_len: int, option: str) -> tuple[int, int]:
-    """Peaks of allocated and reserved bytes."""
-    return peak_bytes(config, lambda c: trace_layers(c, seq_len, option), option)
-
-
 if __name__ == "__main__":
-    answer(measure)
+    answer(trace_layers)

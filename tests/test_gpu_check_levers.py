@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from gpu_check_rows import Row  # noqa: E402
 from lowvram.engine import tile_attention, tiles  # noqa: E402
 from lowvram.engine.shelf import Shelf  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 
@@ -118,12 +118,3 @@ def test_a_long_step_is_told_for_each_head() -> None:
     ]
     assert all(row.tokens_per_second and row.predicted_reserved_bytes for row in whole)
     assert {row.phase for row in rows} >= {"all", "evaluation", "forward", "backward", "clip", "optimizer"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors of a hundred numbers: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -10,17 +10,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, Qwen2Config
 
-from lowvram.engine.adapters import add_adapters, trainable
+from lowvram.engine.adapters import add_adapters
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.model import load
-from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
-from lowvram.engine.step import SummedLoss, train_step
 from lowvram.memory.allocator import replay_reserved
 from lowvram.memory.estimate import estimate, peak_of
 from lowvram.memory.layers import blocks_of, extend, with_layers
-from lowvram.memory.profiled import profiled_peak_bytes
+from lowvram.memory.profiled import executed_step_bytes
 from lowvram.memory.run import trace_step
 from lowvram.memory.trace import Trace
 from lowvram.memory.weights import meta_batch
@@ -62,18 +60,7 @@ def _batch(step: StepConfig) -> Batch:
 def _really_allocated(source: ModelSource, step: StepConfig) -> int:
     """Peak bytes that torch's profiler sees the step allocate, beyond weights and optimizer state."""
     model = add_adapters(load(source, step, "cpu"), step).train()
-    loss_of, parameters = SummedLoss(model, step), trainable(model)
-    optimizer = make_optimizer(parameters.values(), step, 1e-4)
-    for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-
-    def run() -> None:
-        batches = [_batch(step) for _ in range(min(step.accumulation, 2))]
-        train_step(loss_of, optimizer, batches, max_grad_norm=1.0)
-
-    return profiled_peak_bytes(run)
+    return executed_step_bytes(model, step, lambda: [_batch(step) for _ in range(min(step.accumulation, 2))])
 
 
 @pytest.mark.parametrize(

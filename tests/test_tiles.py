@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,6 +44,7 @@ from lowvram.errors import ConfigError
 from tests.tiny import SHAPE as TINY
 from tests.tiny import examples, plain_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = {**TINY, "pad_token_id": 0}
 _PERIOD = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 MODELS: dict[str, Any] = {
@@ -290,12 +290,3 @@ def test_stretched_positions_are_refused() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=rope))
     assert "depends on the sequence's length" in why_not_tiled(model.get_decoder())
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors of a hundred numbers: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

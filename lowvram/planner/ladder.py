@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationError
+
 from lowvram.alloc_conf import rounds_pinned_memory
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.shape import ModelShape
@@ -35,11 +37,10 @@ def rungs(
         chosen = optimizer or (wanted.pop("optimizer", "adamw") if backend == "cuda" else "adamw")
         wanted.pop("optimizer", None)
         levers = {**base.levers.model_dump(), "kept_layers": 0, **wanted, **pinned}
-        tiles = bool(levers["tile_tokens"] or levers["offload_checkpoints"])
-        plain = levers["gradient_checkpointing"] and not tiles
-        if (tiles and not levers["gradient_checkpointing"]) or (levers["kept_layers"] and not plain):
-            continue  # this row is above or below what was pinned
-        step = base.model_copy(update={"levers": Levers(**levers), "optimizer": chosen})
+        try:
+            step = base.model_copy(update={"levers": Levers(**levers), "optimizer": chosen})
+        except ValidationError:  # levers that exclude each other: this row is above or below what was pinned
+            continue
         if step.model_dump_json() not in seen:
             seen.add(step.model_dump_json())
             yield step
