@@ -1,4 +1,4 @@
-"""The user's cache folder: models that lowvram made, receipts of finished runs, traced estimates."""
+"""The user's cache folder: models made here, receipts of finished runs, traced estimates, rates."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def receipts_folder() -> Path:
 def traces_folder() -> Path:
     """Where traced estimates are remembered."""
     return cache_folder() / "traces"
+
+
+def rates_folder() -> Path:
+    """Where the measured rates of this machine's devices are remembered."""
+    return cache_folder() / "rates"

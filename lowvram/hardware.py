@@ -87,6 +87,7 @@ class Hardware(Frozen):
     platform: str
     versions: dict[str, str]  # "missing" where a package is not installed
     problems: tuple[Problem, ...]
+    imagined: bool = False  # by card_of_size: its rates cannot be measured here
 
     @property
     def device(self) -> str:
@@ -133,6 +134,7 @@ def card_of_size(total_bytes: int, host: Hardware) -> Hardware:
         "held_bytes": min(total_bytes, DEFAULT_HELD_BYTES),
         "processes": (),
         "problems": (),  # they are about the card that is replaced
+        "imagined": True,
     }
     if host.backend in ("cuda", "rocm"):
         return _replace(host, **card)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "lowvram"
 ORDER = [
     {"errors", "units", "frozen", "cache", "alloc_conf", "__init__"},
-    {"hardware", "gpu_driver", "gpu_problems"},
+    {"hardware", "gpu_driver", "gpu_problems", "data_sheets", "device_rates"},
     {"data"},
     {"engine"},
     {"memory"},
