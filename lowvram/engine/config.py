@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from lowvram.frozen import Frozen
 
-BasePrecision = Literal["nf4", "bf16", "fp16", "fp32"]
+BasePrecision = Literal["nf4", "int8", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
 TaskType = Literal["CAUSAL_LM", "SEQ2SEQ_LM"]
 HeadKind = Literal["16bit", "nf4", "int8", "streamed"]
@@ -96,6 +96,7 @@ class StepConfig(Frozen):
     target_len: int | None = Field(None, ge=1, description="longest target of a T5-type model, tokens")
     micro_batch: int = Field(1, ge=1, description="sequences in one forward pass")
     accumulation: int = Field(8, ge=1, description="forward passes in one optimizer step")
+    packing: bool = Field(False, description="stub")
     optimizer: OptimizerName = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)

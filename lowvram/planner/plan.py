@@ -52,6 +52,7 @@ class Plan(StepConfig):
     largest_seq_len: int = Field(description="longest that fits, kept layers recomputed, all else as planned")
     host_ram_bytes: int = Field(description="host memory while loading and training")
     seconds_per_step: float = Field(description="modelled, not measured")
+    seconds_in_all: float = Field(description="modelled: all steps, and the held-out losses between them")
     n_parameters: int
     n_trainable: int
     reasons: tuple[str, ...] = ()
@@ -80,8 +81,9 @@ class Plan(StepConfig):
     @property
     def sha256(self) -> str:
         """Of what decides the result of training: not of the device, the estimates or the reasons."""
-        told = {"device", "budget_bytes", "estimate", "largest_seq_len", "host_ram_bytes", "seconds_per_step"}
-        text = self.model_dump_json(exclude=told | {"reasons", "evaluate_every", "save_every"})
+        told = {"device", "budget_bytes", "estimate", "largest_seq_len", "host_ram_bytes", "reasons"}
+        paced = {"seconds_per_step", "seconds_in_all", "evaluate_every", "save_every"}
+        text = self.model_dump_json(exclude=told | paced)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -19,6 +19,24 @@ _FOLDERS = (Path(__file__).parents[1] / "profiles", Path(__file__).parents[2] / 
 _NEW_PLAN = "Make one: lowvram plan --model M --data D -o plan.yaml"
 
 
+Prefer = Literal["speed", "context", "quality"]
+LeverName = Literal[
+    "micro_batch",
+    "packing",
+    "loss_chunk_tokens",
+    "gradient_checkpointing",
+    "kept_layers",
+    "base_precision",
+    "double_quantization",
+    "embedding_on_host",
+    "optimizer",
+    "liger",
+    "offload_checkpoints",
+    "tile_tokens",
+    "head",
+]
+
+
 class Profile(Frozen):
     """What to wish for when the user wishes nothing."""
 
@@ -26,8 +44,10 @@ class Profile(Frozen):
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
-    use_rslora: bool
+    use_rslora: Literal["never", "above_rank", "always"]
+    largest_rank: int = Field(ge=1)
     targets: str | tuple[str, ...]
+    prefer: Prefer
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "linear", "constant"]
     warmup_share: float = Field(ge=0, lt=1)
@@ -36,6 +56,8 @@ class Profile(Frozen):
     default_seq_len: int = Field(ge=8)
     smallest_seq_len: int = Field(ge=8)
     margin_share: float = Field(ge=0, lt=1)
+    quantized_head: Literal["last_resort", "when_faster", "never"]
+    ladder: tuple[LeverName, ...]
 
 
 def profile_for(hardware: Hardware) -> Profile:

@@ -11,7 +11,8 @@ from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.frozen import Frozen
 from lowvram.hardware import Hardware, card_of_size
 from lowvram.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT
-from lowvram.planner.ladder import longest_on_host, with_kept
+from lowvram.planner.host_memory import longest_on_host
+from lowvram.planner.variants import with_kept
 from lowvram.planner.profiles import budget, profile_for
 from lowvram.planner.search import Search
 from lowvram.units import GiB
@@ -135,7 +136,7 @@ def _needs(step: StepConfig, search: Search, least_bytes: int) -> list[LengthNee
 
 def _smallest(search: Search, step: StepConfig, seq_len: int) -> StepConfig:
     """With every lever that saves memory."""
-    return search.rungs(step.model_copy(update={"seq_len": seq_len}), {}, None)[-1]
+    return search.leanest(step.model_copy(update={"seq_len": seq_len}))
 
 
 def _between(traced: dict[int, int], seq_len: int) -> int:
