@@ -28,7 +28,7 @@ def _sheet(teraflops: float, memory: float, generation: int, lanes: int) -> Shee
 # NVIDIA's architecture papers (Turing, Ampere GA102, Ada, RTX Blackwell) and product pages. GeForce cards
 # accumulate in float32 at half of the advertised rate, which is with float16 accumulation (from Ampere on
 # with sparsity as well); workstation and data centre cards at the whole one. A laptop's card: at the boost
-# clock of about its middle power. Where one name was sold with several memories (RTX 3050, A100): a usual one.
+# clock of about its middle power. Where a name was sold with several memories (RTX 3050, A100): a usual one.
 NVIDIA: Mapping[str, Sheet] = {
     "GTX 1650": _sheet(6.0, 128, 3, 16),  # no tensor cores
     "GTX 1660": _sheet(10.0, 192, 3, 16),
