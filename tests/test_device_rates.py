@@ -211,6 +211,7 @@ def test_rates_must_be_numbers() -> None:
 # --- the benchmark, on the CPU ---
 
 
+@pytest.mark.usefixtures("one_thread")  # the tables are for one core
 @pytest.mark.parametrize("bf16", [False, True])
 def test_benchmark_on_the_cpu(bf16: bool) -> None:
     here = gpu("CPU", backend="cpu", capability=None, bf16=bf16, cpu_count=1)
@@ -257,6 +258,14 @@ def test_a_benchmark_that_fails_leaves_the_table(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("device", ["meta", "nonsense", "cuda:99"])
 def test_a_device_that_is_not_there_leaves_the_table(device: str) -> None:
     assert measured_rates(gpu(), 0.3, device) == rates_of(gpu())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a benchmark on this GPU would not fail")
+def test_a_failure_gives_the_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: given.append("device"))
+    assert measured_rates(gpu(), 0.3) == rates_of(gpu())
+    assert given == ["device"]
 
 
 # --- what is remembered ---
