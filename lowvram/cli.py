@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lowvram import __version__
+from lowvram import __version__, cli_flags, cli_profiles
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
 from lowvram.units import printable
@@ -35,34 +35,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at training data before it is trained on.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id, such as Qwen/Qwen2-7B.")]
-Models = Annotated[
-    list[str], typer.Option("--model", "-m", help="Folder or hub id; up to four are compared.")
-]
-Data = Annotated[str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet or a hub data set id.")]
-MaybeData = Annotated[str | None, typer.Option("--data", "-d", help="Plan for this data's lengths.")]
-Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, such as 8GB.")]
-Rank = Annotated[int | None, typer.Option(help="LoRA rank r.")]
-Alpha = Annotated[float | None, typer.Option(help="LoRA alpha.")]
-Dropout = Annotated[float | None, typer.Option(help="Dropout on the adapter's input.")]
-Targets = Annotated[str | None, typer.Option(help="qv, attention, all-linear, or layer names a,b,c.")]
-SeqLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens.")]
-BatchSize = Annotated[int | None, typer.Option("--batch", help="Examples in one optimizer step.")]
-Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, bf16, fp16 or fp32.")]
-Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
-LeverText = Annotated[str, typer.Option("--levers", help="default, none, all, or name=value,name=value.")]
-ProfileName = Annotated[
-    str | None, typer.Option("--profile", help="8gb, 12gb, 16gb, 24gb, cpu or a YAML file.")
-]
-Seed = Annotated[int, typer.Option(help="Of the data order, dropout and adapter.")]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/MODEL-DATA).")]
-LogWith = Annotated[list[str] | None, typer.Option(help="Tracker: tensorboard, wandb, trackio (repeatable).")]
+app.add_typer(cli_profiles.app, name="profiles")
 
 
 def _console(stderr: bool = False) -> Console:
@@ -86,7 +59,7 @@ def _root(
 
 
 @app.command()
-def probe(as_json: AsJson = False) -> None:
+def probe(as_json: cli_flags.AsJson = False) -> None:
     """Show what this machine has, what is missing and how to get it."""
     from lowvram import hardware, probe_view
 
@@ -99,27 +72,27 @@ def probe(as_json: AsJson = False) -> None:
 
 @app.command()
 def plan(
-    model: Models,
-    data: MaybeData = None,
-    vram: Vram = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    dropout: Dropout = None,
-    targets: Targets = None,
-    seq_len: SeqLen = None,
-    batch: BatchSize = None,
-    precision: Precision = None,
-    optimizer: Optimizer = None,
-    levers: LeverText = "default",
-    profile: ProfileName = None,
-    seed: Seed = 0,
-    epochs: Epochs = None,
-    steps: Steps = None,
-    learning_rate: LearningRate = None,
-    trust_remote_code: Remote = False,
+    model: cli_flags.Models,
+    data: cli_flags.MaybeData = None,
+    vram: cli_flags.Vram = None,
+    rank: cli_flags.Rank = None,
+    alpha: cli_flags.Alpha = None,
+    dropout: cli_flags.Dropout = None,
+    targets: cli_flags.Targets = None,
+    seq_len: cli_flags.SeqLen = None,
+    batch: cli_flags.BatchSize = None,
+    precision: cli_flags.Precision = None,
+    optimizer: cli_flags.Optimizer = None,
+    levers: cli_flags.LeverText = "default",
+    profile: cli_flags.ProfileName = None,
+    seed: cli_flags.Seed = 0,
+    epochs: cli_flags.Epochs = None,
+    steps: cli_flags.Steps = None,
+    learning_rate: cli_flags.LearningRate = None,
+    trust_remote_code: cli_flags.Remote = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the plan as YAML.")] = None,
     html: Annotated[Path | None, typer.Option(help="Save the plan as a page for a browser.")] = None,
-    as_json: AsJson = False,
+    as_json: cli_flags.AsJson = False,
 ) -> None:
     """Predict what training would need: no GPU, no weights. Exit code 3 when it does not fit."""
     from lowvram.frozen import require_new_file
@@ -146,28 +119,28 @@ def plan(
 
 @app.command()
 def auto(
-    model: Model,
-    data: Data,
+    model: cli_flags.Model,
+    data: cli_flags.Data,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
-    vram: Vram = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    dropout: Dropout = None,
-    targets: Targets = None,
-    seq_len: SeqLen = None,
-    batch: BatchSize = None,
-    precision: Precision = None,
-    optimizer: Optimizer = None,
-    levers: LeverText = "default",
-    profile: ProfileName = None,
-    seed: Seed = 0,
-    epochs: Epochs = None,
-    steps: Steps = None,
-    learning_rate: LearningRate = None,
-    trust_remote_code: Remote = False,
-    log_with: LogWith = None,
-    output: Output = None,
-    as_json: AsJson = False,
+    vram: cli_flags.Vram = None,
+    rank: cli_flags.Rank = None,
+    alpha: cli_flags.Alpha = None,
+    dropout: cli_flags.Dropout = None,
+    targets: cli_flags.Targets = None,
+    seq_len: cli_flags.SeqLen = None,
+    batch: cli_flags.BatchSize = None,
+    precision: cli_flags.Precision = None,
+    optimizer: cli_flags.Optimizer = None,
+    levers: cli_flags.LeverText = "default",
+    profile: cli_flags.ProfileName = None,
+    seed: cli_flags.Seed = 0,
+    epochs: cli_flags.Epochs = None,
+    steps: cli_flags.Steps = None,
+    learning_rate: cli_flags.LearningRate = None,
+    trust_remote_code: cli_flags.Remote = False,
+    log_with: cli_flags.LogWith = None,
+    output: cli_flags.Output = None,
+    as_json: cli_flags.AsJson = False,
 ) -> None:
     """Probe, check the data, plan, train, save the adapter."""
     flags = dict(locals())
@@ -196,8 +169,8 @@ def auto(
 @app.command()
 def train(
     plan_file: Annotated[Path, typer.Argument(help="A plan saved by lowvram plan --output.")],
-    log_with: LogWith = None,
-    output: Output = None,
+    log_with: cli_flags.LogWith = None,
+    output: cli_flags.Output = None,
 ) -> None:
     """Run a saved plan unchanged."""
     from lowvram import pipeline
@@ -216,7 +189,9 @@ def train(
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="A run folder.")], log_with: LogWith = None) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder.")], log_with: cli_flags.LogWith = None
+) -> None:
     """Continue an interrupted run from its newest whole checkpoint."""
     from lowvram import pipeline
 
@@ -245,7 +220,7 @@ def data_check(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Count tokens with its tokenizer.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: cli_flags.AsJson = False,
 ) -> None:
     """Show format, counts and lengths, and the first example as the model sees it."""
     from lowvram import data_view
@@ -256,7 +231,7 @@ def data_check(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
-    steps: Steps = None,
+    steps: cli_flags.Steps = None,
 ) -> None:
     """The whole pipeline on a small real model and a bundled data set: no account, no GPU, minutes."""
     from lowvram.demo.run import run_demo

@@ -23,10 +23,10 @@ ORDER = [
     {"pipeline"},
     {
         *("probe_view", "plan_view", "plan_chart", "plan_page", "compare_view"),
-        *("survey_view", "data_view", "result_view", "merge_command"),
+        *("survey_view", "data_view", "result_view", "profiles_view", "merge_command"),
     },
     {"demo"},
-    {"cli"},
+    {"cli", "cli_flags", "cli_profiles"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
