@@ -83,6 +83,11 @@ def plan(
     batch: cli_flags.BatchSize = None,
     precision: cli_flags.Precision = None,
     optimizer: cli_flags.Optimizer = None,
+    micro_batch: cli_flags.MicroBatch = None,
+    packing: cli_flags.Packing = None,
+    rslora: cli_flags.RsLora = None,
+    no_offload: cli_flags.NoOffload = False,
+    prefer: cli_flags.Preference = None,
     levers: cli_flags.LeverText = "default",
     profile: cli_flags.ProfileName = None,
     seed: cli_flags.Seed = 0,
@@ -92,6 +97,7 @@ def plan(
     trust_remote_code: cli_flags.Remote = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the plan as YAML.")] = None,
     html: Annotated[Path | None, typer.Option(help="Save the plan as a page for a browser.")] = None,
+    why: Annotated[bool, typer.Option("--why", help="Say of each lever why it is so.")] = False,
     as_json: cli_flags.AsJson = False,
 ) -> None:
     """Predict what training would need: no GPU, no weights. Exit code 3 when it does not fit."""
@@ -108,7 +114,7 @@ def plan(
         _compare(flags, as_json)
         return
     try:
-        planned = _planned({**flags, "model": model[0]}, with_survey=True)
+        planned = _planned({**flags, "model": model[0]}, with_survey=True, with_why=why)
     except LowvramError as error:
         if as_json and error.exit_code == 3:
             typer.echo(json.dumps(compare_view.Column(model[0], error).as_json()))
@@ -131,6 +137,11 @@ def auto(
     batch: cli_flags.BatchSize = None,
     precision: cli_flags.Precision = None,
     optimizer: cli_flags.Optimizer = None,
+    micro_batch: cli_flags.MicroBatch = None,
+    packing: cli_flags.Packing = None,
+    rslora: cli_flags.RsLora = None,
+    no_offload: cli_flags.NoOffload = False,
+    prefer: cli_flags.Preference = None,
     levers: cli_flags.LeverText = "default",
     profile: cli_flags.ProfileName = None,
     seed: cli_flags.Seed = 0,
@@ -259,7 +270,7 @@ def _compare(flags: dict[str, Any], as_json: bool) -> None:
         raise DoesNotFitError(f"None of the {len(columns)} models fits.", "Take one of the nearest plans.")
 
 
-def _planned(flags: dict[str, Any], with_survey: bool = False) -> Planned:
+def _planned(flags: dict[str, Any], **also: bool) -> Planned:
     """Everything up to the plan, from a command's flags."""
     from lowvram import planning
     from lowvram.engine.source import ModelSource
@@ -276,7 +287,7 @@ def _planned(flags: dict[str, Any], with_survey: bool = False) -> Planned:
         def say(text: str) -> None:
             status.update(escape(text))
 
-        return planning.plan_for(source, flags["data"], hardware, profile, wishes, say, with_survey)
+        return planning.plan_for(source, flags["data"], hardware, profile, wishes, say, **also)
 
 
 def _hardware(vram: str | None) -> Hardware:
@@ -298,15 +309,18 @@ def _require_writable(run: Path) -> None:
 
 
 def _show(planned: Planned, as_json: bool, console: Console | None = None) -> None:
-    from lowvram import plan_view, survey_view
+    from lowvram import plan_view, survey_view, why_view
 
     if as_json:
-        typer.echo(json.dumps(plan_view.plan_json(planned.plan) | survey_view.survey_json(planned), indent=2))
+        around = survey_view.survey_json(planned) | why_view.why_json(planned.why)
+        typer.echo(json.dumps(plan_view.plan_json(planned.plan) | around, indent=2))
         return
     console = console or _console()
     plan_view.show_plan(planned.plan, console)
     if planned.survey is not None:
         survey_view.show_survey(planned, console)
+    if planned.why is not None:
+        why_view.show_why(planned.why, console)
 
 
 def _save(planned: Planned, files: dict[str, Path], console: Console) -> None:

@@ -20,8 +20,17 @@ Dropout = Annotated[float | None, typer.Option(help="Dropout on the adapter's in
 Targets = Annotated[str | None, typer.Option(help="qv, attention, all-linear, or layer names a,b,c.")]
 SeqLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens.")]
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Examples in one optimizer step.")]
-Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, bf16, fp16 or fp32.")]
+Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, int8, bf16, fp16 or fp32.")]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
+MicroBatch = Annotated[int | None, typer.Option(help="Examples in one forward pass.")]
+Packing = Annotated[
+    bool | None, typer.Option("--packing/--no-packing", help="Examples in one row instead of padding.")
+]
+RsLora = Annotated[bool | None, typer.Option("--rslora/--no-rslora", help="Scale by alpha/sqrt(r).")]
+NoOffload = Annotated[bool, typer.Option("--no-offload", help="Keep nothing of the step in host memory.")]
+Preference = Annotated[
+    str | None, typer.Option("--prefer", help="speed (fastest that fits), context or quality.")
+]
 LeverText = Annotated[str, typer.Option("--levers", help="default, none, all, or name=value,name=value.")]
 ProfileName = Annotated[
     str | None, typer.Option("--profile", help="8gb, 12gb, 16gb, 24gb, cpu or a YAML file.")

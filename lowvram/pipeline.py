@@ -14,8 +14,8 @@ from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, refusals_of_the_system
 from lowvram.frozen import write_atomically
 from lowvram.hardware import Hardware
-from lowvram.planner.build import checked as check_plan
 from lowvram.planner.plan import Plan, PlannedDevice
+from lowvram.planner.recheck import checked as check_plan
 from lowvram.planning import RUN_FILES_BYTES, Planned, anywhere, run_bytes
 from lowvram.training.data import prepare
 from lowvram.training.live import make_view
@@ -93,7 +93,8 @@ def checked(planned: Planned) -> Planned:
     Raises:
         ConfigError, DoesNotFitError: it cannot run as it is.
     """
-    return replace(planned, plan=check_plan(planned.plan, planned.source))
+    stats = planned.prepared.stats if planned.prepared else None
+    return replace(planned, plan=check_plan(planned.plan, planned.source, machine.probe(), stats))
 
 
 def start(

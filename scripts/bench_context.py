@@ -31,7 +31,7 @@ from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.plain import PlainStep, plain_peak_bytes
-from lowvram.planner.ladder import host_bytes, longest_on_host
+from lowvram.planner.host_memory import host_bytes, longest_on_host
 from lowvram.planner.search import where_it_meets
 from lowvram.units import GiB
 

@@ -36,10 +36,10 @@ from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate, estimate
 from lowvram.memory.snapshot import replay_snapshot
 from lowvram.planner.build import make_plan
-from lowvram.planner.ladder import with_length
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import profile_for
 from lowvram.planner.receipts import Experience, with_experience
+from lowvram.planner.variants import with_length
 from lowvram.planner.wishes import Wishes
 from lowvram.training.monitor import MemoryMonitor
 from lowvram.units import GiB, format_bytes
@@ -69,11 +69,12 @@ class Job(Frozen):
 def emulated(card_gib: float, here: Hardware) -> Hardware:
     """A card of this size with this GPU's context and without a desktop."""
     card = card_of_size(int(card_gib * GiB), here)
-    return card.model_copy(update={"held_bytes": 0, "free_bytes": card.total_bytes})
+    bare = {"held_bytes": 0, "free_bytes": card.total_bytes, "imagined": False}  # this GPU's own rates
+    return card.model_copy(update=bare)
 
 
 def plan_job(model: str, card_gib: float, here: Hardware) -> Job:
-    """The planner's own plan, wishing nothing.
+    """The planner's own plan, over the base that the weights made here have.
 
     Raises:
         DoesNotFitError: the planner refuses.
@@ -82,7 +83,7 @@ def plan_job(model: str, card_gib: float, here: Hardware) -> Job:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         source = ModelSource(folder)
-        plan = make_plan(source, card, profile_for(card), Wishes())
+        plan = make_plan(source, card, profile_for(card), Wishes(precision="nf4"))
         longest = with_length(plan, plan.largest_seq_len)
         at_largest = estimate(source.config, longest, "cuda", card.capability)
         limit = RememberedModel(source).shape.context_limit

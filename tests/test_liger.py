@@ -29,8 +29,9 @@ from lowvram.errors import ConfigError
 from lowvram.memory.cache import _code
 from lowvram.memory.estimate import peak_of
 from lowvram.memory.run import trace_step
-from lowvram.planner.build import checked, make_plan
+from lowvram.planner.build import make_plan
 from lowvram.planner.profiles import profile_for
+from lowvram.planner.recheck import checked
 from lowvram.planner.wishes import Wishes
 from lowvram.units import GiB
 from tests.test_memory import ALL, WEIGHTS, _really_allocated

@@ -17,10 +17,11 @@ from lowvram.engine.config import Levers
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.memory.cache import RememberedModel
-from lowvram.planner.build import checked, make_plan
-from lowvram.planner.ladder import with_kept
+from lowvram.planner.build import make_plan
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import load_profile, profile_for
+from lowvram.planner.recheck import checked
+from lowvram.planner.variants import with_kept
 from lowvram.planner.wishes import Wishes, wishes_from
 from lowvram.units import GiB, format_bytes
 from tests.conftest import QWEN2_7B

@@ -13,14 +13,13 @@ from lowvram.hardware import Hardware
 from lowvram.memory.cache import RememberedModel
 from lowvram.planner.choice import choose
 from lowvram.planner.conflicts import refuse_conflicts
+from lowvram.planner.figures import figures
 from lowvram.planner.first_step import Request, first_step
-from lowvram.planner.host_memory import host_bytes
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.profiles import Profile, budget
 from lowvram.planner.reasons import explain
 from lowvram.planner.schedule import schedule_for
 from lowvram.planner.search import Freedom, Say, Search
-from lowvram.planner.survey import Survey, survey
 from lowvram.planner.time_model import TimeModel
 from lowvram.planner.wishes import Wishes
 from lowvram.planner.workload import Workload, workload
@@ -50,19 +49,6 @@ def make_plan(
     return decide(Request(source, hardware, profile, wishes, stats), say)[0]
 
 
-def make_plan_and_survey(
-    source: ModelSource,
-    hardware: Hardware,
-    profile: Profile,
-    wishes: Wishes,
-    stats: DataStats | None = None,
-    say: Say = lambda _: None,
-) -> tuple[Plan, Survey]:
-    """The plan, and what would fit on other cards, at other lengths and ranks and by other methods."""
-    plan, search = decide(Request(source, hardware, profile, wishes, stats), say)
-    return plan, survey(plan, hardware, search)
-
-
 def decide(request: Request, say: Say = lambda _: None) -> tuple[Plan, Search]:
     """The plan, and the search that found it, which knows its neighbours.
 
@@ -79,15 +65,28 @@ def decide(request: Request, say: Say = lambda _: None) -> tuple[Plan, Search]:
 
 def search_for(request: Request, model: RememberedModel, say: Say = lambda _: None) -> Search:
     """A search with what this request leaves to decide."""
-    hardware, profile, wishes = request.hardware, request.profile, request.wishes
+    profile, wishes = request.profile, request.wishes
+    freedom = Freedom(wishes.pinned, profile.ladder, not wishes.no_offload, _packs(request, model.shape))
+    room = budget(request.hardware, profile)
+    return search_on(request.hardware, model, room, request.stats, freedom, say)
+
+
+def search_on(
+    hardware: Hardware,
+    model: RememberedModel,
+    budget_bytes: int,
+    stats: DataStats | None,
+    freedom: Freedom = Freedom(),  # noqa: B008  # frozen
+    say: Say = lambda _: None,
+) -> Search:
+    """A model on a device; without freedom it only judges steps."""
     time = TimeModel(model.shape, known_rates(hardware), hardware.backend == "cpu")
 
     @cache
     def work(seq_len: int, effective_batch: int) -> Workload:
-        return workload(request.stats, seq_len, effective_batch)
+        return workload(stats, seq_len, effective_batch)
 
-    freedom = Freedom(wishes.pinned, profile.ladder, not wishes.no_offload, _packs(request, model.shape))
-    return Search(model, hardware, budget(hardware, profile), time, work, freedom, say)
+    return Search(model, hardware, budget_bytes, time, work, freedom, say)
 
 
 def _packs(request: Request, shape: ModelShape) -> bool:
@@ -101,13 +100,13 @@ def _packs(request: Request, shape: ModelShape) -> bool:
 
 
 def _plan(request: Request, search: Search, step: StepConfig) -> Plan:
-    hardware, profile, wishes, stats = request.hardware, request.profile, request.wishes, request.stats
-    shape, whole = search.model.shape, step.micro_batch * step.accumulation
-    schedule = schedule_for(profile, wishes, stats, whole, step.seq_len)
-    seconds = search.seconds(step)
+    profile, wishes, stats = request.profile, request.wishes, request.stats
+    schedule = schedule_for(profile, wishes, stats, step.micro_batch * step.accumulation, step.seq_len)
+    device = {name: getattr(request.hardware, name) for name in PlannedDevice.model_fields}
     return Plan(
         **{name: getattr(step, name) for name in StepConfig.model_fields},
         **schedule.model_dump(),
+        **figures(search, step, schedule, stats),
         model=request.source.name,
         trust_remote_code=request.source.trust_remote_code,
         data=stats.source if stats else None,
@@ -115,20 +114,7 @@ def _plan(request: Request, search: Search, step: StepConfig) -> Plan:
         profile=profile.name,
         schedule=profile.schedule,
         seed=wishes.seed,
-        device=PlannedDevice(**{n: getattr(hardware, n) for n in PlannedDevice.model_fields}),
+        device=PlannedDevice(**device),
         budget_bytes=search.budget_bytes,
-        estimate=search.estimate(step),
-        largest_seq_len=max(search.largest_seq_len(step, shape.context_limit), step.seq_len),
-        host_ram_bytes=needed_on_host(step, search),
-        seconds_per_step=round(seconds, 3),
-        seconds_in_all=round(search.time.run_seconds(seconds, schedule, stats, whole), 1),
-        n_parameters=shape.n_parameters,
-        n_trainable=shape.n_trainable(step.target_modules, step.rank),
         reasons=explain(request, search, step),
     )
-
-
-def needed_on_host(step: StepConfig, search: Search) -> int:
-    """Host memory while loading and training."""
-    on_cpu = search.backend == "cpu"
-    return host_bytes(step, search.model.shape) + (search.estimate(step).peak_allocated_bytes if on_cpu else 0)

@@ -71,7 +71,7 @@ def _exactness(candidate: Candidate) -> tuple[int, bool]:
 def _of_higher_rank(
     search: Search, base: StepConfig, found: StepConfig, request: Request
 ) -> Iterator[StepConfig]:
-    """The profile's rank doubled up to its largest, from the highest on, over a base as exact as `found`'s."""
+    """The profile's rank doubled up to its largest, the highest first, over a base as exact as `found`'s."""
     profile, wishes = request.profile, request.wishes
     if wishes.rank is not None:
         return

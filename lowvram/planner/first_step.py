@@ -51,17 +51,15 @@ def first_step(request: Request, shape: ModelShape) -> StepConfig:
 
 def compute_dtype(precision: BasePrecision, hardware: Hardware) -> ComputeDtype:
     """What is computed in: an unquantised base's own, else what the device has in hardware."""
-    if precision in ("nf4", "int8"):
-        return sixteen_bit(hardware)
-    return precision  # type: ignore[return-value]  # the two others are no base's compute dtype
+    return sixteen_bit(hardware) if precision == "nf4" or precision == "int8" else precision
 
 
 def with_adapter(step: StepConfig, rank: int, profile: Profile, wishes: Wishes) -> StepConfig:
     """The step with LoRA of a rank, scaled by the profile's rule.
 
     Up to the profile's rank the update is scaled by alpha/r, as in its reference. Above it alpha/r would
-    shrink it; rsLoRA's alpha/sqrt(r) (arXiv 2312.03732) goes on from the same scaling at the profile's rank, so
-    that its learning rate holds.
+    shrink it; rsLoRA's alpha/sqrt(r) (arXiv 2312.03732) goes on from the same scaling at the profile's rank,
+    so that its learning rate holds.
     """
     above = rank > profile.rank and wishes.alpha is None
     by_rule = {"never": False, "always": True, "above_rank": above}[profile.use_rslora]
@@ -83,9 +81,7 @@ def _target_len(shape: ModelShape, profile: Profile) -> int | None:
 def _seq_len(request: Request, shape: ModelShape) -> int:
     """The longest example's, so that none is cut; in steps of 8 tokens."""
     stats, limit = request.stats, shape.context_limit
-    wanted = request.wishes.seq_len or (
-        stats.longest_tokens if stats else request.profile.default_seq_len
-    )
+    wanted = request.wishes.seq_len or (stats.longest_tokens if stats else request.profile.default_seq_len)
     return min(max(math.ceil(wanted / 8) * 8, 8), limit)
 
 

@@ -8,7 +8,7 @@ from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.planner.space import ALL, Candidate
 
-_BYTES = {"nf4": 0.516, "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}  # a weight; NF4's with nested scales
+_BYTES = {"nf4": 0.516, "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}  # a weight
 _PLAIN_SCALES = 0.0465  # bytes a weight that double quantisation saves: 0.37 bits
 _LOGIT_BYTES = 10  # of one token and one word: 16-bit logits, and their softmax and gradient in float32
 _TILE_ROWS = 8192  # of a head that is read in tiles
@@ -56,7 +56,6 @@ class Guess:
     shape: ModelShape
     share: float = 1.1  # of `kept_bytes`
     offset: float = 50 * _MIB
-
 
     def fixed(self, step: StepConfig) -> float:
         return resident_bytes(step, self.shape) + passing_bytes(step, self.shape)

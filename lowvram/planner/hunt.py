@@ -1,8 +1,8 @@
 """Hunt: the fastest candidate that fits, proven with few traces.
 
 Memory grows along every lever, so one candidate that does not fit rules out all that take more. A guess by
-arithmetic says which to trace next; it ends when each candidate that would be faster than the best is ruled out by
-a trace, or is by arithmetic a tenth over the budget.
+arithmetic says which to trace next; it ends when each candidate that would be faster than the best is ruled
+out by a trace, or is by arithmetic a tenth over the budget.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Hunt:
         return found
 
     def _leanest(self) -> tuple[_Open, int] | None:
-        """Of what would be faster and seems not to fit, the one that takes least: it speaks for most others."""
+        """Of what would be faster and seems not to fit, what takes least: it speaks for most others."""
         found, least = None, math.inf
         for one in self._faster():
             index = next(i for i in range(one.top + 1) if self._rank(one, i) < self._best_rank)

@@ -1,4 +1,4 @@
-"""Levers: every switch of the engine as the planner sees it: its settings here, and why not where it has none."""
+"""Levers: every switch of the engine as the planner sees it: its settings, and why it has none here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lowvram.engine.config import StepConfig
+from lowvram.engine.config import ComputeDtype, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.hardware import Hardware
 from lowvram.planner.variants import TILE_TOKENS, tile_for
@@ -66,7 +66,7 @@ class Lever:
         return values if setting.uses_host else tuple(v for v in values if v not in self.on_host)
 
 
-def sixteen_bit(hardware: Hardware) -> str:
+def sixteen_bit(hardware: Hardware) -> ComputeDtype:
     """What the device computes in, and an unquantised base is stored in."""
     if hardware.bf16:
         return "bf16"
@@ -120,9 +120,7 @@ LEVERS: tuple[Lever, ...] = (
         "layers keep their input only and are computed again in backward",
         lambda _: (False, True),
     ),
-    Lever(
-        "kept_layers", "so many of the last layers are not computed again", _kept_layers, rests_last=True
-    ),
+    Lever("kept_layers", "so many of the last layers are not computed again", _kept_layers, rests_last=True),
     Lever(
         "loss_chunk_tokens",
         "the logits of so many trained tokens exist at one time",

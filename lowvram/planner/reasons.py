@@ -8,7 +8,6 @@ from lowvram.data.stats import DataStats
 from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
-from lowvram.hardware import Hardware
 from lowvram.planner.first_step import Request
 from lowvram.planner.guess import resident_bytes
 from lowvram.planner.levers import sixteen_bit
@@ -43,7 +42,7 @@ def explain(request: Request, search: Search, step: StepConfig) -> tuple[str, ..
         _length(step, profile, wishes, stats, shape),
         _batch(step, wishes, prefer),
         *_packing(step, search, wishes, stats),
-        *_learning_rate(step, profile, wishes, stats),
+        *_learning_rate(step, profile, wishes),
         *lever_reasons(step, wishes, prefer),
         *_unquantized(shape, step),
         *_untiled(shape, step),
@@ -58,7 +57,8 @@ def _origin(source: ModelSource) -> list[str]:
 
 def _precision(step: StepConfig, search: Search, wishes: Wishes, prefer: str) -> str:
     chosen = _ASKED if wishes.precision else _why_precision(step, search, prefer)
-    return f"{step.base_precision} base ({chosen}), {step.compute_dtype} arithmetic ({_why_compute(step, search)})"
+    computes = f"{step.compute_dtype} arithmetic ({_why_compute(step, search)})"
+    return f"{step.base_precision} base ({chosen}), {computes}"
 
 
 def _why_compute(step: StepConfig, search: Search) -> str:
@@ -81,7 +81,8 @@ def _why_precision(step: StepConfig, search: Search, prefer: str) -> str:
         return f"{more_exact} would take {format_bytes(round(needed))} before any activation"
     if prefer == "context":
         return "4 bits a weight leave the most room"
-    return f"{more_exact} leaves too little for activations" + ("" if prefer == "quality" else " to be as fast")
+    leaves = f"{more_exact} leaves too little for activations"
+    return leaves if prefer == "quality" else f"{leaves} to be as fast"
 
 
 def _adapter(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
@@ -100,18 +101,18 @@ def _length(
 ) -> str:
     limited = " (the model's limit)" if step.seq_len == shape.context_limit else ""
     if stats is None:
-        why = "no data given, the profile's" if step.seq_len == profile.default_seq_len else "the longest that fits"
+        own = step.seq_len == profile.default_seq_len
+        why = "no data given, the profile's" if own else "the longest that fits"
         return f"{step.seq_len} tokens: {_ASKED if wishes.seq_len else why}{limited}"
     longer, lost = stats.n_longer_than(step.seq_len), stats.n_lost_at(step.seq_len)
     if lost:
         return (
-            f"{step.seq_len} tokens{limited}: of {stats.n_examples} examples about {longer - lost} are cut and "
-            f"about {lost} left out, whose answer begins later"
+            f"{step.seq_len} tokens{limited}: of {stats.n_examples} examples about {longer - lost} are cut "
+            f"and about {lost} left out, whose answer begins later"
         )
     if longer:
-        return (
-            f"{step.seq_len} tokens{limited}: about {longer} of {stats.n_examples} examples are longer and are cut"
-        )
+        cut = f"about {longer} of {stats.n_examples} examples are longer and are cut"
+        return f"{step.seq_len} tokens{limited}: {cut}"
     return f"{step.seq_len} tokens: the longest example has {stats.longest_tokens}, none is cut"
 
 
@@ -130,10 +131,8 @@ def _packing(step: StepConfig, search: Search, wishes: Wishes, stats: DataStats 
     work = search.work(step.seq_len, whole)
     if step.packing:
         passes, padding = work.tokens(step.micro_batch, packing=True).passes, work.padding(min(4, whole))
-        yield (
-            f"packing: on, {_ASKED if wishes.packing else f'an update takes {passes:.1f} rows'}; micro-batches of "
-            f"{min(4, whole)} would be {padding:.0%} padding"
-        )
+        why = _ASKED if wishes.packing else f"an update takes {passes:.1f} rows"
+        yield f"packing: on, {why}; micro-batches of {min(4, whole)} would be {padding:.0%} padding"
     elif wishes.packing is False:
         yield f"packing: off, {_ASKED}"
     else:
@@ -143,16 +142,12 @@ def _packing(step: StepConfig, search: Search, wishes: Wishes, stats: DataStats 
         yield f"packing: off, {reason}; padding is {work.padding(step.micro_batch):.0%} of the tokens"
 
 
-def _learning_rate(
-    step: StepConfig, profile: Profile, wishes: Wishes, stats: DataStats | None
-) -> Iterator[str]:
+def _learning_rate(step: StepConfig, profile: Profile, wishes: Wishes) -> Iterator[str]:
     whole = step.micro_batch * step.accumulation
     if wishes.learning_rate or whole == profile.effective_batch:
         return
-    yield (
-        f"learning rate: the profile's {profile.learning_rate:g} for {profile.effective_batch} examples times "
-        f"{batch_factor(profile, whole):.2g}, the root of the batch's ratio"
-    )
+    own = f"the profile's {profile.learning_rate:g} for {profile.effective_batch} examples"
+    yield f"learning rate: {own} times {batch_factor(profile, whole):.2g}, the root of the batch's ratio"
 
 
 def lever_reasons(step: StepConfig, wishes: Wishes, prefer: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from lowvram.engine.config import StepConfig
 from lowvram.errors import DoesNotFitError
@@ -30,8 +31,8 @@ def refusal(search: Search, base: StepConfig, request: Request) -> DoesNotFitErr
     nearest = list(_nearest(search, base, request))
     size = card_for(needed, search.hardware, request.profile)
     if not nearest:
-        remedy = f"The nearest plan that fits is on a {size} GB card (--vram {size}GB), or take a smaller model."
-        return DoesNotFitError(message, remedy)
+        larger = f"The nearest plan that fits is on a {size} GB card (--vram {size}GB)"
+        return DoesNotFitError(message, f"{larger}, or take a smaller model.")
     others = f"; or a {size} GB card (--vram {size}GB)" if needed > search.budget_bytes else ""
     return DoesNotFitError(message, f"The nearest plan that fits: {', or '.join(nearest)}{others}")
 
@@ -51,7 +52,7 @@ def _nearest(search: Search, base: StepConfig, request: Request) -> Iterator[str
         yield f"--precision {precision}"
     if wishes.optimizer == "adamw" and _fits_without(search, base, "optimizer"):
         yield "without --optimizer adamw"
-    if wishes.no_offload and _fits(replace(search, freedom=replace(search.freedom, uses_host=True)), base):
+    if wishes.no_offload and _fits(_freer(search, uses_host=True), base):
         yield "without --no-offload"
     levers = set(wishes.pinned_levers()) - {"base_precision"}
     if levers and _fits_without(search, base, *levers):
@@ -70,7 +71,11 @@ def _fits(search: Search, base: StepConfig) -> bool:
 
 def _fits_without(search: Search, base: StepConfig, *names: str) -> bool:
     pinned = {name: value for name, value in search.freedom.pinned.items() if name not in names}
-    return _fits(replace(search, freedom=replace(search.freedom, pinned=pinned)), base)
+    return _fits(_freer(search, pinned=pinned), base)
+
+
+def _freer(search: Search, **changes: Any) -> Search:
+    return replace(search, freedom=replace(search.freedom, **changes))
 
 
 def _lower_rank(search: Search, base: StepConfig, request: Request) -> int:
@@ -85,7 +90,7 @@ def _leaner_precision(search: Search, base: StepConfig) -> str | None:
     precision = _LEANER.get(str(search.freedom.pinned.get("base_precision")))
     while precision is not None:
         pinned = search.freedom.pinned | {"base_precision": precision}
-        if _fits(replace(search, freedom=replace(search.freedom, pinned=pinned)), base):
+        if _fits(_freer(search, pinned=pinned), base):
             return precision
         precision = _LEANER.get(precision)
     return None

@@ -94,9 +94,9 @@ def _go_together(setting: Setting, chosen: Mapping[str, Any], axes: Mapping[str,
     if chosen["base_precision"] != "nf4" and chosen["double_quantization"] != axes["double_quantization"][-1]:
         return False
     whole_head = chosen["head"] == "16bit"
-    if setting.shape.tied and len(axes["head"]) * len(axes["embedding_on_host"]) > 1:
-        if chosen["embedding_on_host"] == whole_head:  # one weight: a placed head alone saves nothing
-            return False
+    free = len(axes["head"]) * len(axes["embedding_on_host"]) > 1
+    if setting.shape.tied and free and chosen["embedding_on_host"] == whole_head:
+        return False  # one weight: a placed head alone saves nothing
     if not whole_head and chosen["loss_chunk_tokens"] != axes["loss_chunk_tokens"][0]:
         return False
     return not chosen["tile_tokens"] or chosen["micro_batch"] == axes["micro_batch"][-1]

@@ -12,9 +12,9 @@ from lowvram.frozen import Frozen
 from lowvram.hardware import Hardware, card_of_size
 from lowvram.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT
 from lowvram.planner.host_memory import longest_on_host
-from lowvram.planner.variants import with_kept
 from lowvram.planner.profiles import budget, profile_for
 from lowvram.planner.search import Search
+from lowvram.planner.variants import with_kept
 from lowvram.units import GiB
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from lowvram.engine.shape import ModelShape
 from lowvram.planner.schedule import Schedule
 from lowvram.planner.workload import Tokens, Workload
 
-_STORED_BYTES = {"nf4": 0.5, "int8": 1.0}  # a weight of a quantised base or head; dequantised ones take 2 more
+_STORED_BYTES = {"nf4": 0.5, "int8": 1.0}  # a weight of a quantised base or head
 _WRITTEN_AND_READ = 4.0  # bytes a dequantised weight travels: out of one kernel, into the next
 _NESTED_SCALES = 1.01  # double quantisation's second look-up
 _TILED_PASSES = 0.25  # of 2ND: keys and values once more, an eighth of a forward
-_CPU_TILED_PASSES = 2.4  # measured, benchmarks/levers.csv: four tiles take 1.44 times; no kernel knows their mask
+_CPU_TILED_PASSES = 2.4  # no kernel knows a tile's mask: 1.44 times the step (benchmarks/levers.csv)
 _BESIDE_SHARE = 0.03  # of the arithmetic: copies beside it take some of the memory's rate
-_EMBEDDING_SHARE, _STREAMED_SHARE = 0.005, 0.01  # copies that the arithmetic waits for cost more than their bytes
+_EMBEDDING_SHARE, _STREAMED_SHARE = 0.005, 0.01  # and those that it waits for cost more than their bytes
 _ROWS_BUSY = 32  # a matrix product of n rows reaches n / (n + 32) of the rate
 _LAUNCH_SECONDS = 1.5e-3  # dispatch of one layer's operators in one pass, forward and backward
 _CPU_LAUNCH_SECONDS = 0.5e-3

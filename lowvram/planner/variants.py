@@ -1,4 +1,4 @@
-"""Variants: the same step in other micro-batches, with another lever, at another length; and what to call it."""
+"""Variants: the same step in other micro-batches, with another lever, at another length; and its name."""
 
 from __future__ import annotations
 

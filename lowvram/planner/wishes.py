@@ -62,8 +62,12 @@ class Wishes(Frozen):
     @property
     def pinned(self) -> dict[str, Any]:
         """All settings of the step that the user fixed, and the planner would choose itself."""
-        wished = {n: getattr(self, n) for n in ("optimizer", "micro_batch")} | {"base_precision": self.precision}
-        return {**self.pinned_levers(), **{name: value for name, value in wished.items() if value is not None}}
+        wished = {
+            "base_precision": self.precision,
+            "optimizer": self.optimizer,
+            "micro_batch": self.micro_batch,
+        }
+        return self.pinned_levers() | {name: value for name, value in wished.items() if value is not None}
 
     def pinned_levers(self) -> dict[str, Any]:
         """Levers that the user fixed: `none`, `all`, or `name=value,name=value`.
