@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from lowvram.frozen import Frozen
 
-BasePrecision = Literal["nf4", "bf16", "fp16", "fp32"]
+BasePrecision = Literal["nf4", "int8", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
 TaskType = Literal["CAUSAL_LM", "SEQ2SEQ_LM"]
 HeadKind = Literal["16bit", "nf4", "int8", "streamed"]

@@ -152,7 +152,7 @@ def _require_rank_within(shape: ModelShape, targets: tuple[str, ...], rank: int)
 def _compute_dtype(hardware: Hardware, precision: BasePrecision) -> ComputeDtype:
     if precision == "fp16" and hardware.backend == "cpu":
         raise ConfigError("--precision fp16 needs a GPU: its loss scaling does.", "Use nf4, bf16 or fp32.")
-    if precision != "nf4":
+    if precision != "nf4" and precision != "int8":
         return precision
     if hardware.bf16:
         return "bf16"
