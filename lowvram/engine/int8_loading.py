@@ -34,7 +34,7 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers
     """What from_pretrained takes as its quantization_config."""
 
     def __init__(self, compute_dtype: torch.dtype) -> None:
-        self.quant_method: Any = _METHOD
+        self.quant_method = _METHOD
         self.compute_dtype = compute_dtype
 
 
@@ -52,8 +52,8 @@ class _Int8Quantizer(HfQuantizer):  # type: ignore[misc]  # transformers ships n
         return False
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        module, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(module), Int8Linear)
+        path, _dot, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(path), Int8Linear)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()

@@ -35,7 +35,7 @@ def storage_dtype(base_precision: BasePrecision, compute_dtype: str) -> torch.dt
 
 
 def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
-    """The model on the meta device with quantised linears in place: every shape and dtype, no byte of weights.
+    """The model on the meta device with quantised linears in place: every shape and dtype, but no weights.
 
     A config whose class is the model's own code was loaded with the user's --trust-remote-code; its model
     is then built from that code as well.
