@@ -110,8 +110,8 @@ def test_layer_equals_float64(dtype: torch.dtype, bias: bool, shape: tuple[int, 
         assert x.grad is not None
         assert x64.grad is not None
         assert x.grad.dtype == given
-        for made, true in ((y, wanted), (x.grad, x64.grad)):
-            assert float((made.double() - true).abs().max()) <= 3 * exact * float(true.detach().abs().max())
+        for made, true in ((y.detach(), wanted.detach()), (x.grad, x64.grad)):
+            assert float((made.double() - true).abs().max()) <= 3 * exact * float(true.abs().max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -275,19 +275,18 @@ def test_levers_equal_the_plain_step(tmp_path: Path, levers: str, head: str) -> 
     _assert_equal(made, wanted, 1e-5)
 
 
-def test_bf16_step_is_near_float32(tmp_path: Path) -> None:
-    """3 % of the largest value: bf16 has 8 bits, 0.4 %, and three layers follow one another."""
+def test_bf16_step_equals_that_of_a_bf16_base(tmp_path: Path) -> None:
+    """The same products of the same numbers: plain linear layers with what the int8 ones read back."""
     _saved("llama", tmp_path, torch.bfloat16)
-    rows = examples((9, 17, 12))
-    step = _step(compute_dtype="bf16")
-    model = _ours(tmp_path, step)
-    made = _results(model, step, rows)
-    exact = _ours(tmp_path, _step())
+    ours, plain = _step(compute_dtype="bf16"), _step(base_precision="bf16", compute_dtype="bf16")
+    model, wide = _ours(tmp_path, ours), _ours(tmp_path, plain)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Int8Linear)}
+    assert len(layers) == 3 * 7
     for name, layer in layers.items():
-        exact.get_submodule(name).keep(layer.weight.data, layer.scale.data)
+        wide.get_submodule(name).weight.data = layer.values()
         assert layer.values().dtype == torch.bfloat16
-    _assert_equal(made, _results(exact, _step(), rows), 0.03)
+    rows = examples((9, 17, 12))
+    _assert_equal(_results(model, ours, rows), _results(wide, plain, rows), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -332,7 +331,7 @@ def test_skeleton_has_the_loaded_model_s_parameters(tmp_path: Path, kind: str) -
 
 
 def _described(model: nn.Module) -> dict[str, Any]:
-    return {n: (p.shape, p.dtype, p.requires_grad and p.is_leaf) for n, p in model.named_parameters()}
+    return {n: (p.shape, p.dtype) for n, p in model.named_parameters()}
 
 
 def test_t5_keeps_what_overflows_and_its_head() -> None:
@@ -387,7 +386,7 @@ def _assert_traced_as_executed(source: ModelSource, step: StepConfig) -> None:
         {"levers": Levers(gradient_checkpointing=False, loss_chunk_tokens=64), "accumulation": 1},
         {"levers": Levers(loss_chunk_tokens=64), "dropout": 0.05},
         {"levers": Levers(tile_tokens=100, offload_checkpoints=True, loss_chunk_tokens=64), "micro_batch": 2},
-        {"levers": Levers(loss_chunk_tokens=16), "seq_len": 32, "target_modules": ("q_proj",)},
+        {"levers": Levers(loss_chunk_tokens=16), "target_modules": ("q_proj",)},
     ],
 )
 @pytest.mark.parametrize("bias", [False, True])
@@ -417,6 +416,7 @@ def test_loading_is_traced_as_it_really_allocates(tmp_path: Path, monkeypatch: p
     source, step = ModelSource(str(tmp_path)), _step(target_modules=("q_proj",), rank=1)
     models: list[Any] = []
     measured = profiled_peak_bytes(lambda: models.append(load(source, step, "cpu")))
+    measured -= (tmp_path / "model.safetensors").stat().st_size  # mapped, which the profiler takes for made
     trace = _loading(trace_step(source.config, step, "cpu"))
     adapters = sum(a.n_bytes for a in trace.allocations if a.component == "adapters")
     predicted = peak_of(trace)[0]
@@ -441,7 +441,7 @@ def test_asks_the_allocator_for_what_transformers_asks() -> None:
     [
         ("llama", {"levers": Levers(loss_chunk_tokens=64)}),
         ("llama", {"levers": Levers(gradient_checkpointing=False), "accumulation": 1}),
-        ("gemma3_text", {"num_hidden_layers": 32, "head_dim": 16, "sliding_window": 64}),
+        ("qwen2", {"levers": Levers(kept_layers=5), "micro_batch": 3, "num_hidden_layers": 12}),
     ],
 )
 def test_extended_trace_equals_the_whole_model_s(
@@ -454,10 +454,12 @@ def test_extended_trace_equals_the_whole_model_s(
     step = _step(
         **{k: v for k, v in changes.items() if k not in shape}, target_modules=ATTENTION, seq_len=512
     )
-    blocks = blocks_of(config)
+    blocks = blocks_of(config, step.levers.kept_layers)
     assert blocks is not None
     assert blocks.traced_layers < blocks.n_layers
-    short = trace_step(with_layers(config, blocks.traced_layers), step, "cuda")
+    levers = step.levers.model_copy(update={"kept_layers": blocks.traced_kept_layers})
+    fewer = step.model_copy(update={"levers": levers})
+    short = trace_step(with_layers(config, blocks.traced_layers), fewer, "cuda")
     whole, again = (trace_step(config, step, "cuda") for _ in range(2))
     assert _outcome(extend(short, blocks)) == _outcome(whole) == _outcome(again)
 
