@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +47,7 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = _auto_class(config).from_config(
-                config,
+                copy.deepcopy(config),  # for it writes the attention's name into it
                 dtype=storage_dtype(step.base_precision, step.compute_dtype),
                 attn_implementation=register(),
                 trust_remote_code=type(config).__module__.startswith("transformers_modules."),
