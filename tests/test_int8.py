@@ -314,15 +314,24 @@ def test_adapter_loads_in_plain_peft(tmp_path: Path, kind: str) -> None:
     assert 1e-4 < off < 0.05
 
 
-@pytest.mark.parametrize("change", [{"num_hidden_layers": 4}, {"intermediate_size": 80}])
+@pytest.mark.parametrize(
+    ("change", "lacking"),
+    [
+        ({"num_hidden_layers": 4}, "layers.3.input_layernorm.weight"),
+        ({"intermediate_size": 80}, "layers.0.mlp.down_proj.weight"),
+    ],
+)
 def test_weights_that_are_missing_or_of_another_shape_are_refused(
-    tmp_path: Path, change: dict[str, int]
+    tmp_path: Path, change: dict[str, int], lacking: str
 ) -> None:
+    """By the file's names; the scales are none of them."""
     _saved("llama", tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(ConfigError, match="weights of"):
+    with pytest.raises(ConfigError, match=lacking) as caught:
         load(ModelSource(str(tmp_path)), _step(), "cpu")
+    assert "scale" not in str(caught.value)
+    assert "in another shape than config.json says" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -17,7 +17,7 @@ def quantized_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  
     """Row-wise absmax int8: q = round(w / s), w' = q * s with s = max |w| / 127 of a row.
 
     s is kept in float32 but rounded to the weight's own dtype first, so that reading it back costs no
-    further error. bitsandbytes' int8_vectorwise_quant wants float16, whose 65,504 a bf16 weight may exceed.
+    further error. bitsandbytes' int8_vectorwise_quant takes nothing but float16 on a GPU.
     """
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty((weight.shape[0], 1), dtype=torch.float32, device=weight.device)
@@ -52,6 +52,8 @@ class Int8Linear(nn.Linear):
     2208.07339) quantises the activations as well, all but the columns with outliers: how many those are
     depends on the data, so that a trace could not know its shapes.
     """
+
+    _is_hf_initialized = True  # or transformers would draw what a file lacks, which int8 cannot; load refuses
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool, compute_dtype: torch.dtype) -> None:
         super().__init__(n_in, n_out, bias=bias, device="meta", dtype=compute_dtype)

@@ -34,16 +34,15 @@ def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
     loaded = _loaded(model, ends)
     if backend == "cuda":
         _warm_up(recorder, loaded)
-    int8 = {m.weight: m for m in base.modules() if isinstance(m, Int8Linear)}
-    scales = {linear.scale for linear in int8.values()}
+    int8 = {p: m for m in base.modules() if isinstance(m, Int8Linear) for p in (m.weight, m.scale)}
     named = {weight: _COMPONENTS[end] for end, weight in reversed(ends.items())}
     for name, parameter in sorted(loaded, key=lambda item: _natural(item[0])):
         recorder.at(name)
-        if parameter in int8:
-            record_int8(recorder, int8[parameter])
-        elif parameter not in scales:
+        if parameter not in int8:
             record_weight(recorder, parameter, named.get(parameter, "base_weights"))
-    del loaded, parameter, named, int8, scales  # what has no other owner lives until it is placed
+        elif parameter is int8[parameter].weight:  # the scales come with it
+            record_int8(recorder, int8[parameter])
+    del loaded, parameter, named, int8  # what has no other owner lives until it is placed
     place_ends(recorder, base, ends)
     for name, buffer in model.named_buffers():
         recorder.at(name)
