@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from lowvram.engine.adapters import add_adapters
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import Levers, StepConfig
-from lowvram.engine.model import load
+from lowvram.engine.model import load, skeleton
 from lowvram.engine.source import ModelSource
 from lowvram.memory.allocator import replay_reserved
 from lowvram.memory.estimate import estimate, peak_of
@@ -204,6 +204,16 @@ def test_extended_trace_equals_the_whole_model_s(kind: str, changes: dict[str, A
     whole = trace_step(config, step, "cuda")
     assert _outcome(extended) == _outcome(whole)
     assert set(extended.layers) == set(whole.layers)
+
+
+def test_another_model_of_the_config_leaves_a_kept_one_s_kernels_alone() -> None:
+    """transformers writes the attention's name into a config that it is given; loading in NF4 builds one."""
+    config = AutoConfig.for_model("llama", **_SMALL | {"num_hidden_layers": 2}, dtype=torch.bfloat16)
+    step = StepConfig(seq_len=256, target_modules=("q_proj",))
+    first = trace_step(config, step, "cpu")
+    skeleton(config, step)
+    second = trace_step(config, step, "cpu")
+    assert [a.n_bytes for a in second.allocations] == [a.n_bytes for a in first.allocations]
 
 
 def test_layers_that_differ_are_traced_whole() -> None:

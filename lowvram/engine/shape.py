@@ -87,7 +87,8 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
     Raises:
         ConfigError: lowvram cannot train such a model.
     """
-    from lowvram.engine.model import in_out_features, is_linear, skeleton
+    from lowvram.engine.linears import in_out_features, is_linear
+    from lowvram.engine.model import skeleton
     from lowvram.engine.tiles import why_not_tiled
 
     model = skeleton(config, StepConfig())
