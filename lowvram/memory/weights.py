@@ -92,8 +92,18 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def meta_batch(step: StepConfig) -> Batch:
-    """A micro-batch of the plan's full shape in which every token is trained: the worst case."""
+    """A micro-batch of the plan's full shape in which every token is trained: the worst case.
+
+    Of packed rows that is the full row of `micro_batch` examples, each as long as can be: what attention
+    makes for one example, and what grows with its square, is at its largest. Shorter examples are more, and
+    each has small tensors of its own, rounded up to 512 bytes; for that data/order.py takes a token off the
+    row for each of them.
+    """
     rows = step.micro_batch
+    if step.packing:
+        full, trained = rows * step.seq_len, rows * (step.seq_len - 1)
+        tensors = (_empty(shape, torch.int64) for shape in ((1, full), (trained,), (trained,)))
+        return Batch(*tensors, lengths=(step.seq_len,) * rows)
     if step.target_len is None:
         trained = rows * (step.seq_len - 1)
         shapes: list[tuple[int, ...]] = [(rows, step.seq_len), (trained,), (trained,)]
