@@ -4,7 +4,7 @@ What a decoder layer does to a token depends on no other token, but for attentio
 end to end is run as one sequence whose positions restart with each example, and attention runs example by
 example. transformers hands what it is called with and does not know to the attention function, in forward and
 when a layer is computed again; on this road each layer learns where the examples lie. No mask is made but
-where an example is longer than a sliding window.
+for a row with an example longer than a sliding window.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REMEDY = "Leave packing off."
 
 
 class PackedRow:
-    """Where the examples of one row lie, and the mask that those longer than a sliding window share."""
+    """Where the examples of one row lie, and the mask that they share where a sliding window needs one."""
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
         self.lengths = lengths
@@ -46,11 +46,15 @@ class PackedRow:
         }
 
     def mask(self, length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """[1, 1, t, t] for an example longer than `window`: a corner of the longest one's, for all layers."""
-        if window is None or length <= window:
+        """[1, 1, t, t], a corner of the longest example's, which is made once for all layers.
+
+        Either every example of a row has one or none has, as in a padded batch: with a mask grouped heads are
+        copied out, without one they are kept as they are, and a mixed row would do both.
+        """
+        longest = max(self.lengths)
+        if window is None or longest <= window:
             return None
         if window not in self._masks:
-            longest = max(self.lengths)
             self._masks[window] = window_mask(longest, longest, window, device)
         return self._masks[window][None, None, :length, :length]
 

@@ -94,8 +94,8 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def meta_batches(step: StepConfig, window: int | None) -> list[Batch]:
     """The micro-batches whose worst is the worst of all: one, or two if packed examples may exceed a window.
 
-    Attention to an example within the window is another kernel's: before Ampere, where heads are grouped, one
-    that takes more for a row of examples as long as the window than the masked one for longer ones.
+    Where none does, attention needs no mask and is another kernel's: before Ampere, where heads are grouped,
+    one that takes more for a row of examples as long as the window than the masked one for longer ones.
     """
     batches = [meta_batch(step)]
     if step.packing and window is not None and window < step.seq_len:
