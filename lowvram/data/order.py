@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from random import Random
 
-_WINDOW_STEPS = 8  # large enough for micro-batches of like length, small enough to stay a shuffle
+WINDOW_STEPS = 8  # large enough for micro-batches of like length, small enough to stay a shuffle
 
 MicroBatch = list[int]
 Step = list[MicroBatch]
@@ -34,7 +34,7 @@ def batches_of_epoch(
     random = Random(f"lowvram order {seed} {epoch}")  # a string is hashed by sha512: the same everywhere
     indices = list(range(len(lengths)))
     random.shuffle(indices)
-    window = _WINDOW_STEPS * accumulation * micro_batch
+    window = WINDOW_STEPS * accumulation * micro_batch
     steps: list[Step] = []
     for at in range(0, len(indices), window):
         micros = _micro_batches(indices[at : at + window], lengths, micro_batch, random)
