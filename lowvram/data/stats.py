@@ -84,19 +84,3 @@ def _quantiles(ascending: list[int]) -> tuple[int, ...]:
     """Nearest-rank values at 0..100 %: the first is the shortest, the last the longest."""
     top = len(ascending) - 1
     return tuple(ascending[round(top * percent / 100)] for percent in range(101)) if ascending else (0,) * 101
-
-
-def padded_share(lengths: tuple[int, ...], effective_batch: int, micro_batch: int) -> float:
-    """PLACEHOLDER until the packing branch."""
-    window = 8 * effective_batch
-    top = len(lengths) - 1
-    drawn = [lengths[round(top * (i + 0.5) / window)] for i in range(window)]
-    groups = [drawn[i : i + micro_batch] for i in range(0, window, micro_batch)]
-    padded = sum(len(g) * max(g) for g in groups)
-    return 1 - sum(drawn) / padded
-
-
-def rows_per_step(lengths: tuple[int, ...], effective_batch: int, row_tokens: int) -> float:
-    """PLACEHOLDER until the packing branch."""
-    mean = sum(lengths) / len(lengths)
-    return max(1.0, effective_batch * mean / row_tokens / 0.93)

@@ -96,11 +96,25 @@ class StepConfig(Frozen):
     target_len: int | None = Field(None, ge=1, description="longest target of a T5-type model, tokens")
     micro_batch: int = Field(1, ge=1, description="sequences in one forward pass")
     accumulation: int = Field(8, ge=1, description="forward passes in one optimizer step")
-    packing: bool = Field(False, description="stub")
+    packing: bool = Field(
+        False,
+        description="a step's examples share rows of up to micro_batch * seq_len tokens without padding; "
+        "fewer passes, the same gradients",
+    )
     optimizer: OptimizerName = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     levers: Levers = Levers()
+
+    @model_validator(mode="after")
+    def _packs_what_it_can(self) -> StepConfig:
+        if self.packing and self.levers.tiles:
+            raise ValueError(
+                "packing knows no tiles: leave tile_tokens and offload_checkpoints off, or packing"
+            )
+        if self.packing and self.task_type == "SEQ2SEQ_LM":
+            raise ValueError("packing is for decoder-only models: leave it off for SEQ2SEQ_LM")
+        return self
 
     @property
     def scaling(self) -> float:

@@ -89,6 +89,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
     """
     from lowvram.engine.linears import in_out_features, is_linear
     from lowvram.engine.model import skeleton
+    from lowvram.engine.packing import why_not_packed
     from lowvram.engine.tiles import why_not_tiled
 
     model = skeleton(config, StepConfig())
@@ -110,7 +111,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         vocab_size=text.vocab_size,
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
         untiled=why_not_tiled(model.get_decoder()),
-        unpacked="stub",
+        unpacked=why_not_packed(model.get_decoder()),
         linears=tuple(
             LinearShape(name=name, n_in=n_in, n_out=n_out, count=count)
             for (name, n_in, n_out), count in linears.items()

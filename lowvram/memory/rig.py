@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _MOST_KEPT = 2
 # What a trace may change without building anew; the rest of a StepConfig decides modules or optimizer state.
-_FREE = {"seq_len", "target_len", "micro_batch", "accumulation", "max_grad_norm"}
+_FREE = {"seq_len", "target_len", "micro_batch", "accumulation", "packing", "max_grad_norm"}
 _FREE_LEVERS = {"loss_chunk_tokens", "kept_layers", "expandable_segments", "empty_cache"}
 
 

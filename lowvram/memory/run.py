@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
 from lowvram.engine.step import SummedLoss, evaluate_batch, train_step
@@ -20,7 +21,7 @@ from lowvram.memory.load import record_loading
 from lowvram.memory.recorder import Recorder
 from lowvram.memory.rig import Rig, rig_for
 from lowvram.memory.trace import ALLOC_ROUNDING, Backend, Capability, Trace
-from lowvram.memory.weights import meta_batch
+from lowvram.memory.weights import meta_batches
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,11 +48,12 @@ def _trace_on(
     recorder = Recorder(backend, ALLOC_ROUNDING if backend == "cuda" else 1)
     recorder.watch(rig.model, config.get_text_config().vocab_size)
     loss_of = SummedLoss(rig.model, step, TracedHost(recorder, backend))
+    batches = meta_batches(step, getattr(config.get_text_config(), "sliding_window", None))
     record_loading(recorder, rig.model, backend)
     for n_bytes in cublas_bytes(capability) if backend == "cuda" else ():
         recorder.keep(n_bytes, "cublas workspace")
     with recorder, recorder.during("evaluation"):
-        _evaluate(loss_of, step)
+        _evaluate(loss_of, batches)
     label_gradients(recorder, rig.parameters)
     with recorder.during("optimizer"):
         rig.optimizer.record_state(recorder)
@@ -60,7 +62,7 @@ def _trace_on(
     if step.accumulation > 1:
         create_gradients(recorder, rig.parameters)
     with recorder, recorder.during("forward"):
-        _run(recorder, loss_of, rig, step)
+        _run(recorder, loss_of, rig, step, batches)
     recorder.let_go()
     return recorder.trace
 
@@ -83,13 +85,14 @@ class TracedHost(Host):
         return torch.empty_like(made) if self._is_apart else made
 
 
-def _evaluate(loss_of: nn.Module, step: StepConfig) -> None:
+def _evaluate(loss_of: nn.Module, batches: list[Batch]) -> None:
     loss_of.eval()
-    evaluate_batch(loss_of, meta_batch(step))
+    for batch in batches:
+        evaluate_batch(loss_of, batch)
     loss_of.train()
 
 
-def _run(recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig) -> None:
+def _run(recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig, batches: list[Batch]) -> None:
     def backward(loss: torch.Tensor) -> None:
         with recorder.during("backward"):
             recorder.at("")
@@ -101,7 +104,6 @@ def _run(recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig) -> 
             return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     optimizer: Any = _Optimizer(recorder, rig)
-    batches = [meta_batch(step)]
     train_step(loss_of, optimizer, batches, max_grad_norm=step.max_grad_norm, backward=backward, clip=clip)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
-from lowvram.data.stats import DataStats, padded_share, rows_per_step
+from lowvram.data.padding import padded_share, rows_per_step
+from lowvram.data.stats import DataStats
 
 
 class Tokens(NamedTuple):
@@ -37,19 +38,29 @@ class Workload:
         share = self.effective_batch / len(self._lengths)
         return share * sum(self._lengths), share * sum(n * n for n in self._lengths)
 
+    @cache  # noqa: B019  # a few objects, each for a run of the planner
     def tokens(self, micro_batch: int, packing: bool) -> Tokens:
         """Of one step in micro-batches of `micro_batch` examples, or in packed rows of as many lengths."""
         tokens, squares = self._of_all
         trained = self.trained_share * tokens
         if packing:
-            rows = rows_per_step(self._lengths, self.effective_batch, micro_batch * self.seq_len)
-            return Tokens(tokens, trained, squares, rows)
+            return Tokens(tokens, trained, squares, self._rows(micro_batch))
         longer = 1 / (1 - self.padding(micro_batch))
         return Tokens(longer * tokens, trained, longer**2 * squares, self.effective_batch / micro_batch)
 
     def padding(self, micro_batch: int) -> float:
         """Share of padding among the tokens that are computed without packing."""
-        return padded_share(self._lengths, self.effective_batch, micro_batch)
+        return padded_share(self.quantiles, **self._of(micro_batch))
+
+    def _rows(self, micro_batch: int) -> float:
+        return rows_per_step(self.quantiles, **self._of(micro_batch))
+
+    def _of(self, micro_batch: int) -> dict[str, int]:
+        return {
+            "micro_batch": micro_batch,
+            "effective_batch": self.effective_batch,
+            "seq_len": self.seq_len,
+        }
 
     def tiles(self, tile_tokens: int) -> float:
         """Tiles of an average example; 1 without tiling."""
@@ -61,5 +72,5 @@ class Workload:
 def workload(stats: DataStats | None, seq_len: int, effective_batch: int) -> Workload:
     """From the data's lengths; without data every example is as long as it may be."""
     if stats is None:
-        return Workload((seq_len,), seq_len, effective_batch)
+        return Workload((seq_len, seq_len), seq_len, effective_batch)
     return Workload(stats.length_quantiles, seq_len, effective_batch, stats.trained_share)
