@@ -21,11 +21,11 @@ from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware, card_of_size, probe
 from lowvram.memory import cache
 from lowvram.memory.estimate import estimate
-from lowvram.planner.build import make_plan, make_plan_and_survey
-from lowvram.planner.ladder import rungs
+from lowvram.planner.build import decide, make_plan
+from lowvram.planner.first_step import Request
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import load_profile, profile_for
-from lowvram.planner.survey import LENGTHS, Survey
+from lowvram.planner.survey import LENGTHS, Survey, survey
 from lowvram.planner.wishes import Wishes
 from lowvram.units import GiB
 

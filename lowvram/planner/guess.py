@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.planner.space import ALL, Candidate
+from lowvram.units import GiB
 
 _BYTES = {"nf4": 0.516, "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}  # a weight
 _PLAIN_SCALES = 0.0465  # bytes a weight that double quantisation saves: 0.37 bits
 _LOGIT_BYTES = 10  # of one token and one word: 16-bit logits, and their softmax and gradient in float32
 _TILE_ROWS = 8192  # of a head that is read in tiles
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}
-_MIB = 1 << 20
-_LEAST_SHARE = 0.1
+_NOISE = 0.03 * GiB  # of a trace around the formula: pages, and which moment is the peak
 
 
 def resident_bytes(step: StepConfig, shape: ModelShape) -> float:
@@ -49,36 +52,66 @@ def passing_bytes(step: StepConfig, shape: ModelShape) -> float:
     return inputs + max(layer, _LOGIT_BYTES * words * min(levers.loss_chunk_tokens, at_once))
 
 
+class Parts(NamedTuple):
+    """Bytes of one step by arithmetic."""
+
+    resident: float
+    passing: float
+    layer: float  # of one kept layer
+
+    def of(self, layers: int) -> tuple[float, float, float]:
+        return self.passing, layers * self.layer, 1.0
+
+
 @dataclass
 class Guess:
-    """Bytes = resident + passing + layers kept * share + offset; traces tell share and offset."""
+    """Bytes = resident + a * passing + b * kept layers' + c, with a, b and c normally distributed.
+
+    Each trace narrows them (a Kalman filter's update), so that a guess knows how far off it may be.
+    """
 
     shape: ModelShape
-    share: float = 1.1  # of `kept_bytes`
-    offset: float = 50 * _MIB
-
-    def fixed(self, step: StepConfig) -> float:
-        return resident_bytes(step, self.shape) + passing_bytes(step, self.shape)
+    mean: list[float] = field(default_factory=lambda: [1.0, 1.1, 0.1 * GiB])
+    covariance: list[list[float]] = field(
+        default_factory=lambda: [[0.5**2, 0, 0], [0, 0.4**2, 0], [0, 0, (0.2 * GiB) ** 2]]
+    )
 
     def layers(self, candidate: Candidate, index: int) -> int:
         kept = candidate.kept[index]
         return self.shape.n_layers if kept == ALL else int(kept)
 
-    def most_kept(self, candidate: Candidate, fixed: float, top: int, budget_bytes: float) -> int:
-        """The largest choice of kept layers up to `top` that seems to fit; -1 when none does."""
-        a_layer = self.share * kept_bytes(candidate.step, self.shape)
-        room = budget_bytes - fixed - self.offset
-        return next((i for i in range(top, -1, -1) if self.layers(candidate, i) * a_layer <= room), -1)
+    def parts(self, step: StepConfig) -> Parts:
+        """What stays the same through a search."""
+        shape = self.shape
+        return Parts(resident_bytes(step, shape), passing_bytes(step, shape), kept_bytes(step, shape))
 
-    def bytes_of(self, candidate: Candidate, fixed: float, index: int) -> float:
-        layers = self.layers(candidate, index)
-        return fixed + self.offset + layers * self.share * kept_bytes(candidate.step, self.shape)
+    def bytes_of(self, parts: Parts, layers: int) -> float:
+        """The most likely bytes."""
+        return parts.resident + sum(m * x for m, x in zip(self.mean, parts.of(layers), strict=True))
 
-    def learn(self, candidate: Candidate, fixed: float, index: int, traced_bytes: int) -> None:
-        """What a trace said; the next ones are like it."""
-        layers = self.layers(candidate, index)
-        if not layers:
-            self.offset = traced_bytes - fixed
-            return
-        by_formula = layers * kept_bytes(candidate.step, self.shape)
-        self.share = max((traced_bytes - fixed - self.offset) / by_formula, _LEAST_SHARE)
+    def deviation(self, parts: Parts, layers: int) -> float:
+        """Standard deviation of `bytes_of`."""
+        x = parts.of(layers)
+        return math.sqrt(_dot(x, self._spread(x)) + _NOISE**2)
+
+    def room_for(self, parts: Parts, budget_bytes: float) -> float:
+        """Kept layers that seem to fit; below 0 when not even none does."""
+        return (budget_bytes - self.bytes_of(parts, 0)) / max(self.mean[1] * parts.layer, 1.0)
+
+    def learn(self, parts: Parts, layers: int, traced_bytes: int) -> None:
+        """What a trace said."""
+        x = parts.of(layers)
+        spread, error = self._spread(x), traced_bytes - self.bytes_of(parts, layers)
+        gain = [s / (_dot(x, spread) + _NOISE**2) for s in spread]
+        self.mean = [m + g * error for m, g in zip(self.mean, gain, strict=True)]
+        self.covariance = [
+            [c - g * s for c, s in zip(row, spread, strict=True)]
+            for row, g in zip(self.covariance, gain, strict=True)
+        ]
+
+    def _spread(self, x: tuple[float, ...]) -> list[float]:
+        return [_dot(row, x) for row in self.covariance]
+
+
+def _dot(left: Iterable[float], right: Iterable[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))

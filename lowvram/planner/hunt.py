@@ -2,7 +2,7 @@
 
 Memory grows along every lever, so one candidate that does not fit rules out all that take more. A guess by
 arithmetic says which to trace next; it ends when each candidate that would be faster than the best is ruled
-out by a trace, or is by arithmetic a tenth over the budget.
+out by a trace, or is over the budget by more than the guess may be wrong.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 
 from lowvram.engine.config import StepConfig
 from lowvram.memory.estimate import MemoryEstimate
-from lowvram.planner.guess import Guess, resident_bytes
+from lowvram.planner.guess import Guess, Parts, resident_bytes
 from lowvram.planner.space import Candidate
+from lowvram.units import MiB
 
-_SURELY_OVER = 1.1  # times the budget; guesses that two traces have set right are within a few percent
-_TRACES_TO_TRUST = 2
+_SURELY = 4.0  # standard deviations
+_PAGES = 24 * MiB  # reserved bytes come in pages of 2 and 20 MiB: so much more a leaner step may take
 Rank = tuple[float, tuple[int, ...]]
 
 
@@ -26,7 +27,7 @@ class _Open:
     """A candidate, and the largest choice of kept layers that is not ruled out; -1: all are."""
 
     candidate: Candidate
-    fixed_bytes: float
+    parts: Parts
     top: int
     seconds_at: dict[int, float] = field(default_factory=dict)
 
@@ -51,7 +52,7 @@ class Hunt:
     def __post_init__(self) -> None:
         shape = self.guess.shape
         self._open = [
-            _Open(one, self.guess.fixed(one.step), len(one.kept) - 1)
+            _Open(one, self.guess.parts(one.step), len(one.kept) - 1)
             for one in self.candidates
             if resident_bytes(one.step, shape) <= self.budget_bytes
         ]
@@ -68,21 +69,27 @@ class Hunt:
         step = one.candidate.at(index)
         traced = self.estimate(step)
         self.n_traced += 1
-        self.guess.learn(one.candidate, one.fixed_bytes, index, traced.peak_reserved_bytes)
+        self.guess.learn(one.parts, self._layers(one, index), traced.peak_reserved_bytes)
         if traced.peak_reserved_bytes > self.budget_bytes:
             self._rule_out(one, index, traced)
         elif self._rank(one, index) < self._best_rank:
             self._best, self._best_rank = step, self._rank(one, index)
 
+    def _layers(self, one: _Open, index: int) -> int:
+        return self.guess.layers(one.candidate, index)
+
     def _rule_out(self, failed: _Open, index: int, traced: MemoryEstimate) -> None:
         """All that take no less: with as many layers kept or more, and no lever further along."""
         running = max((n for phase, n in traced.phases_bytes.items() if phase != "load"), default=0)
-        everywhere = running > self.budget_bytes
-        layers = self.guess.layers(failed.candidate, index)
+        everywhere, clearly = (
+            running > self.budget_bytes,
+            traced.peak_reserved_bytes > self.budget_bytes + _PAGES,
+        )
+        layers = self._layers(failed, index)
         for one in self._open:
             same = everywhere or failed.candidate.loads_like(one.candidate)
-            if same and failed.candidate.is_leaner(one.candidate):
-                while one.top >= 0 and self.guess.layers(one.candidate, one.top) >= layers:
+            if one is failed or (clearly and same and failed.candidate.is_leaner(one.candidate)):
+                while one.top >= 0 and self._layers(one, one.top) >= layers:
                     one.top -= 1
 
     def _rank(self, one: _Open, index: int) -> Rank:
@@ -102,7 +109,8 @@ class Hunt:
         for one in self._faster():
             if self._rank(one, one.top) >= rank:
                 break
-            index = self.guess.most_kept(one.candidate, one.fixed_bytes, one.top, self.budget_bytes)
+            room = self.guess.room_for(one.parts, self.budget_bytes)
+            index = next((i for i in range(one.top, -1, -1) if self._layers(one, i) <= room), -1)
             if index >= 0 and self._rank(one, index) < rank:
                 found, rank = (one, index), self._rank(one, index)
         return found
@@ -112,8 +120,10 @@ class Hunt:
         found, least = None, math.inf
         for one in self._faster():
             index = next(i for i in range(one.top + 1) if self._rank(one, i) < self._best_rank)
-            n_bytes = self.guess.bytes_of(one.candidate, one.fixed_bytes, index)
+            layers = self._layers(one, index)
+            n_bytes = self.guess.bytes_of(one.parts, layers) - _SURELY * self.guess.deviation(
+                one.parts, layers
+            )
             if n_bytes < least:
                 found, least = (one, index), n_bytes
-        trusts = self.n_traced >= _TRACES_TO_TRUST
-        return None if trusts and least > _SURELY_OVER * self.budget_bytes else found
+        return None if least > self.budget_bytes else found

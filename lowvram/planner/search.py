@@ -11,7 +11,7 @@ from lowvram.hardware import Hardware
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate
 from lowvram.memory.trace import Backend
-from lowvram.planner.guess import Guess
+from lowvram.planner.guess import Guess, passing_bytes, resident_bytes
 from lowvram.planner.host_memory import host_bytes, longest_on_host
 from lowvram.planner.hunt import Hunt
 from lowvram.planner.levers import Setting
@@ -91,8 +91,9 @@ class Search:
 
     def leanest(self, base: StepConfig) -> StepConfig:
         """The candidate that by arithmetic takes least."""
-        guess = Guess(self.model.shape)
-        return min((one.step for one in self.candidates(base)), key=guess.fixed)
+        shape = self.model.shape
+        steps = (one.step for one in self.candidates(base))
+        return min(steps, key=lambda step: resident_bytes(step, shape) + passing_bytes(step, shape))
 
     def largest_seq_len(self, step: StepConfig, limit: int) -> int:
         """Longest sequence that fits with all else as in `step` (0 when none does), to 64 tokens or 2 %."""
@@ -101,10 +102,15 @@ class Search:
         at = max(min(step.seq_len // 64, limit // 64), 1)
         bytes_at: dict[int, int] = {}
         while too_long - fits > (close := max(fits // 50, 1)):
-            at = max(fits + close, min(at, too_long - close))
+            at, span = max(fits + close, min(at, too_long - close)), too_long - fits
             bytes_at[at] = self.reserved_bytes(with_length(step, at * 64))
             fits, too_long = (at, too_long) if bytes_at[at] <= self.budget_bytes else (fits, at)
-            at = where_it_meets(self.budget_bytes, bytes_at) if len(bytes_at) > 1 else 2 * fits or at // 2
+            if len(bytes_at) == 1:
+                at = 2 * fits or at // 2
+            elif len(bytes_at) > 2 and too_long - fits > span // 2:  # the line led astray
+                at = (fits + too_long) // 2
+            else:
+                at = where_it_meets(self.budget_bytes, bytes_at)
         return fits * 64
 
 

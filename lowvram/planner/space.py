@@ -13,6 +13,7 @@ from lowvram.planner.variants import split, value_of, with_kept, with_value
 
 ALL = "all"  # layers keep their activations: nothing is recomputed
 _KEEPING = ("gradient_checkpointing", "kept_layers")
+_RECOMPUTING = ("kept_layers", "tile_tokens", "offload_checkpoints")
 _PLACED = ("head", "embedding_on_host")  # their 16-bit weights are on the device while loading
 _TILED_HEAD_CHUNK = 2048  # its weight is made anew for each chunk, of whose logits only a tile exists
 
@@ -52,7 +53,7 @@ def candidates(
         ladder: levers that the planner may move, in the order in which it likes to.
         packing: examples are packed where the sequence is not tiled.
     """
-    choices = _choices(setting, pinned, ladder)
+    choices = _choices(setting, _implied(pinned), ladder)
     axes = {name: values for name, values in choices.items() if name not in _KEEPING}
     kept = _kept(choices, pinned)
     found = []
@@ -64,6 +65,12 @@ def candidates(
             place = tuple(axes[name].index(value) for name, value in chosen.items())
             found.append(Candidate(step, some, place, (step.accumulation == 1, step.packing)))
     return found
+
+
+def _implied(pinned: Mapping[str, Any]) -> dict[str, Any]:
+    """What is an exception from recomputing, or tiles, asks for recomputing."""
+    recomputes = any(pinned.get(name) for name in _RECOMPUTING)
+    return ({"gradient_checkpointing": True} if recomputes else {}) | dict(pinned)
 
 
 def _choices(setting: Setting, pinned: Mapping[str, Any], ladder: tuple[str, ...]) -> dict[str, Values]:
