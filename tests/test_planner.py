@@ -202,10 +202,11 @@ def test_an_edited_plan_is_checked_before_it_runs(
     config_only: Config, change: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     source = ModelSource(str(config_only(SMALL)))
-    plan = make_plan(source, _card(24), load_profile("24gb"), Wishes(seq_len=64, batch=1))
-    assert checked(plan, source).estimate == plan.estimate
+    card = _card(24)
+    plan = make_plan(source, card, load_profile("24gb"), Wishes(seq_len=64, batch=1))
+    assert checked(plan, source, card) == plan
     with pytest.raises(error, match=says):
-        checked(plan.model_copy(update=change), source)
+        checked(plan.model_copy(update=change), source, card)
 
 
 def test_warm_up_must_end_before_the_run() -> None:

@@ -1,4 +1,4 @@
-"""The search: against brute force over whole spaces, with made-up memory and with traces; its levers and time."""
+"""The search against brute force over whole spaces, with made-up memory and with traces; levers, and time."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_steps_of_a_space_are_valid_and_different() -> None:
 
 
 def test_leaner_steps_never_take_more_by_trace() -> None:
-    """What the search builds on: along the levers memory only shrinks (22 MiB: reserved bytes come in pages)."""
+    """What the search builds on: along the levers memory only shrinks, but for pages and rounding."""
     config = _config("llama")
     shape = shape_of(config)
     space = _space(shape, STEP.model_copy(update={"seq_len": 1536}), LADDER)
@@ -254,7 +254,7 @@ def test_modelled_ratios_are_those_measured_on_a_cpu() -> None:
 
 
 def test_seconds_of_a_step_by_hand() -> None:
-    """Qwen2-7B-like counts on a device of round rates: 4ND, 2ND recomputed, weights dequantised three times."""
+    """A 7B on a device of round rates: 4ND, 2ND recomputed, weights dequantised three times."""
     shape = SHAPES["large"]
     rates = DeviceRates(
         flops=1e13, memory_bytes_per_second=1e11, host_bytes_per_second=1e10, measured=False, source="round"
@@ -283,8 +283,8 @@ def test_seconds_of_a_step_by_hand() -> None:
 
 
 def test_padding_and_packing_decide_by_the_data_s_lengths() -> None:
-    """Short examples among long ones: passes of one waste weights' dequantising, passes of four waste padding."""
-    lengths = tuple(100 + n for n in range(100)) + (2000,)
+    """Short examples among long ones: passes of one dequantise often, passes of four compute padding."""
+    lengths = (*range(100, 200), 2000)
     work = Workload(lengths, 2000, 16)
     assert work.tokens(1, packing=False).passes == 16
     assert work.padding(4) == padded_share(lengths, micro_batch=4, effective_batch=16, seq_len=2000) > 0.02

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowvram.alloc_conf import rounds_pinned_memory
 from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
-from lowvram.planner.variants import with_value
+from lowvram.planner.variants import with_length
 from lowvram.units import GiB
 
 _ANY_LENGTH = 1 << 24
@@ -32,13 +32,13 @@ def _pinned(n_bytes: int) -> int:
 
 
 def longest_on_host(step: StepConfig, shape: ModelShape, free_bytes: int) -> int:
-    """The most tokens of a sequence whose checkpoints the host can take, in whole tiles."""
+    """The most tokens of a sequence whose checkpoints the host can take, in whole tiles that suit it."""
     if not step.levers.offload_checkpoints:
         return _ANY_LENGTH
     unit = step.levers.tile_tokens or 64
     least, most = 0, _ANY_LENGTH // unit
     while most - least > 1:
         middle = (least + most) // 2
-        fits = host_bytes(with_value(step, "seq_len", middle * unit), shape) <= free_bytes
+        fits = host_bytes(with_length(step, middle * unit), shape) <= free_bytes
         least, most = (middle, most) if fits else (least, middle)
     return least * unit
