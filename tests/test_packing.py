@@ -28,6 +28,7 @@ from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss, evaluate, train_step
 from lowvram.errors import ConfigError
 from lowvram.memory import run
+from lowvram.memory.allocator import replay_reserved
 from lowvram.memory.estimate import estimate, peak_of, trace_all_layers
 from lowvram.memory.profiled import executed_step_bytes
 from lowvram.memory.run import trace_step
@@ -336,7 +337,7 @@ def _segments(generator: random.Random, step: StepConfig, shortest: int, longest
     return found
 
 
-@pytest.mark.parametrize("kind", TRACED)
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("backend", "capability"),
@@ -351,7 +352,7 @@ def test_no_row_takes_more_than_the_planned_one(
     step = StepConfig(seq_len=120, micro_batch=3, packing=True, target_modules=LLAMA_LIKE, levers=levers)
     planned = peak_of(trace_step(_config(kind), step, backend, capability))[0]
     generator, shares = random.Random(f"{kind} {checkpointing} {capability}"), []
-    for shortest, longest in ((8, 8), (8, 30), (2, 120), (50, 60), (100, 120), (61, 61)):
+    for shortest, longest in ((8, 12), (2, 120), (50, 60), (100, 120), (61, 61)):
         lengths = tuple(_segments(generator, step, shortest, longest))
         row, trained = meta_batch(step), sum(lengths) - len(lengths)
         batch = replace(
@@ -376,7 +377,8 @@ def test_extended_packed_trace_equals_the_whole_model_s(kind: str) -> None:
     step = StepConfig(seq_len=120, micro_batch=2, packing=True, target_modules=("q_proj", "v_proj"))
     extended, whole = trace_all_layers(config, step, "cuda"), trace_step(config, step, "cuda")
     assert peak_of(extended) == peak_of(whole)
-    assert len(extended.events) == len(whole.events)
+    sizes = [[a.n_bytes for a in trace.allocations] for trace in (extended, whole)]
+    assert replay_reserved(extended.events, sizes[0]) == replay_reserved(whole.events, sizes[1])
 
 
 def test_packing_costs_little_memory() -> None:
