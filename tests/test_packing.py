@@ -337,7 +337,7 @@ def _segments(generator: random.Random, step: StepConfig, shortest: int, longest
     return found
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("backend", "capability"),
