@@ -17,9 +17,9 @@ def padded_share(
     Examples are padded to the longest of their micro-batch, which data/order.py makes of examples of like
     length out of a window of 8 steps; here the window's lengths are evenly spaced in the quantiles.
 
-    Worked example, lengths 1 to 101 spread evenly, micro_batch=2, effective_batch=2, seq_len=1000: a
-    window's 16 lengths lie 6.25 apart, each pair is padded by 6.25, and 3.125 of a mean 54.1 tokens is a share
-    of 0.058.
+    Worked example, lengths 1 to 101 spread evenly, micro_batch=2, effective_batch=2, seq_len=1000: a window's
+    16 lengths lie 6.25 apart, each pair is padded by 6.25, and of 54.1 computed tokens an example 3.125 are
+    padding: 0.058.
 
     Args:
         length_quantiles: tokens of an example at 0, 1, ... 100 % (`DataStats.length_quantiles`).

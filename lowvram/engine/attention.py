@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lowvram.engine.packing import PackedRow, is_packed, packed_attention
+from lowvram.engine.packing import is_packed, packed_attention
 from lowvram.engine.tile_attention import Look, tile_attention
 
 CAUSAL_ATTENTION = "lowvram_causal"
@@ -50,13 +50,12 @@ def causal_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    packed_row: PackedRow | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # [B, Q, t, D], [B, K, t, D] -> [B, t, Q, D]
     """transformers' SDPA; of a tile (engine/tiles.py) the queries look at all keys so far."""
-    if packed_row is not None or is_packed(attention_mask, query):
+    if is_packed(attention_mask, query):
         kwargs.update(dropout=dropout, scaling=scaling)
-        return packed_attention(module, query, key, value, packed_row, sliding_window, **kwargs), None
+        return packed_attention(module, query, key, value, attention_mask, sliding_window, **kwargs), None
     cache = getattr(module, "lowvram_tile", None)
     if cache is not None:
         return tile_attention(query, key, value, cache, Look(scaling, sliding_window, dropout)), None

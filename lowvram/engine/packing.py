@@ -2,15 +2,15 @@
 
 What a decoder layer does to a token depends on no other token, but for attention. So a row of examples laid
 end to end is run as one sequence whose positions restart with each example, and attention runs example by
-example. transformers hands what it is called with and does not know to the attention function, in forward and
-when a layer is computed again; on this road each layer learns where the examples lie. No mask is made but
-for a row with an example longer than a sliding window.
+example. Where they lie each layer learns from its attention mask, which transformers hands on as it is given,
+in forward and when a layer is computed again (keyword arguments that it does not know it mostly hands on too,
+but Nemotron's layers drop them). No real mask is made but for a row with an example longer than a sliding
+window.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,15 +35,13 @@ class PackedRow:
     def arguments(self, device: torch.device) -> dict[str, Any]:
         """What the decoder is called with beside the row's token ids.
 
-        The mask of one element is the one that transformers takes for finished (it has four dimensions): it
-        makes none itself, [1, 1, T, T] where there is a window, and looks for no packed rows.
+        The mask of one element only carries the row. It has four dimensions, so transformers takes it for
+        finished: it makes none itself, [1, 1, T, T] where there is a window, and looks for no packed rows.
         """
         positions = torch.cat([torch.arange(length, device=device) for length in self.lengths])
-        return {
-            "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device),
-            "position_ids": positions[None],  # [1, T]
-            "packed_row": self,
-        }
+        mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+        mask.packed_row = self  # type: ignore[attr-defined]
+        return {"attention_mask": mask, "position_ids": positions[None]}  # [1, T]
 
     def mask(self, length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
         """[1, 1, t, t], a corner of the longest example's, which is made once for all layers.
@@ -60,7 +58,7 @@ class PackedRow:
 
 
 def is_packed(mask: torch.Tensor | None, query: torch.Tensor) -> bool:
-    """Whether `mask` is the one that stands for a packed row."""
+    """Whether `mask` is the one that carries a packed row."""
     return mask is not None and mask.numel() == 1 and query.shape[2] > 1
 
 
@@ -69,7 +67,7 @@ def packed_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    row: PackedRow | None,
+    mask: torch.Tensor | None,
     window: int | None,
     **options: Any,
 ) -> torch.Tensor:  # [1, Q, T, D], [1, K, T, D] -> [1, T, Q, D]
@@ -78,8 +76,9 @@ def packed_attention(
     The row is split and not sliced: the gradient of each slice would be as long as the whole row.
 
     Raises:
-        ConfigError: the model did not say where the examples lie.
+        ConfigError: the model handed on another mask than it was given.
     """
+    row: PackedRow | None = getattr(mask, "packed_row", None)
     if row is None:
         raise ConfigError(f"{type(module).__name__} is not told where a packed row's examples lie.", _REMEDY)
     parts = zip(*(t.split_with_sizes(row.lengths, dim=2) for t in (query, key, value)), strict=True)
@@ -104,17 +103,9 @@ def why_not_packed(decoder: Any) -> str:
     """What stands against packing examples for this model; "" where nothing does."""
     if refusal := why_not_apart(decoder):
         return refusal
-    layers, attention = layers_of(decoder), attention_modules(decoder)
     mixes = any(isinstance(m, nn.Conv1d) for m in decoder.modules())  # Falcon-H1, LFM2: over neighbours
-    if mixes or not all(attention_modules(layer) for layer in layers):
+    if mixes or not all(attention_modules(layer) for layer in layers_of(decoder)):
         return "its tokens see each other outside attention"
     if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
         return "it does not take positions"
-    if not all(map(_hands_on, (decoder, *layers, *attention))):
-        return "its layers do not hand on what they do not know"
     return ""
-
-
-def _hands_on(module: nn.Module) -> bool:
-    kinds: Iterable[Any] = inspect.signature(type(module).forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in kinds)
