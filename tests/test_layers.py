@@ -23,7 +23,7 @@ ORDER = [
     {"pipeline"},
     {
         *("probe_view", "plan_view", "plan_chart", "plan_page", "compare_view"),
-        *("survey_view", "data_view", "result_view", "profiles_view", "merge_command"),
+        *("survey_view", "data_view", "result_view", "profiles_view", "why_view", "merge_command"),
     },
     {"demo"},
     {"cli", "cli_flags", "cli_profiles"},

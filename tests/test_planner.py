@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,14 @@ def test_refuses_with_the_nearest_plan_that_fits(config_only: Config) -> None:
     with pytest.raises(DoesNotFitError) as caught:
         make_plan(source, card, load_profile("8gb"), Wishes(seq_len=32768, batch=1, levers=whole))
     assert "budget" in caught.value.message
-    nearest = int(caught.value.remedy.rsplit(" ", 1)[1])
+    nearest, size = map(int, re.findall(r"--seq-len (\d+).*--vram (\d+)GB", caught.value.remedy)[0])
+    assert "without --levers" in caught.value.remedy
+    wanted = Wishes(seq_len=32768, batch=1, levers=whole)
+    assert make_plan(source, _card(size), load_profile("8gb"), wanted).fits
     assert 64 <= nearest < 32768
     assert make_plan(source, card, load_profile("8gb"), Wishes(seq_len=nearest, batch=1, levers=whole)).fits
     unpinned = make_plan(source, card, load_profile("8gb"), Wishes(seq_len=32768, batch=1))
-    assert unpinned.levers.offload_checkpoints  # left to itself the planner goes on to it
+    assert unpinned.levers.tile_tokens  # left to itself the planner goes on to it
 
 
 def test_wishes_are_kept_and_yaml_round_trips(config_only: Config, tmp_path: Path) -> None:
@@ -223,6 +227,7 @@ def _plan_with(**changes: int) -> Plan:
         "components_bytes": {},
     }
     fixed = {"budget_bytes": 1, "largest_seq_len": 8, "host_ram_bytes": 1, "seconds_per_step": 1}
+    fixed["seconds_in_all"] = 1
     counts = {"n_parameters": 1, "n_trainable": 1}
     whole = {
         **fixed,

@@ -136,10 +136,15 @@ def _packing(step: StepConfig, search: Search, wishes: Wishes, stats: DataStats 
     elif wishes.packing is False:
         yield f"packing: off, {_ASKED}"
     else:
-        reason = search.model.shape.unpacked or (
-            "layers run by tiles" if step.levers.tiles else "examples are of like length"
-        )
+        reason = _why_unpacked(step, search)
         yield f"packing: off, {reason}; padding is {work.padding(step.micro_batch):.0%} of the tokens"
+
+
+def _why_unpacked(step: StepConfig, search: Search) -> str:
+    if step.levers.tiles:
+        return "layers run by tiles"
+    on_cpu = "on a CPU it is not faster" if search.backend == "cpu" else ""
+    return search.model.shape.unpacked or on_cpu or "examples are of like length"
 
 
 def _learning_rate(step: StepConfig, profile: Profile, wishes: Wishes) -> Iterator[str]:

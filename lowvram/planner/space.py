@@ -68,9 +68,10 @@ def candidates(
 
 
 def _implied(pinned: Mapping[str, Any]) -> dict[str, Any]:
-    """What is an exception from recomputing, or tiles, asks for recomputing."""
+    """Tiles and kept layers ask for recomputing; who asks for recomputing itself wants no exceptions."""
     recomputes = any(pinned.get(name) for name in _RECOMPUTING)
-    return ({"gradient_checkpointing": True} if recomputes else {}) | dict(pinned)
+    all_layers = {"kept_layers": 0} if pinned.get("gradient_checkpointing") else {}
+    return all_layers | ({"gradient_checkpointing": True} if recomputes else {}) | dict(pinned)
 
 
 def _choices(setting: Setting, pinned: Mapping[str, Any], ladder: tuple[str, ...]) -> dict[str, Values]:
