@@ -86,6 +86,7 @@ def test_wishes_are_kept_and_yaml_round_trips(config_only: Config, tmp_path: Pat
     assert (plan.micro_batch * plan.accumulation, plan.optimizer, plan.seed) == (6, "adamw8bit", 3)
     file = tmp_path / "plan.yaml"
     file.write_text(plan.to_yaml(), encoding="utf-8")
+    assert all("#" in line for line in plan.to_yaml().splitlines())  # every line says what it is
     assert Plan.from_yaml(file) == plan
     assert Plan.from_yaml(file).sha256 == plan.sha256
     file.write_text(plan.to_yaml().replace("\nrank:", "\nrnak:"), encoding="utf-8")

@@ -36,14 +36,14 @@ COMPONENTS: tuple[Component, ...] = Component.__args__  # type: ignore[attr-defi
 class MemoryEstimate(Frozen):
     """Predicted device memory of one step, before any margin."""
 
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_moment: str
-    components_bytes: dict[str, int]  # sums to peak_allocated_bytes
+    peak_allocated_bytes: int = Field(description="most bytes of tensors at one time")
+    peak_reserved_bytes: int = Field(description="what torch's allocator takes from the device for them")
+    peak_moment: str = Field(description="phase, module and operator at the peak")
+    components_bytes: dict[str, int] = Field(description="what they are; sums to peak_allocated_bytes")
     phases_bytes: dict[str, int] = Field(  # peak allocated of each
         default_factory=dict, description="load, evaluation, forward, backward, clip, optimizer"
     )
-    n_events: int  # allocations and frees that were traced
+    n_events: int = Field(description="allocations and frees that were traced")
 
 
 def estimate(

@@ -120,6 +120,9 @@ def _batch(step: StepConfig, wishes: Wishes, prefer: str) -> str:
     whole = step.micro_batch * step.accumulation
     if step.accumulation == 1:
         return f"{whole} examples an update in one forward pass: they fit together"
+    if step.packing:
+        tokens = step.micro_batch * step.seq_len
+        return f"{whole} examples an update in rows of up to {tokens} tokens: {_PREFERRED[prefer]}"
     why = _ASKED if wishes.micro_batch else _PREFERRED[prefer]
     return f"{whole} examples an update as {step.accumulation} passes of {step.micro_batch}: {why}"
 

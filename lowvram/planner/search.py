@@ -64,7 +64,9 @@ class Search:
         return self.estimate(step).peak_reserved_bytes
 
     def fits(self, step: StepConfig) -> bool:
-        return self.host_has_room(step) and self.reserved_bytes(step) <= self.budget_bytes
+        """Traced only where what is resident leaves room."""
+        room = resident_bytes(step, self.model.shape) <= self.budget_bytes and self.host_has_room(step)
+        return room and self.reserved_bytes(step) <= self.budget_bytes
 
     def host_has_room(self, step: StepConfig) -> bool:
         """A CPU's own memory is the budget."""
