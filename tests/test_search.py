@@ -19,7 +19,8 @@ from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.shape import ModelShape, shape_of
 from lowvram.memory.estimate import MemoryEstimate, estimate
 from lowvram.memory.layers import period_of
-from lowvram.planner.guess import Guess, kept_bytes, passing_bytes, resident_bytes
+from lowvram.planner.arithmetic import kept_bytes, passing_bytes, resident_bytes
+from lowvram.planner.guess import Guess
 from lowvram.planner.hunt import Hunt
 from lowvram.planner.levers import LEVERS, Setting
 from lowvram.planner.profiles import LeverName, load_profile

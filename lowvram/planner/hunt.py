@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from lowvram.engine.config import StepConfig
 from lowvram.memory.estimate import MemoryEstimate
-from lowvram.planner.guess import Guess, Parts, resident_bytes
+from lowvram.planner.arithmetic import resident_bytes
+from lowvram.planner.guess import Guess, Parts
 from lowvram.planner.space import Candidate
 from lowvram.units import MiB
 

@@ -8,8 +8,8 @@ from lowvram.data.stats import DataStats
 from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
+from lowvram.planner.arithmetic import resident_bytes
 from lowvram.planner.first_step import Request
-from lowvram.planner.guess import resident_bytes
 from lowvram.planner.levers import sixteen_bit
 from lowvram.planner.profiles import Profile
 from lowvram.planner.schedule import batch_factor

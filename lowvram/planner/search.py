@@ -11,7 +11,8 @@ from lowvram.hardware import Hardware
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate
 from lowvram.memory.trace import Backend
-from lowvram.planner.guess import Guess, passing_bytes, resident_bytes
+from lowvram.planner.arithmetic import passing_bytes, resident_bytes
+from lowvram.planner.guess import Guess
 from lowvram.planner.host_memory import host_bytes, longest_on_host
 from lowvram.planner.hunt import Hunt
 from lowvram.planner.levers import Setting

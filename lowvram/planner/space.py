@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowvram.engine.config import StepConfig
+from lowvram.engine.shape import ModelShape
+from lowvram.planner.arithmetic import logit_bytes, saved_by_head
 from lowvram.planner.levers import LEVERS, Setting, Values
 from lowvram.planner.variants import split, value_of, with_kept, with_value
 
@@ -15,7 +17,6 @@ ALL = "all"  # layers keep their activations: nothing is recomputed
 _KEEPING = ("gradient_checkpointing", "kept_layers")
 _RECOMPUTING = ("kept_layers", "tile_tokens", "offload_checkpoints")
 _PLACED = ("head", "embedding_on_host")  # their 16-bit weights are on the device while loading
-_TILED_HEAD_CHUNK = 2048  # its weight is made anew for each chunk, of whose logits only a tile exists
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def candidates(
         some = tuple(k for k in kept if k == 0) if _tiles(chosen) else kept
         if some and _go_together(setting, chosen, axes):
             step = _step(setting, chosen, some[0], packing and not _tiles(chosen))
-            place = tuple(axes[name].index(value) for name, value in chosen.items())
+            place = tuple(_place(setting.shape, name, chosen, axes[name]) for name in axes)
             found.append(Candidate(step, some, place, (step.accumulation == 1, step.packing)))
     return found
 
@@ -108,6 +109,20 @@ def _go_together(setting: Setting, chosen: Mapping[str, Any], axes: Mapping[str,
     if not whole_head and chosen["loss_chunk_tokens"] != axes["loss_chunk_tokens"][0]:
         return False
     return not chosen["tile_tokens"] or chosen["micro_batch"] == axes["micro_batch"][-1]
+
+
+def _place(shape: ModelShape, name: str, chosen: Mapping[str, Any], values: Values) -> int:
+    """Along one lever.
+
+    Of a tiled head's logits only a tile exists: they are as small as a whole head's in the smallest chunks, as
+    far as the head itself saves what its chunk takes more.
+    """
+    place, head = values.index(chosen[name]), chosen["head"]
+    if name != "loss_chunk_tokens" or head == "16bit":
+        return place
+    own = logit_bytes(chosen[name], shape, head) - saved_by_head(shape, head)
+    smaller = [i for i, chunk in enumerate(values) if logit_bytes(chunk, shape, "16bit") >= own]
+    return max(smaller, default=place)
 
 
 def _step(setting: Setting, chosen: Mapping[str, Any], kept: Any, packing: bool) -> StepConfig:
