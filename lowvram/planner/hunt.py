@@ -20,6 +20,7 @@ from lowvram.units import MiB
 
 _SURELY = 4.0  # standard deviations
 _PAGES = 24 * MiB  # reserved bytes come in pages of 2 and 20 MiB: so much more a leaner step may take
+_PAGES_OF_SMALL = 20  # and no more than that part of a small budget
 Rank = tuple[float, tuple[int, ...]]
 
 
@@ -82,10 +83,9 @@ class Hunt:
     def _rule_out(self, failed: _Open, index: int, traced: MemoryEstimate) -> None:
         """All that take no less: with as many layers kept or more, and no lever further along."""
         running = max((n for phase, n in traced.phases_bytes.items() if phase != "load"), default=0)
-        everywhere, clearly = (
-            running > self.budget_bytes,
-            traced.peak_reserved_bytes > self.budget_bytes + _PAGES,
-        )
+        everywhere = running > self.budget_bytes
+        pages = min(_PAGES, self.budget_bytes // _PAGES_OF_SMALL)
+        clearly = traced.peak_reserved_bytes > self.budget_bytes + pages
         layers = self._layers(failed, index)
         for one in self._open:
             same = everywhere or failed.candidate.loads_like(one.candidate)

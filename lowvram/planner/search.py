@@ -112,8 +112,8 @@ class Search:
                 at = 2 * fits or at // 2
             elif len(bytes_at) > 2 and too_long - fits > span // 2:  # the line led astray
                 at = (fits + too_long) // 2
-            else:
-                at = where_it_meets(self.budget_bytes, bytes_at)
+            else:  # which is flat below the length where activations are the peak
+                at = min(where_it_meets(self.budget_bytes, bytes_at), 4 * max(fits, 16))
         return fits * 64
 
 

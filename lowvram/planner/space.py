@@ -114,7 +114,7 @@ def _go_together(setting: Setting, chosen: Mapping[str, Any], axes: Mapping[str,
 def _place(shape: ModelShape, name: str, chosen: Mapping[str, Any], values: Values) -> int:
     """Along one lever.
 
-    Of a tiled head's logits only a tile exists: they are as small as a whole head's in the smallest chunks, as
+    Of a tiled head only a tile of logits exists: they are as small as a whole head in the smallest chunks, as
     far as the head itself saves what its chunk takes more.
     """
     place, head = values.index(chosen[name]), chosen["head"]
