@@ -247,7 +247,7 @@ def _search_said(rows: list[dict[str, Any]]) -> str:
     return (
         f"A search takes {seconds[0]:.1f} to {seconds[-1]:.1f} s and {traces[0]} to {traces[-1]} traces, "
         "after imports, none remembered\n"
-        f"(best of {rows[0]['search_runs']} runs on {rows[0]['machine']}, beside others: "
+        f"(best of {min(row['search_runs'] for row in rows)} runs or more on {rows[0]['machine']}, beside others: "
         f"load {loads[0]:.1f} to {loads[-1]:.1f}; CPU time {cpu[0]:.1f} to {cpu[-1]:.1f} s)."
     )
 
@@ -295,8 +295,8 @@ def main() -> None:
     rows = earlier_rows() if again else plans(console)
     for _ in range(0 if chosen.refresh else chosen.searches or _RUNS):
         rows = with_searches(rows, console)
-        bench_rows.write(rows, FILE)
-    write_readme(rows)
+        bench_rows.write(rows, FILE)  # after each round: a run that is cut off has those before
+    write_readme(earlier_rows())
 
 
 if __name__ == "__main__":
