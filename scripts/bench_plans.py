@@ -243,12 +243,12 @@ def _search_said(rows: list[dict[str, Any]]) -> str:
     seconds, cpu, loads = (
         sorted(float(row[name]) for row in rows) for name in ("search_seconds", "search_cpu_seconds", "load")
     )
-    traces = sorted(int(row["search_traces"]) for row in rows)
+    traces, runs = (sorted(int(row[name]) for row in rows) for name in ("search_traces", "search_runs"))
     return (
         f"A search takes {seconds[0]:.1f} to {seconds[-1]:.1f} s and {traces[0]} to {traces[-1]} traces, "
         "after imports, none remembered\n"
-        f"(best of {min(row['search_runs'] for row in rows)} runs or more on {rows[0]['machine']}, beside others: "
-        f"load {loads[0]:.1f} to {loads[-1]:.1f}; CPU time {cpu[0]:.1f} to {cpu[-1]:.1f} s)."
+        f"({rows[0]['machine']}, best of {runs[0]} to {runs[-1]} runs beside busy neighbours, load {loads[0]:.1f} to "
+        f"{loads[-1]:.1f}; CPU time {cpu[0]:.1f} to {cpu[-1]:.1f} s)."
     )
 
 
