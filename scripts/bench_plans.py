@@ -247,8 +247,8 @@ def _search_said(rows: list[dict[str, Any]]) -> str:
     return (
         f"A search takes {seconds[0]:.1f} to {seconds[-1]:.1f} s and {traces[0]} to {traces[-1]} traces, "
         "after imports, none remembered\n"
-        f"({rows[0]['machine']}, best of {runs[0]} to {runs[-1]} runs beside busy neighbours, load {loads[0]:.1f} to "
-        f"{loads[-1]:.1f}; CPU time {cpu[0]:.1f} to {cpu[-1]:.1f} s)."
+        f"({rows[0]['machine']}, best of {runs[0]} to {runs[-1]} runs beside busy neighbours, "
+        f"load {loads[0]:.1f} to {loads[-1]:.1f}; CPU time {cpu[0]:.1f} to {cpu[-1]:.1f} s)."
     )
 
 
