@@ -22,6 +22,7 @@ from lowvram.planner.first_step import Request
 from lowvram.planner.levers import LEVERS
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import Profile, load_profile
+from lowvram.planner.reasons import said
 from lowvram.planner.search import Search
 from lowvram.planner.variants import value_of, with_value
 from lowvram.planner.why import LeverWhy, why
@@ -157,9 +158,9 @@ def test_short_rows_among_long_ones_are_packed_and_none_is_cut(source: ModelSour
     alike, _, _ = _decided(source, _card(8), _stats(500, 501))
     assert not alike.packing
     assert any("examples are of like length" in reason for reason in alike.reasons)
-    asked, _, _ = _decided(source, _card(8), _stats(100, 120, 150, 1000), packing=False)
+    asked, search, _ = _decided(source, _card(8), _stats(100, 120, 150, 1000), packing=False)
     assert not asked.packing
-    assert asked.seconds_per_step > plan.seconds_per_step
+    assert search.seconds(asked.step) > search.seconds(plan.step)
 
 
 def test_what_cannot_fit_is_cut_as_little_as_may_be_and_told(source: ModelSource) -> None:
@@ -202,9 +203,7 @@ def test_every_lever_is_told_with_traced_and_modelled_numbers(
     plan, search, rows = told
     assert list(rows) == [lever.name for lever in LEVERS]
     for name, row in rows.items():
-        assert row.setting == {True: "on", False: "off"}.get(
-            value_of(plan.step, name), str(value_of(plan.step, name))
-        )
+        assert row.setting == said(value_of(plan.step, name))
         assert row.flips
     chunk = rows["loss_chunk_tokens"]
     other = with_value(plan.step, "loss_chunk_tokens", int(chunk.beside or 0))
