@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lowvram import hardware as machine
+from lowvram.device_rates import known_rates
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, refusals_of_the_system
 from lowvram.frozen import write_atomically
@@ -93,8 +94,9 @@ def checked(planned: Planned) -> Planned:
     Raises:
         ConfigError, DoesNotFitError: it cannot run as it is.
     """
-    stats = planned.prepared.stats if planned.prepared else None
-    return replace(planned, plan=check_plan(planned.plan, planned.source, machine.probe(), stats))
+    here, stats = machine.probe(), planned.prepared.stats if planned.prepared else None
+    plan = check_plan(planned.plan, planned.source, here, stats, known_rates(here))
+    return replace(planned, plan=plan)
 
 
 def start(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram.device_rates import known_rates
 from lowvram.engine.source import ModelSource, absolute
 from lowvram.hardware import Hardware
 from lowvram.memory.cache import RememberedModel
@@ -58,7 +59,7 @@ def plan_for(
     stats = prepared.stats if prepared else None
     experience = experience_on(hardware)
     device = with_experience(hardware, experience)
-    request = Request(source, device, profile, wishes, stats)
+    request = Request(source, device, profile, wishes, stats, known_rates(device))
     plan, search = decide(request, say)
     around = survey(plan, device, search) if with_survey else None
     levers = why(search, plan.step, request) if with_why else None

@@ -27,6 +27,7 @@ from gpu_check_step import (
 )
 
 from lowvram import hardware as machine
+from lowvram.device_rates import known_rates
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.source import ModelSource
 from lowvram.errors import DoesNotFitError
@@ -69,8 +70,7 @@ class Job(Frozen):
 def emulated(card_gib: float, here: Hardware) -> Hardware:
     """A card of this size with this GPU's context and without a desktop."""
     card = card_of_size(int(card_gib * GiB), here)
-    bare = {"held_bytes": 0, "free_bytes": card.total_bytes, "imagined": False}  # this GPU's own rates
-    return card.model_copy(update=bare)
+    return card.model_copy(update={"held_bytes": 0, "free_bytes": card.total_bytes})
 
 
 def plan_job(model: str, card_gib: float, here: Hardware) -> Job:
@@ -83,7 +83,7 @@ def plan_job(model: str, card_gib: float, here: Hardware) -> Job:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         source = ModelSource(folder)
-        plan = make_plan(source, card, profile_for(card), Wishes(precision="nf4"))
+        plan = make_plan(source, card, profile_for(card), Wishes(precision="nf4"), rates=known_rates(here))
         longest = with_length(plan, plan.largest_seq_len)
         at_largest = estimate(source.config, longest, "cuda", card.capability)
         limit = RememberedModel(source).shape.context_limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from lowvram.data.stats import DataStats
-from lowvram.device_rates import known_rates
+from lowvram.device_rates import DeviceRates, rates_of
 from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
@@ -34,6 +34,7 @@ def make_plan(
     wishes: Wishes,
     stats: DataStats | None = None,
     say: Say = lambda _: None,
+    rates: DeviceRates | None = None,
 ) -> Plan:
     """Decide everything.
 
@@ -41,12 +42,13 @@ def make_plan(
         source: only its config and tokenizer are read, no weights.
         stats: what the data needs; None plans for the profile's default length.
         say: hears what is being traced.
+        rates: how fast the device is, where that was measured; None takes the table's.
 
     Raises:
         ConfigError: wishes that contradict each other, the model or the data, all together.
         DoesNotFitError: nothing fits; the remedy is the nearest plans that do.
     """
-    return decide(Request(source, hardware, profile, wishes, stats), say)[0]
+    return decide(Request(source, hardware, profile, wishes, stats, rates), say)[0]
 
 
 def decide(request: Request, say: Say = lambda _: None) -> tuple[Plan, Search]:
@@ -68,11 +70,13 @@ def search_for(request: Request, model: RememberedModel, say: Say = lambda _: No
     profile, wishes = request.profile, request.wishes
     freedom = Freedom(wishes.pinned, profile.ladder, not wishes.no_offload, _packs(request, model.shape))
     room = budget(request.hardware, profile)
-    return search_on(request.hardware, model, room, request.stats, freedom, say)
+    rates = request.rates or rates_of(request.hardware)
+    return search_on(request.hardware, rates, model, room, request.stats, freedom, say)
 
 
 def search_on(
     hardware: Hardware,
+    rates: DeviceRates,
     model: RememberedModel,
     budget_bytes: int,
     stats: DataStats | None,
@@ -80,7 +84,7 @@ def search_on(
     say: Say = lambda _: None,
 ) -> Search:
     """A model on a device; without freedom it only judges steps."""
-    time = TimeModel(model.shape, known_rates(hardware), hardware.backend == "cpu")
+    time = TimeModel(model.shape, rates, hardware.backend == "cpu")
 
     @cache
     def work(seq_len: int, effective_batch: int) -> Workload:

@@ -7,6 +7,7 @@ import platform
 from dataclasses import dataclass
 
 from lowvram.data.stats import DataStats
+from lowvram.device_rates import DeviceRates
 from lowvram.engine.config import BasePrecision, ComputeDtype, Levers, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
@@ -26,6 +27,7 @@ class Request:
     profile: Profile
     wishes: Wishes
     stats: DataStats | None = None  # of the data; None plans for the profile's length
+    rates: DeviceRates | None = None  # of the device; None takes the table's
 
 
 def first_step(request: Request, shape: ModelShape) -> StepConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowvram.data.stats import DataStats
+from lowvram.device_rates import DeviceRates, rates_of
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
@@ -18,12 +19,19 @@ from lowvram.units import format_bytes
 _SMALLER = "Lower seq_len or micro_batch in the plan, or make a new one: lowvram plan ... -o FILE"
 
 
-def checked(plan: Plan, source: ModelSource, hardware: Hardware, stats: DataStats | None = None) -> Plan:
+def checked(
+    plan: Plan,
+    source: ModelSource,
+    hardware: Hardware,
+    stats: DataStats | None = None,
+    rates: DeviceRates | None = None,
+) -> Plan:
     """The plan with its memory, time and counts predicted anew; what it decides stays as it is.
 
     Args:
         hardware: where it is to run now.
         stats: of its data.
+        rates: of the device, where they were measured.
 
     Raises:
         ConfigError: it contradicts the model or the device.
@@ -31,7 +39,7 @@ def checked(plan: Plan, source: ModelSource, hardware: Hardware, stats: DataStat
     """
     model = RememberedModel(source)
     _require_possible(plan, model.shape, source)
-    search = search_on(hardware, model, plan.budget_bytes, stats)
+    search = search_on(hardware, rates or rates_of(hardware), model, plan.budget_bytes, stats)
     _require_room(plan, search.reserved_bytes(plan.step), hardware)
     if not search.host_has_room(plan.step):
         free = format_bytes(hardware.host_free_bytes)
