@@ -26,14 +26,17 @@ def refusal(search: Search, base: StepConfig, request: Request) -> DoesNotFitErr
         f"{step.seq_len} tokens at rank {step.rank} need {format_bytes(needed)}, "
         f"the budget is {format_bytes(search.budget_bytes)} of {search.hardware.name}."
     )
-    if needed <= search.budget_bytes:
+    on_host = not search.host_has_room(step)
+    if on_host:
         message = _host_message(search, step)
     nearest = list(_nearest(search, base, request))
+    if on_host and not nearest:
+        return DoesNotFitError(message, "Close other programs, or take a smaller model.")
     size = card_for(needed, search.hardware, request.profile)
     if not nearest:
         larger = f"The nearest plan that fits is on a {size} GB card (--vram {size}GB)"
         return DoesNotFitError(message, f"{larger}, or take a smaller model.")
-    others = f"; or a {size} GB card (--vram {size}GB)" if needed > search.budget_bytes else ""
+    others = f"; or a {size} GB card (--vram {size}GB)" if not on_host else ""
     return DoesNotFitError(message, f"The nearest plan that fits: {', or '.join(nearest)}{others}")
 
 
