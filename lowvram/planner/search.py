@@ -92,10 +92,17 @@ class Search:
         return Hunt(some, self.seconds, self.estimate, self.budget_bytes, guess).fastest()
 
     def leanest(self, base: StepConfig) -> StepConfig:
-        """The candidate that by arithmetic takes least; where the host has room for none, of all of them."""
+        """The candidate that by arithmetic takes least; where the host has room for none, of all of them.
+
+        Of equals the one whose levers are further along: arithmetic sees only the larger of a layer's work
+        and the logits, a trace may see both.
+        """
         shape = self.model.shape
-        steps = [one.step for one in self.candidates(base) or self._space(base)]
-        return min(steps, key=lambda step: resident_bytes(step, shape) + passing_bytes(step, shape))
+
+        def least(one: Candidate) -> tuple[float, int]:
+            return resident_bytes(one.step, shape) + passing_bytes(one.step, shape), -sum(one.place)
+
+        return min(self.candidates(base) or self._space(base), key=least).step
 
     def largest_seq_len(self, step: StepConfig, limit: int) -> int:
         """Longest sequence that fits with all else as in `step` (0 when none does), to 64 tokens or 2 %."""
