@@ -10,6 +10,7 @@ from typing import Any
 from lowvram.engine.config import StepConfig
 from lowvram.errors import DoesNotFitError
 from lowvram.hardware import DEFAULT_HELD_BYTES, Hardware, card_of_size
+from lowvram.planner.conflicts import too_short
 from lowvram.planner.first_step import Request, with_adapter
 from lowvram.planner.profiles import Profile
 from lowvram.planner.search import Search
@@ -47,7 +48,7 @@ def _host_message(search: Search, step: StepConfig) -> str:
 
 def _nearest(search: Search, base: StepConfig, request: Request) -> Iterator[str]:
     """Each wish alone moved to the nearest value that fits, all others kept."""
-    yield from _shorter(search, base)
+    yield from _shorter(search, base, request)
     wishes = request.wishes
     if wishes.rank is not None and (rank := _lower_rank(search, base, request)):
         yield f"--rank {rank}"
@@ -62,9 +63,11 @@ def _nearest(search: Search, base: StepConfig, request: Request) -> Iterator[str
         yield f"without --levers {wishes.levers}"
 
 
-def _shorter(search: Search, base: StepConfig) -> Iterator[str]:
+def _shorter(search: Search, base: StepConfig, request: Request) -> Iterator[str]:
+    """But not so short that most answers would be left out."""
     seq_len = search.largest_seq_len(search.leanest(base), base.seq_len)
-    if 0 < seq_len < base.seq_len:
+    empty = request.stats is not None and any(too_short(seq_len, request.stats))
+    if 0 < seq_len < base.seq_len and not empty:
         yield f"--seq-len {seq_len}"
 
 
