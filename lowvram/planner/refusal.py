@@ -58,6 +58,8 @@ def _nearest(search: Search, base: StepConfig, request: Request) -> Iterator[str
         yield "without --optimizer adamw"
     if wishes.no_offload and _fits(_freer(search, uses_host=True), base):
         yield "without --no-offload"
+    if wishes.packing and _fits_without(search, base, "packing"):
+        yield "without --packing"
     levers = set(wishes.pinned_levers()) - {"base_precision"}
     if levers and _fits_without(search, base, *levers):
         yield f"without --levers {wishes.levers}"
