@@ -31,6 +31,7 @@ class Freedom:
     ladder: tuple[str, ...] = ()  # levers that may be moved, in the order in which that is liked
     uses_host: bool = True
     packing: bool = False
+    quantized_head: bool = True  # unless it is pinned
 
 
 @dataclass
@@ -81,7 +82,9 @@ class Search:
 
     def _space(self, base: StepConfig) -> list[Candidate]:
         freedom = self.freedom
-        return candidates(self.setting(base), freedom.pinned, freedom.ladder, freedom.packing)
+        found = candidates(self.setting(base), freedom.pinned, freedom.ladder, freedom.packing)
+        may = freedom.quantized_head or "head" in freedom.pinned
+        return found if may else [one for one in found if one.step.levers.head not in ("int8", "nf4")]
 
     def fastest(self, base: StepConfig) -> StepConfig | None:
         """The candidate with the least predicted time whose trace is within the budget."""
