@@ -44,12 +44,17 @@ def kept_bytes(step: StepConfig, shape: ModelShape) -> float:
 
 def passing_bytes(step: StepConfig, shape: ModelShape) -> float:
     """Inputs of all layers, and the larger of one layer's work and the logits."""
+    inputs = 2 * shape.hidden_size * shape.n_layers * step.micro_batch * step.seq_len
+    return (0 if step.levers.offload_checkpoints else inputs) + max(_working_bytes(step, shape))
+
+
+def _working_bytes(step: StepConfig, shape: ModelShape) -> tuple[float, float]:
+    """One layer's, and the logits'."""
     levers, tokens = step.levers, step.micro_batch * step.seq_len
-    inputs = 0 if levers.offload_checkpoints else 2 * shape.hidden_size * shape.n_layers * tokens
     at_once = min(levers.tile_tokens or step.seq_len, step.seq_len) * step.micro_batch
     layer = 1.5 * kept_bytes(step, shape) * at_once / tokens
     words = shape.vocab_size if levers.head == "16bit" else min(_TILE_ROWS, shape.vocab_size)
-    return inputs + max(layer, _LOGIT_BYTES * words * min(levers.loss_chunk_tokens, at_once))
+    return layer, _LOGIT_BYTES * words * min(levers.loss_chunk_tokens, at_once)
 
 
 class Parts(NamedTuple):
@@ -58,6 +63,7 @@ class Parts(NamedTuple):
     resident: float
     passing: float
     layer: float  # of one kept layer
+    unsure: float  # part of `passing` that is not there when layers are kept: their work is among the kept
 
     def of(self, layers: int) -> tuple[float, float, float]:
         return self.passing, layers * self.layer, 1.0
@@ -83,7 +89,9 @@ class Guess:
     def parts(self, step: StepConfig) -> Parts:
         """What stays the same through a search."""
         shape = self.shape
-        return Parts(resident_bytes(step, shape), passing_bytes(step, shape), kept_bytes(step, shape))
+        work, logits = _working_bytes(step, shape)
+        resident, passing = resident_bytes(step, shape), passing_bytes(step, shape)
+        return Parts(resident, passing, kept_bytes(step, shape), max(work - logits, 0.0))
 
     def bytes_of(self, parts: Parts, layers: int) -> float:
         """The most likely bytes."""
@@ -92,7 +100,7 @@ class Guess:
     def deviation(self, parts: Parts, layers: int) -> float:
         """Standard deviation of `bytes_of`."""
         x = parts.of(layers)
-        return math.sqrt(_dot(x, self._spread(x)) + _NOISE**2)
+        return math.sqrt(_dot(x, self._spread(x)) + _noise(parts, layers) ** 2)
 
     def room_for(self, parts: Parts, budget_bytes: float) -> float:
         """Kept layers that seem to fit; below 0 when not even none does."""
@@ -102,7 +110,7 @@ class Guess:
         """What a trace said."""
         x = parts.of(layers)
         spread, error = self._spread(x), traced_bytes - self.bytes_of(parts, layers)
-        gain = [s / (_dot(x, spread) + _NOISE**2) for s in spread]
+        gain = [s / (_dot(x, spread) + _noise(parts, layers) ** 2) for s in spread]
         self.mean = [m + g * error for m, g in zip(self.mean, gain, strict=True)]
         self.covariance = [
             [c - g * s for c, s in zip(row, spread, strict=True)]
@@ -111,6 +119,11 @@ class Guess:
 
     def _spread(self, x: tuple[float, ...]) -> list[float]:
         return [_dot(row, x) for row in self.covariance]
+
+
+def _noise(parts: Parts, layers: int) -> float:
+    """Of a trace around the formula: four deviations are all that it may be off by."""
+    return math.hypot(_NOISE, parts.unsure / 4 if layers else 0.0)
 
 
 def _dot(left: Iterable[float], right: Iterable[float]) -> float:
