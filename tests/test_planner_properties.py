@@ -25,7 +25,7 @@ from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
-from lowvram.hardware import Hardware, probe
+from lowvram.hardware import Hardware, card_of_size, probe
 from lowvram.memory import cache
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate, estimate
@@ -35,11 +35,12 @@ from lowvram.planner.first_step import Request, first_step
 from lowvram.planner.guess import passing_bytes, resident_bytes
 from lowvram.planner.levers import LEVERS
 from lowvram.planner.plan import Plan
-from lowvram.planner.profiles import budget
+from lowvram.planner.profiles import budget, load_profile
 from lowvram.planner.recheck import checked
 from lowvram.planner.search import Search
 from lowvram.planner.variants import value_of, with_value
-from lowvram.units import GiB
+from lowvram.planner.wishes import Wishes
+from lowvram.units import GiB, MiB
 from tests.random_requests import (
     all_steps,
     chosen,
@@ -51,6 +52,7 @@ from tests.random_requests import (
 )
 
 SAMPLE = int(os.environ.get("LOWVRAM_SAMPLE", "4"))  # candidates that are traced for each claim
+PAGES = 22 * MiB
 LARGER = (1.05, 1.2, 1.6)
 SEEDS = [seed if seed < 40 else pytest.param(seed, marks=pytest.mark.slow) for seed in range(300)]
 _QUANTIZED = ("int8", "nf4")
@@ -145,6 +147,45 @@ def test_never_over_the_line(
         larger_is_no_worse(case, plan.step, search)
         if seed % 3 == 0:
             half_the_rank_is_no_worse(case, plan.step, search)
+
+
+@pytest.mark.parametrize("free_gib", [1, 2.01])
+def test_a_host_without_room_is_told_and_no_card_is_named(
+    free_gib: float, models: dict[str, ModelSource], machine: Hardware
+) -> None:
+    """The process alone takes 2 GiB; the embedding of the wide llama 0.5 GiB more."""
+    free = {"host_free_bytes": int(free_gib * GiB)}
+    card = card_of_size(24 * GiB, machine.model_copy(update=free))
+    wishes = Wishes(seq_len=256, levers="embedding_on_host=on")
+    with pytest.raises(DoesNotFitError, match=f"more host memory than the {free_gib:.2f} GiB") as caught:
+        decide(Request(models["wide llama"], card, load_profile("24gb"), wishes))
+    assert "--vram" not in caught.value.remedy
+    assert "--seq-len" not in caught.value.remedy
+    assert ("without --levers embedding_on_host=on" in caught.value.remedy) == (free_gib > 2)
+
+
+def test_packing_that_was_asked_for_is_in_every_candidate(
+    models: dict[str, ModelSource], machine: Hardware
+) -> None:
+    """Else it would be given up for tiles, which know no packing."""
+    card = card_of_size(24 * GiB, machine)
+    request = Request(models["wide llama"], card, load_profile("8gb"), Wishes(packing=True, seq_len=1536))
+    case = Case(request, random.Random(0))
+    assert all(one.step.packing for one in case.search().candidates(case.base))
+    case = Case(with_wishes(request, packing=None), case.draw)
+    assert any(one.step.levers.tiles for one in case.search().candidates(case.base))
+
+
+@pytest.mark.parametrize("prefer", ["speed", "quality", "context"])
+def test_a_head_is_never_quantised_where_the_profile_says_so(
+    prefer: str, models: dict[str, ModelSource], machine: Hardware
+) -> None:
+    profile = load_profile("24gb").model_copy(update={"quantized_head": "never"})
+    wishes = Wishes(seq_len=256, no_offload=True, prefer=prefer)
+    request = Request(models["wide llama"], card_of_size(24 * GiB, machine), profile, wishes)
+    assert chosen(request)[0].levers.head == "16bit"
+    pinned = with_wishes(request, levers="head=nf4")
+    assert chosen(pinned)[0].levers.head == "nf4"
 
 
 # --- the line ---
@@ -252,17 +293,30 @@ def is_right(case: Case, error: DoesNotFitError) -> None:
     fits_nothing(case, base)
     if request.wishes.seq_len is None:
         shortest = min(request.profile.smallest_seq_len, base.seq_len)
-        fits_nothing(case, with_value(base, "seq_len", -(-shortest // 64) * 64))
+        shorter = with_value(base, "seq_len", -(-shortest // 64) * 64)
+        fits_nothing(case, shorter, by_pages=True)
     for remedy, other in remedies(request, error):
         step, search = chosen(other)
         assert search.fits(step), remedy
 
 
-def fits_nothing(case: Case, base: StepConfig, better: Callable[[StepConfig], bool] = lambda _: True) -> None:
-    """No candidate around `base` that is `better`."""
+def fits_nothing(
+    case: Case,
+    base: StepConfig,
+    better: Callable[[StepConfig], bool] = lambda _: True,
+    by_pages: bool = False,
+) -> None:
+    """No candidate around `base` that is `better`; `by_pages`: none by more than a page.
+
+    A length is judged by the step that arithmetic calls the leanest. Its bytes are reserved in pages of 2 MiB
+    (small tensors) and 20 MiB (others), so that one that allocates less may reserve a page more: a phi3 with
+    chunks of 64 logits reserves 387,973,120 bytes, with chunks of 256 it reserves 385,875,968.
+    """
     search = case.search()
     some = [one.step for one in search.candidates(base)]
     fits = sampled(case, search, [s for s in some if case.allows(s) and better(s)])
+    if by_pages:
+        fits = [s for s in fits if search.reserved_bytes(s) <= search.budget_bytes - PAGES]
     assert not fits, (search.budget_bytes, search.reserved_bytes(fits[0]), fits[0])
 
 
@@ -296,6 +350,7 @@ def remedies(request: Request, refusal: DoesNotFitError) -> list[tuple[str, Requ
     for flag, change in (
         ("without --no-offload", {"no_offload": False}),
         ("without --optimizer", {"optimizer": None}),
+        ("without --packing", {"packing": None}),
         ("without --levers", {"levers": "default"}),
     ):
         if flag in text:
@@ -317,7 +372,7 @@ def is_not_cut(case: Case, plan: Plan) -> None:
     if plan.seq_len < base.seq_len:
         fits_nothing(case, base)
         longer = plan.seq_len + 64 * max(plan.seq_len // 64 // 50, 1)
-        fits_nothing(case, with_value(base, "seq_len", min(longer, base.seq_len)))
+        fits_nothing(case, with_value(base, "seq_len", min(longer, base.seq_len)), by_pages=True)
 
 
 def is_best(case: Case, step: StepConfig, search: Search) -> None:
