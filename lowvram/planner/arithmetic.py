@@ -37,11 +37,16 @@ def kept_bytes(step: StepConfig, shape: ModelShape) -> float:
 
 def passing_bytes(step: StepConfig, shape: ModelShape) -> float:
     """Inputs of all layers, and the larger of one layer's work and the logits."""
+    inputs = 2 * shape.hidden_size * shape.n_layers * step.micro_batch * step.seq_len
+    return (0 if step.levers.offload_checkpoints else inputs) + max(working_bytes(step, shape))
+
+
+def working_bytes(step: StepConfig, shape: ModelShape) -> tuple[float, float]:
+    """One layer's, and the logits'."""
     levers, tokens = step.levers, step.micro_batch * step.seq_len
-    inputs = 0 if levers.offload_checkpoints else 2 * shape.hidden_size * shape.n_layers * tokens
     at_once = min(levers.tile_tokens or step.seq_len, step.seq_len) * step.micro_batch
     layer = 1.5 * kept_bytes(step, shape) * at_once / tokens
-    return inputs + max(layer, logit_bytes(min(levers.loss_chunk_tokens, at_once), shape, levers.head))
+    return layer, logit_bytes(min(levers.loss_chunk_tokens, at_once), shape, levers.head)
 
 
 def logit_bytes(chunk_tokens: int, shape: ModelShape, head: str) -> float:

@@ -68,7 +68,8 @@ def decide(request: Request, say: Say = lambda _: None) -> tuple[Plan, Search]:
 def search_for(request: Request, model: RememberedModel, say: Say = lambda _: None) -> Search:
     """A search with what this request leaves to decide."""
     profile, wishes = request.profile, request.wishes
-    freedom = Freedom(wishes.pinned, profile.ladder, not wishes.no_offload, _packs(request, model.shape))
+    packs, quantized = _packs(request, model.shape), profile.quantized_head != "never"
+    freedom = Freedom(wishes.pinned, profile.ladder, not wishes.no_offload, packs, quantized)
     room = budget(request.hardware, profile)
     rates = request.rates or rates_of(request.hardware)
     return search_on(request.hardware, rates, model, room, request.stats, freedom, say)

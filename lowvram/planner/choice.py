@@ -36,21 +36,23 @@ def choose(search: Search, base: StepConfig, request: Request) -> StepConfig:
 
 def _fastest(search: Search, base: StepConfig, request: Request) -> StepConfig | None:
     """A quantised head changes what the model says a little; a base does so too, but that is the method."""
-    some, policy = search.candidates(base), request.profile.quantized_head
-    if policy == "when_faster" or "head" in search.freedom.pinned:
+    some, last = search.candidates(base), request.profile.quantized_head == "last_resort"
+    if not last or "head" in search.freedom.pinned:
         return search.fastest_of(some)
     whole = [one for one in some if one.step.levers.head not in _QUANTIZED]
-    found = search.fastest_of(whole)
-    return found if found or policy == "never" else search.fastest_of(some)
+    return search.fastest_of(whole) or search.fastest_of(some)
 
 
 def _longest(search: Search, base: StepConfig, request: Request) -> StepConfig | None:
-    """With every lever that saves memory; as long as the card holds, unless data or user say how long."""
+    """With every lever that saves memory; as long as the card holds, unless data or user say how long.
+
+    Arithmetic may err by a page about which step is the leanest: where that one does not fit, any that does.
+    """
     step = search.leanest(base)
     if request.wishes.seq_len is None and request.stats is None:
         longest = search.largest_seq_len(step, search.model.shape.context_limit)
         step = with_length(step, max(longest, step.seq_len))
-    return step if search.fits(step) else None
+    return step if search.fits(step) else _fastest(search, base, request)
 
 
 def _most_exact(search: Search, base: StepConfig, request: Request) -> Iterator[StepConfig]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
-from lowvram.planner.arithmetic import kept_bytes, passing_bytes, resident_bytes
+from lowvram.planner.arithmetic import kept_bytes, passing_bytes, resident_bytes, working_bytes
 from lowvram.planner.space import ALL, Candidate
 from lowvram.units import GiB
 
@@ -22,6 +22,7 @@ class Parts(NamedTuple):
     resident: float
     passing: float
     layer: float  # of one kept layer
+    unsure: float  # part of `passing` that is not there when layers are kept: their work is among the kept
 
     def of(self, layers: int) -> tuple[float, float, float]:
         return self.passing, layers * self.layer, 1.0
@@ -47,7 +48,9 @@ class Guess:
     def parts(self, step: StepConfig) -> Parts:
         """What stays the same through a search."""
         shape = self.shape
-        return Parts(resident_bytes(step, shape), passing_bytes(step, shape), kept_bytes(step, shape))
+        work, logits = working_bytes(step, shape)
+        resident, passing = resident_bytes(step, shape), passing_bytes(step, shape)
+        return Parts(resident, passing, kept_bytes(step, shape), max(work - logits, 0.0))
 
     def bytes_of(self, parts: Parts, layers: int) -> float:
         """The most likely bytes."""
@@ -56,7 +59,7 @@ class Guess:
     def deviation(self, parts: Parts, layers: int) -> float:
         """Standard deviation of `bytes_of`."""
         x = parts.of(layers)
-        return math.sqrt(_dot(x, self._spread(x)) + _NOISE**2)
+        return math.sqrt(_dot(x, self._spread(x)) + _noise(parts, layers) ** 2)
 
     def room_for(self, parts: Parts, budget_bytes: float) -> float:
         """Kept layers that seem to fit; below 0 when not even none does."""
@@ -66,7 +69,7 @@ class Guess:
         """What a trace said."""
         x = parts.of(layers)
         spread, error = self._spread(x), traced_bytes - self.bytes_of(parts, layers)
-        gain = [s / (_dot(x, spread) + _NOISE**2) for s in spread]
+        gain = [s / (_dot(x, spread) + _noise(parts, layers) ** 2) for s in spread]
         self.mean = [m + g * error for m, g in zip(self.mean, gain, strict=True)]
         self.covariance = [
             [c - g * s for c, s in zip(row, spread, strict=True)]
@@ -75,6 +78,11 @@ class Guess:
 
     def _spread(self, x: tuple[float, ...]) -> list[float]:
         return [_dot(row, x) for row in self.covariance]
+
+
+def _noise(parts: Parts, layers: int) -> float:
+    """Of a trace around the formula: four deviations are all that it may be off by."""
+    return math.hypot(_NOISE, parts.unsure / 4 if layers else 0.0)
 
 
 def _dot(left: Iterable[float], right: Iterable[float]) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from lowvram.engine.config import StepConfig
 from lowvram.errors import DoesNotFitError
 from lowvram.hardware import DEFAULT_HELD_BYTES, Hardware, card_of_size
+from lowvram.planner.conflicts import too_short
 from lowvram.planner.first_step import Request, with_adapter
 from lowvram.planner.profiles import Profile
 from lowvram.planner.search import Search
@@ -26,14 +27,17 @@ def refusal(search: Search, base: StepConfig, request: Request) -> DoesNotFitErr
         f"{step.seq_len} tokens at rank {step.rank} need {format_bytes(needed)}, "
         f"the budget is {format_bytes(search.budget_bytes)} of {search.hardware.name}."
     )
-    if needed <= search.budget_bytes:
+    on_host = not search.host_has_room(step)
+    if on_host:
         message = _host_message(search, step)
     nearest = list(_nearest(search, base, request))
+    if on_host and not nearest:
+        return DoesNotFitError(message, "Close other programs, or take a smaller model.")
     size = card_for(needed, search.hardware, request.profile)
     if not nearest:
         larger = f"The nearest plan that fits is on a {size} GB card (--vram {size}GB)"
         return DoesNotFitError(message, f"{larger}, or take a smaller model.")
-    others = f"; or a {size} GB card (--vram {size}GB)" if needed > search.budget_bytes else ""
+    others = f"; or a {size} GB card (--vram {size}GB)" if not on_host else ""
     return DoesNotFitError(message, f"The nearest plan that fits: {', or '.join(nearest)}{others}")
 
 
@@ -44,7 +48,7 @@ def _host_message(search: Search, step: StepConfig) -> str:
 
 def _nearest(search: Search, base: StepConfig, request: Request) -> Iterator[str]:
     """Each wish alone moved to the nearest value that fits, all others kept."""
-    yield from _shorter(search, base)
+    yield from _shorter(search, base, request)
     wishes = request.wishes
     if wishes.rank is not None and (rank := _lower_rank(search, base, request)):
         yield f"--rank {rank}"
@@ -54,14 +58,18 @@ def _nearest(search: Search, base: StepConfig, request: Request) -> Iterator[str
         yield "without --optimizer adamw"
     if wishes.no_offload and _fits(_freer(search, uses_host=True), base):
         yield "without --no-offload"
+    if wishes.packing and _fits_without(search, base, "packing"):
+        yield "without --packing"
     levers = set(wishes.pinned_levers()) - {"base_precision"}
     if levers and _fits_without(search, base, *levers):
         yield f"without --levers {wishes.levers}"
 
 
-def _shorter(search: Search, base: StepConfig) -> Iterator[str]:
+def _shorter(search: Search, base: StepConfig, request: Request) -> Iterator[str]:
+    """But not so short that most answers would be left out."""
     seq_len = search.largest_seq_len(search.leanest(base), base.seq_len)
-    if 0 < seq_len < base.seq_len:
+    empty = request.stats is not None and any(too_short(seq_len, request.stats))
+    if 0 < seq_len < base.seq_len and not empty:
         yield f"--seq-len {seq_len}"
 
 

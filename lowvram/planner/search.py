@@ -32,6 +32,7 @@ class Freedom:
     ladder: tuple[str, ...] = ()  # levers that may be moved, in the order in which that is liked
     uses_host: bool = True
     packing: bool = False
+    quantized_head: bool = True  # unless it is pinned
 
 
 @dataclass
@@ -80,9 +81,13 @@ class Search:
 
     def candidates(self, base: StepConfig) -> list[Candidate]:
         """All that may be decided around `base`."""
+        return [one for one in self._space(base) if self.host_has_room(one.step)]
+
+    def _space(self, base: StepConfig) -> list[Candidate]:
         freedom = self.freedom
         found = candidates(self.setting(base), freedom.pinned, freedom.ladder, freedom.packing)
-        return [one for one in found if self.host_has_room(one.step)]
+        may = freedom.quantized_head or "head" in freedom.pinned
+        return found if may else [one for one in found if one.step.levers.head not in ("int8", "nf4")]
 
     def fastest(self, base: StepConfig) -> StepConfig | None:
         """The candidate with the least predicted time whose trace is within the budget."""
@@ -93,13 +98,22 @@ class Search:
         return Hunt(some, self.seconds, self.estimate, self.budget_bytes, guess).fastest()
 
     def leanest(self, base: StepConfig) -> StepConfig:
-        """The candidate that by arithmetic takes least."""
+        """The candidate that by arithmetic takes least; where the host has room for none, of all of them.
+
+        Of equals the one whose levers are further along: arithmetic sees only the larger of a layer's work
+        and the logits, a trace may see both.
+        """
         shape = self.model.shape
-        steps = (one.step for one in self.candidates(base))
-        return min(steps, key=lambda step: resident_bytes(step, shape) + passing_bytes(step, shape))
+
+        def least(one: Candidate) -> tuple[float, int]:
+            return resident_bytes(one.step, shape) + passing_bytes(one.step, shape), -sum(one.place)
+
+        return min(self.candidates(base) or self._space(base), key=least).step
 
     def largest_seq_len(self, step: StepConfig, limit: int) -> int:
         """Longest sequence that fits with all else as in `step` (0 when none does), to 64 tokens or 2 %."""
+        if not self.host_has_room(with_length(step, 64)):
+            return 0
         limit = min(limit, longest_on_host(step, self.model.shape, self.hardware.host_free_bytes))
         fits, too_long = 0, limit // 64 + 1  # in units of 64 tokens
         at = max(min(step.seq_len // 64, limit // 64), 1)

@@ -102,6 +102,8 @@ def _go_together(setting: Setting, chosen: Mapping[str, Any], axes: Mapping[str,
     """Leaves out what the engine refuses, and what only repeats another candidate."""
     if chosen["base_precision"] != "nf4" and chosen["double_quantization"] != axes["double_quantization"][-1]:
         return False
+    if chosen["packing"] and _tiles(chosen):
+        return False  # packing that was asked for is not given up for tiles
     whole_head = chosen["head"] == "16bit"
     free = len(axes["head"]) * len(axes["embedding_on_host"]) > 1
     if setting.shape.tied and free and chosen["embedding_on_host"] == whole_head:

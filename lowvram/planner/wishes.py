@@ -66,6 +66,7 @@ class Wishes(Frozen):
             "base_precision": self.precision,
             "optimizer": self.optimizer,
             "micro_batch": self.micro_batch,
+            "packing": self.packing,
         }
         return self.pinned_levers() | {name: value for name, value in wished.items() if value is not None}
 
