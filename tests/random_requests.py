@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from lowvram.data.stats import DataStats
 from lowvram.engine.config import StepConfig
 from lowvram.engine.source import ModelSource
+from lowvram.errors import ConfigError
 from lowvram.hardware import DEFAULT_CONTEXT_BYTES, DEFAULT_HELD_BYTES, Hardware, card_of_size
 from lowvram.memory.cache import RememberedModel
 from lowvram.planner.build import search_for
@@ -74,6 +75,7 @@ _LEVERS = (
 )
 _TARGETS = {"gpt2": "c_attn", "phi3": "qkv_proj", "opt": "q_proj,v_proj,fc1"}
 _HOST_BYTES = 16 * GiB
+ON_HOST = {"embedding_on_host": True, "offload_checkpoints": True, "head": "streamed"}
 
 
 def save_models(folder: Path) -> dict[str, ModelSource]:
@@ -212,3 +214,32 @@ def all_steps(search: Search, base: StepConfig) -> list[StepConfig]:
 
 def steps_of(candidate: Any) -> list[StepConfig]:
     return [candidate.at(index) for index in range(len(candidate.kept))]
+
+
+def contradictions(request: Request) -> list[str]:
+    """What `conflicts.py` should refuse, by the README's words; on a card with bf16."""
+    wishes, shape = request.wishes, RememberedModel(request.source).shape
+    profile, stats = request.profile, request.stats
+    try:
+        pinned = wishes.pinned_levers()
+        targets = shape.resolve_targets(wishes.targets or profile.targets)
+    except ConfigError as error:
+        return [error.message]
+    asked = pinned | {"optimizer": wishes.optimizer}
+    tiles = bool(pinned.get("tile_tokens") or pinned.get("offload_checkpoints"))
+    offloads = any(asked.get(k) == v for k, v in (ON_HOST | {"optimizer": "paged_adamw8bit"}).items())
+    nested = pinned.get("double_quantization") and wishes.levers != "all"
+    length = min(wishes.seq_len or (stats.longest_tokens if stats else 8), shape.context_limit)
+    whole = first_step(with_wishes(request, targets=None, seq_len=None), shape).accumulation
+    found = {
+        "rank": (wishes.rank or profile.rank) > shape.full_rank(targets),
+        "positions": (wishes.seq_len or 0) > shape.context_limit,
+        "answers": stats is not None and stats.n_lost_at(length) > stats.n_examples / 2,
+        "micro-batch": wishes.micro_batch is not None and whole % wishes.micro_batch > 0,
+        "double quantisation": nested and wishes.precision not in (None, "nf4"),
+        "tiles": tiles and shape.untiled,
+        "kept layers": pinned.get("kept_layers", 0) >= shape.n_layers,
+        "no offload": wishes.no_offload and offloads,
+        "packing": wishes.packing and (tiles or shape.unpacked),
+    }
+    return [name for name, conflicts in found.items() if conflicts]
