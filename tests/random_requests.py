@@ -229,6 +229,7 @@ def contradictions(request: Request) -> list[str]:
     tiles = bool(pinned.get("tile_tokens") or pinned.get("offload_checkpoints"))
     offloads = any(asked.get(k) == v for k, v in (ON_HOST | {"optimizer": "paged_adamw8bit"}).items())
     nested = pinned.get("double_quantization") and wishes.levers != "all"
+    whole_head = pinned.get("head", "" if "head" in profile.ladder else "16bit") == "16bit"
     length = min(wishes.seq_len or (stats.longest_tokens if stats else 8), shape.context_limit)
     whole = first_step(with_wishes(request, targets=None, seq_len=None), shape).accumulation
     found = {
@@ -240,6 +241,7 @@ def contradictions(request: Request) -> list[str]:
         "tiles": tiles and shape.untiled,
         "kept layers": pinned.get("kept_layers", 0) >= shape.n_layers,
         "no offload": wishes.no_offload and offloads,
+        "one weight": shape.tied and pinned.get("embedding_on_host") and whole_head,
         "packing": wishes.packing and (tiles or shape.unpacked),
     }
     return [name for name, conflicts in found.items() if conflicts]
