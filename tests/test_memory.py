@@ -236,3 +236,15 @@ def test_published_qlora_peak_of_llama_8b() -> None:
         target_modules=("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
     assert estimate(config, step).peak_allocated_bytes == pytest.approx(7.4 * GiB, rel=0.15)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6)])
+def test_a_step_in_tiles_through_the_memory_efficient_kernel_is_traced(capability: tuple[int, int]) -> None:
+    """float32, and cards without FlashAttention: torch 2.13's shapes of its backward know no `out`."""
+    levers = Levers(tile_tokens=64)
+    config, dtype = LlamaConfig(**_SMALL), "fp16" if capability < (8, 0) else "fp32"
+    precision: dict[str, Any] = {"base_precision": dtype, "compute_dtype": dtype}
+    step = StepConfig(target_modules=("q_proj",), seq_len=256, levers=levers, **precision)
+    whole = step.model_copy(update={"levers": Levers()})
+    tiled = estimate(config, step, "cuda", capability)
+    assert tiled.peak_allocated_bytes < estimate(config, whole, "cuda", capability).peak_allocated_bytes

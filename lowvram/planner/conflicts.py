@@ -134,6 +134,7 @@ def _levers(request: Request, shape: ModelShape) -> Iterator[Conflict]:
         except ConfigError as error:
             yield Conflict(error.message, error.remedy)
     yield from _not_for(shape, pinned)
+    yield from _one_weight(request, shape, pinned)
     if wishes.no_offload:
         yield from _offloads(wishes)
     yield from _packed(wishes, shape, pinned)
@@ -158,6 +159,17 @@ def _not_for(shape: ModelShape, pinned: dict[str, Any]) -> Iterator[Conflict]:
         yield Conflict(
             f"kept_layers={kept} leaves none of the {shape.n_layers} layers to be recomputed.",
             f"Use kept_layers up to {shape.n_layers - 1}, or gradient_checkpointing=off.",
+        )
+
+
+def _one_weight(request: Request, shape: ModelShape, pinned: dict[str, Any]) -> Iterator[Conflict]:
+    """A tied embedding on the host, beside a head that needs it on the device."""
+    whole = pinned.get("head") == "16bit" or ("head" not in pinned and "head" not in request.profile.ladder)
+    if shape.tied and pinned.get("embedding_on_host") and whole:
+        yield Conflict(
+            "The embedding of this model cannot stay on the host while its head is 16bit: both are one weight, "
+            "and the head needs it on the device.",
+            "Use --levers embedding_on_host=on,head=nf4 (or int8, or streamed).",
         )
 
 
