@@ -167,8 +167,8 @@ def _one_weight(request: Request, shape: ModelShape, pinned: dict[str, Any]) -> 
     whole = pinned.get("head") == "16bit" or ("head" not in pinned and "head" not in request.profile.ladder)
     if shape.tied and pinned.get("embedding_on_host") and whole:
         yield Conflict(
-            "The embedding of this model cannot stay on the host while its head is 16bit: both are one weight, "
-            "and the head needs it on the device.",
+            "The embedding of this model cannot stay on the host while its head is 16bit: both are one "
+            "weight, and the head needs it on the device.",
             "Use --levers embedding_on_host=on,head=nf4 (or int8, or streamed).",
         )
 

@@ -16,6 +16,7 @@ from lowvram.planner.variants import split, value_of, with_kept, with_value
 ALL = "all"  # layers keep their activations: nothing is recomputed
 _KEEPING = ("gradient_checkpointing", "kept_layers")
 _RECOMPUTING = ("kept_layers", "tile_tokens", "offload_checkpoints")
+_TILED_HEAD_CHUNK = 2048
 _PLACED = ("head", "embedding_on_host")  # their 16-bit weights are on the device while loading
 
 
@@ -62,6 +63,7 @@ def candidates(
         chosen = dict(zip(axes, values, strict=True))
         some = tuple(k for k in kept if k == 0) if _tiles(chosen) else kept
         if some and _go_together(setting, chosen, axes):
+            chosen = _in_larger_chunks(chosen, axes)
             step = _step(setting, chosen, some[0], packing and not _tiles(chosen))
             place = tuple(_place(setting.shape, name, chosen, axes[name]) for name in axes)
             found.append(Candidate(step, some, place, (step.accumulation == 1, step.packing)))
@@ -113,18 +115,24 @@ def _go_together(setting: Setting, chosen: Mapping[str, Any], axes: Mapping[str,
     return not chosen["tile_tokens"] or chosen["micro_batch"] == axes["micro_batch"][-1]
 
 
+def _in_larger_chunks(chosen: dict[str, Any], axes: Mapping[str, Values]) -> dict[str, Any]:
+    """A tiled head is read anew for each chunk: it has few, which are small, a tile of the words each."""
+    free = chosen["head"] != "16bit" and len(axes["loss_chunk_tokens"]) > 1
+    return chosen | {"loss_chunk_tokens": _TILED_HEAD_CHUNK} if free else chosen
+
+
 def _place(shape: ModelShape, name: str, chosen: Mapping[str, Any], values: Values) -> int:
     """Along one lever.
 
     Of a tiled head only a tile of logits exists: they are as small as a whole head in the smallest chunks, as
     far as the head itself saves what its chunk takes more.
     """
-    place, head = values.index(chosen[name]), chosen["head"]
+    head = chosen["head"]
     if name != "loss_chunk_tokens" or head == "16bit":
-        return place
+        return values.index(chosen[name])
     own = logit_bytes(chosen[name], shape, head) - saved_by_head(shape, head)
     smaller = [i for i, chunk in enumerate(values) if logit_bytes(chunk, shape, "16bit") >= own]
-    return max(smaller, default=place)
+    return max(smaller, default=0)
 
 
 def _step(setting: Setting, chosen: Mapping[str, Any], kept: Any, packing: bool) -> StepConfig:

@@ -61,7 +61,7 @@ def _beside(lever: Lever, setting: Setting) -> Any:
         return None
     if lever.name == "double_quantization" and setting.base.base_precision != "nf4":
         return None
-    if now not in values or len(values) < 2:
+    if now not in values or len(values) < 2:  # a tiled head has chunks of its own
         return None
     at = values.index(now)
     return values[at - 1] if at else values[at + 1]
