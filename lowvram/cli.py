@@ -20,6 +20,7 @@ from rich.markup import escape
 from lowvram import __version__, cli_flags, cli_profiles
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
+from lowvram.gc_pause import no_collections
 from lowvram.units import printable
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ def _planned(flags: dict[str, Any], **also: bool) -> Planned:
     hardware = _hardware(flags["vram"])
     profile = profile_for(hardware) if flags["profile"] is None else load_profile(flags["profile"])
     source = ModelSource(flags["model"], flags["trust_remote_code"])
-    with Console(stderr=True).status("planning") as status:
+    with Console(stderr=True).status("planning") as status, no_collections():
 
         def say(text: str) -> None:
             status.update(escape(text))

@@ -29,10 +29,10 @@ from lowvram.hardware import Hardware, card_of_size, probe
 from lowvram.memory import cache
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate, estimate
+from lowvram.planner.arithmetic import floor_bytes, working_bytes
 from lowvram.planner.build import decide, search_for
 from lowvram.planner.choice import _exactness_of
 from lowvram.planner.first_step import Request, first_step
-from lowvram.planner.guess import passing_bytes, resident_bytes
 from lowvram.planner.levers import LEVERS
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import budget, load_profile
@@ -298,15 +298,15 @@ def sampled(case: Case, search: Search, steps: Iterable[StepConfig]) -> list[Ste
     shape = search.model.shape
 
     def arithmetic(step: StepConfig) -> float:
-        return resident_bytes(step, shape) + passing_bytes(step, shape)
+        return floor_bytes(step, shape) + max(working_bytes(step, shape))
 
-    possible = [s for s in steps if resident_bytes(s, shape) <= search.budget_bytes]
+    possible = [s for s in steps if floor_bytes(s, shape) <= search.budget_bytes]
     possible.sort(key=arithmetic)
     n_least = len(possible) if len(possible) <= SAMPLE else max(SAMPLE // 6, 2)
     rest = possible[n_least:]
     some = possible[:n_least] + case.draw.sample(rest, min(SAMPLE - n_least, len(rest)) if rest else 0)
     for step in some:
-        assert resident_bytes(step, shape) <= search.estimate(step).peak_allocated_bytes
+        assert floor_bytes(step, shape) <= search.estimate(step).peak_allocated_bytes
     return [step for step in some if search.fits(step)]
 
 

@@ -19,7 +19,7 @@ from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.shape import ModelShape, shape_of
 from lowvram.memory.estimate import MemoryEstimate, estimate
 from lowvram.memory.layers import period_of
-from lowvram.planner.arithmetic import kept_bytes, passing_bytes, resident_bytes
+from lowvram.planner.arithmetic import floor_bytes, kept_bytes, working_bytes
 from lowvram.planner.guess import Guess
 from lowvram.planner.hunt import Hunt
 from lowvram.planner.levers import LEVERS, Setting
@@ -87,8 +87,8 @@ def _made_up(shape: ModelShape, draw: random.Random) -> Any:
         kept = shape.n_layers if not levers.gradient_checkpointing else levers.kept_layers
         n_bytes = (
             constant
-            + resident_bytes(step, shape)
-            + parts[0] * passing_bytes(step, shape)
+            + floor_bytes(step, shape)
+            + parts[0] * max(working_bytes(step, shape))
             + parts[1] * kept * kept_bytes(step, shape)
         )
         return MemoryEstimate(

@@ -19,7 +19,7 @@ from lowvram.memory.kernels import cublas_bytes
 from lowvram.memory.launches import no_launches_on_meta
 from lowvram.memory.load import record_loading
 from lowvram.memory.recorder import Recorder
-from lowvram.memory.rig import Rig, rig_for
+from lowvram.memory.rig import OptimizerTwin, Rig, rig_for
 from lowvram.memory.trace import ALLOC_ROUNDING, Backend, Capability, Trace
 from lowvram.memory.weights import meta_batches
 
@@ -56,7 +56,7 @@ def _trace_on(
         _evaluate(loss_of, batches)
     label_gradients(recorder, rig.parameters)
     with recorder.during("optimizer"):
-        rig.optimizer.record_state(recorder)
+        rig.optimizer(step).record_state(recorder)
     if step.levers.empty_cache:  # the step before did
         recorder.trace.empty_cache()
     if step.accumulation > 1:
@@ -103,7 +103,7 @@ def _run(recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig, bat
             recorder.at("")
             return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    optimizer: Any = _Optimizer(recorder, rig)
+    optimizer: Any = _Optimizer(recorder, rig.optimizer(step), rig.parameters)
     train_step(loss_of, optimizer, batches, max_grad_norm=step.max_grad_norm, backward=backward, clip=clip)
 
 
@@ -112,15 +112,16 @@ class _Optimizer:
     """As the step sees one: the twin updates, the model's own parameters lose their gradients."""
 
     recorder: Recorder
-    rig: Rig
+    twin: OptimizerTwin
+    parameters: Mapping[str, nn.Parameter]
 
     def step(self) -> None:
-        self.rig.optimizer.step(self.recorder)
+        self.twin.step(self.recorder)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         assert set_to_none, "lowvram frees gradients"
         self.recorder.at("")
-        for parameter in self.rig.parameters.values():
+        for parameter in self.parameters.values():
             parameter.grad = None
 
 

@@ -35,14 +35,14 @@ def kept_bytes(step: StepConfig, shape: ModelShape) -> float:
     return 2 * widths * step.micro_batch * step.seq_len
 
 
-def passing_bytes(step: StepConfig, shape: ModelShape) -> float:
-    """Inputs of all layers, and the larger of one layer's work and the logits."""
+def floor_bytes(step: StepConfig, shape: ModelShape) -> float:
+    """What is resident, and the inputs of all layers, which are there at the end of the forward pass."""
     inputs = 2 * shape.hidden_size * shape.n_layers * step.micro_batch * step.seq_len
-    return (0 if step.levers.offload_checkpoints else inputs) + max(working_bytes(step, shape))
+    return resident_bytes(step, shape) + (0 if step.levers.offload_checkpoints else inputs)
 
 
 def working_bytes(step: StepConfig, shape: ModelShape) -> tuple[float, float]:
-    """One layer's, and the logits'."""
+    """One layer's, and the logits': by turns."""
     levers, tokens = step.levers, step.micro_batch * step.seq_len
     at_once = min(levers.tile_tokens or step.seq_len, step.seq_len) * step.micro_batch
     layer = 1.5 * kept_bytes(step, shape) * at_once / tokens

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
-from lowvram.planner.arithmetic import kept_bytes, passing_bytes, resident_bytes, working_bytes
+from lowvram.planner.arithmetic import floor_bytes, kept_bytes, working_bytes
 from lowvram.planner.space import ALL, Candidate
 from lowvram.units import GiB
 
@@ -19,18 +19,18 @@ _NOISE = 0.03 * GiB  # of a trace around the formula: pages, and which moment is
 class Parts(NamedTuple):
     """Bytes of one step by arithmetic."""
 
-    resident: float
-    passing: float
+    floor: float
+    working: float
     layer: float  # of one kept layer
-    unsure: float  # part of `passing` that is not there when layers are kept: their work is among the kept
+    unsure: float  # part of `working` that is not there when layers are kept: their work is among the kept
 
     def of(self, layers: int) -> tuple[float, float, float]:
-        return self.passing, layers * self.layer, 1.0
+        return self.working, layers * self.layer, 1.0
 
 
 @dataclass
 class Guess:
-    """Bytes = resident + a * passing + b * kept layers' + c, with a, b and c normally distributed.
+    """Bytes = floor + a * working + b * kept layers' + c, with a, b and c normally distributed.
 
     Each trace narrows them (a Kalman filter's update), so that a guess knows how far off it may be.
     """
@@ -49,12 +49,12 @@ class Guess:
         """What stays the same through a search."""
         shape = self.shape
         work, logits = working_bytes(step, shape)
-        resident, passing = resident_bytes(step, shape), passing_bytes(step, shape)
-        return Parts(resident, passing, kept_bytes(step, shape), max(work - logits, 0.0))
+        floor, kept = floor_bytes(step, shape), kept_bytes(step, shape)
+        return Parts(floor, max(work, logits), kept, max(work - logits, 0.0))
 
     def bytes_of(self, parts: Parts, layers: int) -> float:
         """The most likely bytes."""
-        return parts.resident + sum(m * x for m, x in zip(self.mean, parts.of(layers), strict=True))
+        return parts.floor + sum(m * x for m, x in zip(self.mean, parts.of(layers), strict=True))
 
     def deviation(self, parts: Parts, layers: int) -> float:
         """Standard deviation of `bytes_of`."""

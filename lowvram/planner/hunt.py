@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from lowvram.engine.config import StepConfig
 from lowvram.memory.estimate import MemoryEstimate
-from lowvram.planner.arithmetic import resident_bytes
+from lowvram.planner.arithmetic import floor_bytes
 from lowvram.planner.guess import Guess, Parts
 from lowvram.planner.space import Candidate
 from lowvram.units import MiB
@@ -56,7 +56,7 @@ class Hunt:
         self._open = [
             _Open(one, self.guess.parts(one.step), len(one.kept) - 1)
             for one in self.candidates
-            if resident_bytes(one.step, shape) <= self.budget_bytes
+            if floor_bytes(one.step, shape) <= self.budget_bytes
         ]
         self._best: StepConfig | None = None
         self._best_rank: Rank = (math.inf, ())

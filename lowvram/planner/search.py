@@ -11,7 +11,7 @@ from lowvram.hardware import Hardware
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate
 from lowvram.memory.trace import Backend
-from lowvram.planner.arithmetic import passing_bytes, resident_bytes
+from lowvram.planner.arithmetic import floor_bytes, working_bytes
 from lowvram.planner.guess import Guess
 from lowvram.planner.host_memory import host_bytes, longest_on_host
 from lowvram.planner.hunt import Hunt
@@ -66,8 +66,8 @@ class Search:
         return self.estimate(step).peak_reserved_bytes
 
     def fits(self, step: StepConfig) -> bool:
-        """Traced only where what is resident leaves room."""
-        room = resident_bytes(step, self.model.shape) <= self.budget_bytes and self.host_has_room(step)
+        """Traced only where what is there for certain leaves room."""
+        room = floor_bytes(step, self.model.shape) <= self.budget_bytes and self.host_has_room(step)
         return room and self.reserved_bytes(step) <= self.budget_bytes
 
     def host_has_room(self, step: StepConfig) -> bool:
@@ -106,7 +106,7 @@ class Search:
         shape = self.model.shape
 
         def least(one: Candidate) -> tuple[float, int]:
-            return resident_bytes(one.step, shape) + passing_bytes(one.step, shape), -sum(one.place)
+            return floor_bytes(one.step, shape) + max(working_bytes(one.step, shape)), -sum(one.place)
 
         return min(self.candidates(base) or self._space(base), key=least).step
 
@@ -116,23 +116,24 @@ class Search:
             return 0
         limit = min(limit, longest_on_host(step, self.model.shape, self.hardware.host_free_bytes))
         fits, too_long = 0, limit // 64 + 1  # in units of 64 tokens
+        over: dict[int, float] = {}  # bytes over the budget at these ends, as far as they were traced
         at = max(min(step.seq_len // 64, limit // 64), 1)
-        bytes_at: dict[int, int] = {}
         while too_long - fits > (close := max(fits // 50, 1)):
-            at, span = max(fits + close, min(at, too_long - close)), too_long - fits
-            bytes_at[at] = self.reserved_bytes(with_length(step, at * 64))
-            fits, too_long = (at, too_long) if bytes_at[at] <= self.budget_bytes else (fits, at)
-            if len(bytes_at) == 1:
-                at = 2 * fits or at // 2
-            elif len(bytes_at) > 2 and too_long - fits > span // 2:  # the line led astray
-                at = (fits + too_long) // 2
-            else:  # which is flat below the length where activations are the peak
-                at = min(where_it_meets(self.budget_bytes, bytes_at), 4 * max(fits, 16))
+            at = max(fits + close, min(at, too_long - close))
+            bytes_over = self.reserved_bytes(with_length(step, at * 64)) - self.budget_bytes
+            moved, stays = (fits, too_long) if bytes_over <= 0 else (too_long, fits)
+            if moved in over and stays in over:
+                over[stays] /= 2  # the Illinois rule: an end that stays for long leads astray
+            over[at] = bytes_over
+            fits, too_long = (at, too_long) if bytes_over <= 0 else (fits, at)
+            at = _next_length(fits, too_long, over)
         return fits * 64
 
 
-def where_it_meets(budget_bytes: int, bytes_at: dict[int, int]) -> int:
-    """Where the line through the two known points nearest to the budget meets it."""
-    low, high = sorted(sorted(bytes_at, key=lambda n: abs(bytes_at[n] - budget_bytes))[:2])
-    slope = max((bytes_at[high] - bytes_at[low]) / (high - low), 1.0)
-    return int(low + (budget_bytes - bytes_at[low]) / slope)
+def _next_length(fits: int, too_long: int, over: dict[int, float]) -> int:
+    """Between both ends on the line through them; a few times further, or half, while one is not known."""
+    if too_long not in over:
+        return 4 * fits
+    if fits not in over:
+        return too_long // 2
+    return int(fits + (too_long - fits) * over[fits] / (over[fits] - over[too_long]))

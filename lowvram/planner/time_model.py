@@ -18,7 +18,8 @@ _NESTED_SCALES = 1.01  # double quantisation's second look-up
 _TILED_PASSES = 0.25  # of 2ND: keys and values once more, an eighth of a forward
 _CPU_TILED_PASSES = 2.4  # no kernel knows a tile's mask: 1.44 times the step (benchmarks/levers.csv)
 _BESIDE_SHARE = 0.03  # of the arithmetic: copies beside it take some of the memory's rate
-_EMBEDDING_SHARE, _STREAMED_SHARE = 0.005, 0.01  # and those that it waits for cost more than their bytes
+# copies that it waits for cost more than their bytes, and no GPU has told yet how much more
+_EMBEDDING_SHARE, _STREAMED_SHARE, _PAGED_SHARE = 0.005, 0.03, 0.005
 _ROWS_BUSY = 32  # a matrix product of n rows reaches n / (n + 32) of the rate
 _LAUNCH_SECONDS = 1.5e-3  # dispatch of one layer's operators in one pass, forward and backward
 _CPU_LAUNCH_SECONDS = 0.5e-3
@@ -79,7 +80,7 @@ class TimeModel:
             arithmetic,
             dequantisation,
             self._transfers(step, tokens, busy),
-            self._optimizer(step),
+            self._optimizer(step, busy),
             self._launches(step, tokens, tiles, busy),
         )
 
@@ -150,11 +151,11 @@ class TimeModel:
             seconds, share = seconds + max(beside - busy, 0.0), share + _BESIDE_SHARE
         return seconds + share * busy
 
-    def _optimizer(self, step: StepConfig) -> float:
+    def _optimizer(self, step: StepConfig, busy: float) -> float:
         n = self.shape.n_trainable(step.target_modules, step.rank)
         seconds = n * _OPTIMIZER_BYTES[step.optimizer] / self.rates.memory_bytes_per_second
         if step.optimizer == "paged_adamw8bit" and not self.on_cpu:
-            seconds += n * _PAGED_BYTES / self.rates.host_bytes_per_second
+            seconds += n * _PAGED_BYTES / self.rates.host_bytes_per_second + _PAGED_SHARE * busy
         return seconds
 
     def _launches(self, step: StepConfig, tokens: Tokens, tiles: float, busy: float) -> float:
