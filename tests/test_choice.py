@@ -62,9 +62,13 @@ def _with_budget(budget_bytes: int, profile: Profile) -> hardware.Hardware:
 
 
 def _decided(
-    source: ModelSource, card: hardware.Hardware, stats: DataStats | None = None, **wishes: Any
+    source: ModelSource,
+    card: hardware.Hardware,
+    stats: DataStats | None = None,
+    profile: Profile | None = None,
+    **wishes: Any,
 ) -> tuple[Plan, Search, Request]:
-    request = Request(source, card, load_profile("8gb"), wishes_from(**wishes), stats)
+    request = Request(source, card, profile or load_profile("8gb"), wishes_from(**wishes), stats)
     return *decide(request), request
 
 
@@ -90,15 +94,17 @@ def _stats(*quantiles: int, n_examples: int = 4000) -> DataStats:
 
 def test_sixteen_bits_where_they_fit_eight_between_four_when_needed(source: ModelSource) -> None:
     """`quality` takes the least quantised base that fits; the card shrinks until each is what is left."""
-    profile = load_profile("8gb")
-    whole, search, _ = _decided(source, _card(8), prefer="quality", rank=4, seq_len=512)
+    ladder = ("micro_batch", "gradient_checkpointing", "base_precision", "double_quantization")
+    profile = load_profile("8gb").model_copy(update={"ladder": ladder})
+    asked: dict[str, Any] = {"prefer": "quality", "rank": 4, "seq_len": 512, "profile": profile}
+    whole, search, _ = _decided(source, _card(8), **asked)
     assert (whole.base_precision, whole.levers.head) == ("bf16", "16bit")
     seen = []
     for precision in ("bf16", "int8", "nf4"):
         only = replace(search, freedom=replace(search.freedom, pinned={"base_precision": precision}))
         leanest = only.leanest(whole.step)
         card = _with_budget(search.reserved_bytes(leanest), profile)
-        plan, _, _ = _decided(source, card, prefer="quality", rank=4, seq_len=512)
+        plan, _, _ = _decided(source, card, **asked)
         seen.append(plan.base_precision)
         assert plan.fits
     assert seen == ["bf16", "int8", "nf4"]
@@ -164,18 +170,20 @@ def test_short_rows_among_long_ones_are_packed_and_none_is_cut(source: ModelSour
 
 
 def test_what_cannot_fit_is_cut_as_little_as_may_be_and_told(source: ModelSource) -> None:
-    stats = _stats(500, 800, 1000, 8000)
-    _, search, _ = _decided(source, _card(8), stats)
-    leanest = search.leanest(StepConfig(target_modules=TARGETS, rank=4, seq_len=4000, accumulation=16))
-    card = _with_budget(search.reserved_bytes(leanest), load_profile("8gb"))
-    plan, _, _ = _decided(source, card, stats)
+    stats = _stats(200, 400, 600, 1600)
+    ladder = ("micro_batch", "gradient_checkpointing", "loss_chunk_tokens", "base_precision")
+    profile = load_profile("8gb").model_copy(update={"ladder": ladder})  # tiles would hold all of it
+    _, search, _ = _decided(source, _card(8), stats, profile)
+    leanest = search.leanest(StepConfig(target_modules=TARGETS, rank=4, seq_len=1000, accumulation=16))
+    card = _with_budget(search.reserved_bytes(leanest), profile)
+    plan, _, _ = _decided(source, card, stats, profile)
     assert plan.fits
-    assert 3000 < plan.seq_len < 8000
+    assert 800 < plan.seq_len < 1600
     assert any(
         f"about {stats.n_longer_than(plan.seq_len)} of 4000 examples are longer" in r for r in plan.reasons
     )
     with pytest.raises(DoesNotFitError):  # but nobody's own length is bent
-        _decided(source, card, stats, seq_len=8000)
+        _decided(source, card, stats, profile, seq_len=1600)
 
 
 def test_eta_counts_real_tokens_and_evaluations(source: ModelSource) -> None:

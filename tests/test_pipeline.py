@@ -209,7 +209,7 @@ def test_what_needs_no_plan_is_refused_before_planning(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the search ran")
 
-    monkeypatch.setattr("lowvram.planning.make_plan", never)
+    monkeypatch.setattr("lowvram.planning.decide", never)
     broken = tmp_path / "broken"
     shutil.copytree(home / "tiny", broken)
     weights = broken / "model.safetensors"
