@@ -18,6 +18,7 @@ from lowvram.planner.guess import Guess, Parts
 from lowvram.planner.space import Candidate
 from lowvram.units import MiB
 
+_GAIN = 0.002  # less than this share of the time is no gain: no modelled time is as exact as that
 _SURELY = 4.0  # standard deviations
 _PAGES = 24 * MiB  # reserved bytes come in pages of 2 and 20 MiB: so much more a leaner step may take
 _PAGES_OF_SMALL = 20  # and no more than that part of a small budget
@@ -62,7 +63,7 @@ class Hunt:
         self._best_rank: Rank = (math.inf, ())
 
     def fastest(self) -> StepConfig | None:
-        """The step with the least predicted time among all that fit; None when none does."""
+        """The step with the least predicted time among all that fit, to 0.2 %; None when none does."""
         while (found := self._likely() or self._leanest()) is not None:
             self._look(*found)
         return self._best
@@ -99,14 +100,18 @@ class Hunt:
             one.seconds_at[index] = self.seconds(one.candidate.at(index))
         return one.seconds_at[index], one.candidate.place[::-1]
 
+    @property
+    def _to_beat(self) -> Rank:
+        return (1 - _GAIN) * self._best_rank[0], ()
+
     def _faster(self) -> list[_Open]:
         """Candidates that could still beat the best, from the most promising on."""
-        alive = (one for one in self._open if one.top >= 0 and self._rank(one, one.top) < self._best_rank)
+        alive = (one for one in self._open if one.top >= 0 and self._rank(one, one.top) < self._to_beat)
         return sorted(alive, key=lambda one: self._rank(one, one.top))
 
     def _likely(self) -> tuple[_Open, int] | None:
         """The fastest that seems to fit, if it would be the best."""
-        found, rank = None, self._best_rank
+        found, rank = None, self._to_beat
         for one in self._faster():
             if self._rank(one, one.top) >= rank:
                 break
@@ -120,7 +125,7 @@ class Hunt:
         """Of what would be faster and seems not to fit, what takes least: it speaks for most others."""
         found, least = None, math.inf
         for one in self._faster():
-            index = next(i for i in range(one.top + 1) if self._rank(one, i) < self._best_rank)
+            index = next(i for i in range(one.top + 1) if self._rank(one, i) < self._to_beat)
             layers = self._layers(one, index)
             n_bytes = self.guess.bytes_of(one.parts, layers) - _SURELY * self.guess.deviation(
                 one.parts, layers
