@@ -117,7 +117,7 @@ def test_finds_what_brute_force_finds_with_few_traces(seed: int) -> None:
     hunt = Hunt(space, seconds, memory, budget, Guess(shape))
     found = hunt.fastest()
     best = min((s for s, n_bytes in steps if n_bytes <= budget), default=math.inf)
-    assert (seconds(found) if found else math.inf) == pytest.approx(best, rel=0.002)
+    assert (seconds(found) if found else math.inf) == pytest.approx(best, rel=0.005)
     assert found is None or memory(found).peak_reserved_bytes <= budget
     assert hunt.n_traced <= 60
 
@@ -157,7 +157,7 @@ def test_finds_what_brute_force_finds_with_real_traces(kind: str, ladder: str) -
 
         found = Hunt(space, seconds, trace, budget, Guess(shape)).fastest()
         best = min((s for s, n_bytes in known if n_bytes <= budget), default=math.inf)
-        assert (seconds(found) if found else math.inf) == pytest.approx(best, rel=0.002), budget
+        assert (seconds(found) if found else math.inf) == pytest.approx(best, rel=0.005), budget
         assert len(asked) == len(set(asked))
 
 

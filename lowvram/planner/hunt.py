@@ -18,7 +18,7 @@ from lowvram.planner.guess import Guess, Parts
 from lowvram.planner.space import Candidate
 from lowvram.units import MiB
 
-_GAIN = 0.002  # less than this share of the time is no gain: no modelled time is as exact as that
+_GAIN = 0.005  # less than this share of the time is no gain: no modelled time is as exact as that
 _SURELY = 4.0  # standard deviations
 _PAGES = 24 * MiB  # reserved bytes come in pages of 2 and 20 MiB: so much more a leaner step may take
 _PAGES_OF_SMALL = 20  # and no more than that part of a small budget
@@ -63,7 +63,7 @@ class Hunt:
         self._best_rank: Rank = (math.inf, ())
 
     def fastest(self) -> StepConfig | None:
-        """The step with the least predicted time among all that fit, to 0.2 %; None when none does."""
+        """The step with the least predicted time among all that fit, to half a percent; None when none does."""
         while (found := self._likely() or self._leanest()) is not None:
             self._look(*found)
         return self._best
