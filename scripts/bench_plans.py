@@ -244,10 +244,11 @@ def _search_said(rows: list[dict[str, Any]]) -> str:
         sorted(float(row[name]) for row in rows) for name in ("search_seconds", "search_cpu_seconds", "load")
     )
     traces, runs = (sorted(int(row[name]) for row in rows) for name in ("search_traces", "search_runs"))
+    best_of = f"{runs[0]}" if runs[0] == runs[-1] else f"{runs[0]} to {runs[-1]}"
     return (
         f"A search takes {seconds[0]:.1f} to {seconds[-1]:.1f} s and {traces[0]} to {traces[-1]} traces, "
         "after imports, none remembered\n"
-        f"({rows[0]['machine']}, best of {runs[0]} to {runs[-1]} runs beside busy neighbours, "
+        f"({rows[0]['machine']}, best of {best_of} runs beside busy neighbours, "
         f"load {loads[0]:.1f} to {loads[-1]:.1f}; CPU time {cpu[0]:.1f} to {cpu[-1]:.1f} s)."
     )
 

@@ -63,7 +63,7 @@ class Hunt:
         self._best_rank: Rank = (math.inf, ())
 
     def fastest(self) -> StepConfig | None:
-        """The step with the least predicted time among all that fit, to half a percent; None when none does."""
+        """The step of the least predicted time among all that fit, to half a percent; None: none does."""
         while (found := self._likely() or self._leanest()) is not None:
             self._look(*found)
         return self._best
