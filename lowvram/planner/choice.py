@@ -94,7 +94,7 @@ def _shortened(search: Search, base: StepConfig, request: Request) -> StepConfig
     """The longest that fits with every lever, at its fastest; nobody's --seq-len is shortened."""
     wishes, profile = request.wishes, request.profile
     if wishes.seq_len is None:
-        seq_len = search.largest_seq_len(search.leanest(base), base.seq_len)
+        seq_len = search.largest_seq_len(search.leanest(base), base.seq_len, keeps=True)
         if seq_len >= min(profile.smallest_seq_len, base.seq_len):
             if request.stats is not None:
                 raise_all(too_short(seq_len, request.stats))

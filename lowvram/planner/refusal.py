@@ -67,7 +67,7 @@ def _nearest(search: Search, base: StepConfig, request: Request) -> Iterator[str
 
 def _shorter(search: Search, base: StepConfig, request: Request) -> Iterator[str]:
     """But not so short that most answers would be left out."""
-    seq_len = search.largest_seq_len(search.leanest(base), base.seq_len)
+    seq_len = search.largest_seq_len(search.leanest(base), base.seq_len, keeps=True)
     empty = request.stats is not None and any(too_short(seq_len, request.stats))
     if 0 < seq_len < base.seq_len and not empty:
         yield f"--seq-len {seq_len}"

@@ -18,7 +18,7 @@ from lowvram.planner.hunt import Hunt
 from lowvram.planner.levers import Setting
 from lowvram.planner.space import Candidate, candidates
 from lowvram.planner.time_model import TimeModel
-from lowvram.planner.variants import describe, with_length
+from lowvram.planner.variants import describe, with_kept, with_length
 from lowvram.planner.workload import Workload
 
 Say = Callable[[str], None]
@@ -110,8 +110,13 @@ class Search:
 
         return min(self.candidates(base) or self._space(base), key=least).step
 
-    def largest_seq_len(self, step: StepConfig, limit: int) -> int:
-        """Longest sequence that fits with all else as in `step` (0 when none does), to 64 tokens or 2 %."""
+    def largest_seq_len(self, step: StepConfig, limit: int, keeps: bool = False) -> int:
+        """Longest sequence that fits with all else as in `step` (0 when none does), to 64 tokens or 2 %.
+
+        Args:
+            keeps: layers that keep their activations go on doing so; otherwise all recompute.
+        """
+        kept = step.levers.kept_layers if keeps else 0
         if not self.host_has_room(with_length(step, 64)):
             return 0
         limit = min(limit, longest_on_host(step, self.model.shape, self.hardware.host_free_bytes))
@@ -120,7 +125,8 @@ class Search:
         at = max(min(step.seq_len // 64, limit // 64), 1)
         while too_long - fits > (close := max(fits // 50, 1)):
             at = max(fits + close, min(at, too_long - close))
-            bytes_over = self.reserved_bytes(with_length(step, at * 64)) - self.budget_bytes
+            longer = with_kept(with_length(step, at * 64), kept)
+            bytes_over = self.reserved_bytes(longer) - self.budget_bytes
             moved, stays = (fits, too_long) if bytes_over <= 0 else (too_long, fits)
             if moved in over and stays in over:
                 over[stays] /= 2  # the Illinois rule: an end that stays for long leads astray
