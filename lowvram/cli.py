@@ -17,9 +17,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lowvram import __version__
+from lowvram import __version__, cli_flags, cli_profiles
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
+from lowvram.gc_pause import no_collections
 from lowvram.units import printable
 
 if TYPE_CHECKING:
@@ -35,34 +36,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at training data before it is trained on.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id, such as Qwen/Qwen2-7B.")]
-Models = Annotated[
-    list[str], typer.Option("--model", "-m", help="Folder or hub id; up to four are compared.")
-]
-Data = Annotated[str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet or a hub data set id.")]
-MaybeData = Annotated[str | None, typer.Option("--data", "-d", help="Plan for this data's lengths.")]
-Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, such as 8GB.")]
-Rank = Annotated[int | None, typer.Option(help="LoRA rank r.")]
-Alpha = Annotated[float | None, typer.Option(help="LoRA alpha.")]
-Dropout = Annotated[float | None, typer.Option(help="Dropout on the adapter's input.")]
-Targets = Annotated[str | None, typer.Option(help="qv, attention, all-linear, or layer names a,b,c.")]
-SeqLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens.")]
-BatchSize = Annotated[int | None, typer.Option("--batch", help="Examples in one optimizer step.")]
-Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, bf16, fp16 or fp32.")]
-Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
-LeverText = Annotated[str, typer.Option("--levers", help="default, none, all, or name=value,name=value.")]
-ProfileName = Annotated[
-    str | None, typer.Option("--profile", help="8gb, 12gb, 16gb, 24gb, cpu or a YAML file.")
-]
-Seed = Annotated[int, typer.Option(help="Of the data order, dropout and adapter.")]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/MODEL-DATA).")]
-LogWith = Annotated[list[str] | None, typer.Option(help="Tracker: tensorboard, wandb, trackio (repeatable).")]
+app.add_typer(cli_profiles.app, name="profiles")
 
 
 def _console(stderr: bool = False) -> Console:
@@ -86,7 +60,7 @@ def _root(
 
 
 @app.command()
-def probe(as_json: AsJson = False) -> None:
+def probe(as_json: cli_flags.AsJson = False) -> None:
     """Show what this machine has, what is missing and how to get it."""
     from lowvram import hardware, probe_view
 
@@ -99,27 +73,33 @@ def probe(as_json: AsJson = False) -> None:
 
 @app.command()
 def plan(
-    model: Models,
-    data: MaybeData = None,
-    vram: Vram = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    dropout: Dropout = None,
-    targets: Targets = None,
-    seq_len: SeqLen = None,
-    batch: BatchSize = None,
-    precision: Precision = None,
-    optimizer: Optimizer = None,
-    levers: LeverText = "default",
-    profile: ProfileName = None,
-    seed: Seed = 0,
-    epochs: Epochs = None,
-    steps: Steps = None,
-    learning_rate: LearningRate = None,
-    trust_remote_code: Remote = False,
+    model: cli_flags.Models,
+    data: cli_flags.MaybeData = None,
+    vram: cli_flags.Vram = None,
+    rank: cli_flags.Rank = None,
+    alpha: cli_flags.Alpha = None,
+    dropout: cli_flags.Dropout = None,
+    targets: cli_flags.Targets = None,
+    seq_len: cli_flags.SeqLen = None,
+    batch: cli_flags.BatchSize = None,
+    precision: cli_flags.Precision = None,
+    optimizer: cli_flags.Optimizer = None,
+    micro_batch: cli_flags.MicroBatch = None,
+    packing: cli_flags.Packing = None,
+    rslora: cli_flags.RsLora = None,
+    no_offload: cli_flags.NoOffload = False,
+    prefer: cli_flags.Preference = None,
+    levers: cli_flags.LeverText = "default",
+    profile: cli_flags.ProfileName = None,
+    seed: cli_flags.Seed = 0,
+    epochs: cli_flags.Epochs = None,
+    steps: cli_flags.Steps = None,
+    learning_rate: cli_flags.LearningRate = None,
+    trust_remote_code: cli_flags.Remote = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the plan as YAML.")] = None,
     html: Annotated[Path | None, typer.Option(help="Save the plan as a page for a browser.")] = None,
-    as_json: AsJson = False,
+    why: Annotated[bool, typer.Option("--why", help="Say of each lever why it is so.")] = False,
+    as_json: cli_flags.AsJson = False,
 ) -> None:
     """Predict what training would need: no GPU, no weights. Exit code 3 when it does not fit."""
     from lowvram.frozen import require_new_file
@@ -135,7 +115,7 @@ def plan(
         _compare(flags, as_json)
         return
     try:
-        planned = _planned({**flags, "model": model[0]}, with_survey=True)
+        planned = _planned({**flags, "model": model[0]}, with_survey=True, with_why=why)
     except LowvramError as error:
         if as_json and error.exit_code == 3:
             typer.echo(json.dumps(compare_view.Column(model[0], error).as_json()))
@@ -146,28 +126,33 @@ def plan(
 
 @app.command()
 def auto(
-    model: Model,
-    data: Data,
+    model: cli_flags.Model,
+    data: cli_flags.Data,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
-    vram: Vram = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    dropout: Dropout = None,
-    targets: Targets = None,
-    seq_len: SeqLen = None,
-    batch: BatchSize = None,
-    precision: Precision = None,
-    optimizer: Optimizer = None,
-    levers: LeverText = "default",
-    profile: ProfileName = None,
-    seed: Seed = 0,
-    epochs: Epochs = None,
-    steps: Steps = None,
-    learning_rate: LearningRate = None,
-    trust_remote_code: Remote = False,
-    log_with: LogWith = None,
-    output: Output = None,
-    as_json: AsJson = False,
+    vram: cli_flags.Vram = None,
+    rank: cli_flags.Rank = None,
+    alpha: cli_flags.Alpha = None,
+    dropout: cli_flags.Dropout = None,
+    targets: cli_flags.Targets = None,
+    seq_len: cli_flags.SeqLen = None,
+    batch: cli_flags.BatchSize = None,
+    precision: cli_flags.Precision = None,
+    optimizer: cli_flags.Optimizer = None,
+    micro_batch: cli_flags.MicroBatch = None,
+    packing: cli_flags.Packing = None,
+    rslora: cli_flags.RsLora = None,
+    no_offload: cli_flags.NoOffload = False,
+    prefer: cli_flags.Preference = None,
+    levers: cli_flags.LeverText = "default",
+    profile: cli_flags.ProfileName = None,
+    seed: cli_flags.Seed = 0,
+    epochs: cli_flags.Epochs = None,
+    steps: cli_flags.Steps = None,
+    learning_rate: cli_flags.LearningRate = None,
+    trust_remote_code: cli_flags.Remote = False,
+    log_with: cli_flags.LogWith = None,
+    output: cli_flags.Output = None,
+    as_json: cli_flags.AsJson = False,
 ) -> None:
     """Probe, check the data, plan, train, save the adapter."""
     flags = dict(locals())
@@ -196,8 +181,8 @@ def auto(
 @app.command()
 def train(
     plan_file: Annotated[Path, typer.Argument(help="A plan saved by lowvram plan --output.")],
-    log_with: LogWith = None,
-    output: Output = None,
+    log_with: cli_flags.LogWith = None,
+    output: cli_flags.Output = None,
 ) -> None:
     """Run a saved plan unchanged."""
     from lowvram import pipeline
@@ -216,7 +201,9 @@ def train(
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(help="A run folder.")], log_with: LogWith = None) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder.")], log_with: cli_flags.LogWith = None
+) -> None:
     """Continue an interrupted run from its newest whole checkpoint."""
     from lowvram import pipeline
 
@@ -245,7 +232,7 @@ def data_check(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Count tokens with its tokenizer.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: cli_flags.AsJson = False,
 ) -> None:
     """Show format, counts and lengths, and the first example as the model sees it."""
     from lowvram import data_view
@@ -256,7 +243,7 @@ def data_check(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
-    steps: Steps = None,
+    steps: cli_flags.Steps = None,
 ) -> None:
     """The whole pipeline on a small real model and a bundled data set: no account, no GPU, minutes."""
     from lowvram.demo.run import run_demo
@@ -284,7 +271,7 @@ def _compare(flags: dict[str, Any], as_json: bool) -> None:
         raise DoesNotFitError(f"None of the {len(columns)} models fits.", "Take one of the nearest plans.")
 
 
-def _planned(flags: dict[str, Any], with_survey: bool = False) -> Planned:
+def _planned(flags: dict[str, Any], **also: bool) -> Planned:
     """Everything up to the plan, from a command's flags."""
     from lowvram import planning
     from lowvram.engine.source import ModelSource
@@ -296,12 +283,12 @@ def _planned(flags: dict[str, Any], with_survey: bool = False) -> Planned:
     hardware = _hardware(flags["vram"])
     profile = profile_for(hardware) if flags["profile"] is None else load_profile(flags["profile"])
     source = ModelSource(flags["model"], flags["trust_remote_code"])
-    with Console(stderr=True).status("planning") as status:
+    with Console(stderr=True).status("planning") as status, no_collections():
 
         def say(text: str) -> None:
             status.update(escape(text))
 
-        return planning.plan_for(source, flags["data"], hardware, profile, wishes, say, with_survey)
+        return planning.plan_for(source, flags["data"], hardware, profile, wishes, say, **also)
 
 
 def _hardware(vram: str | None) -> Hardware:
@@ -323,15 +310,18 @@ def _require_writable(run: Path) -> None:
 
 
 def _show(planned: Planned, as_json: bool, console: Console | None = None) -> None:
-    from lowvram import plan_view, survey_view
+    from lowvram import plan_view, survey_view, why_view
 
     if as_json:
-        typer.echo(json.dumps(plan_view.plan_json(planned.plan) | survey_view.survey_json(planned), indent=2))
+        around = survey_view.survey_json(planned) | why_view.why_json(planned.why)
+        typer.echo(json.dumps(plan_view.plan_json(planned.plan) | around, indent=2))
         return
     console = console or _console()
     plan_view.show_plan(planned.plan, console)
     if planned.survey is not None:
         survey_view.show_survey(planned, console)
+    if planned.why is not None:
+        why_view.show_why(planned.why, console)
 
 
 def _save(planned: Planned, files: dict[str, Path], console: Console) -> None:

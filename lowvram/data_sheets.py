@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 # GB/s of one lane, one way: 8, 16 and 32 GT/s in 128b/130b code (the specifications of PCIe 3.0 to 5.0).
 _PCIE_LANE = {3: 0.985, 4: 1.969, 5: 3.938}
-# A laptop's card is its namesake's chip, or a smaller one, at half the power or less: the rows below that have
-# both have 0.37 (RTX 5090) to 0.86 (RTX 3060) of the desktop card's arithmetic, 0.64 in the middle.
+# A laptop's card is its namesake's chip, or a smaller one, at half the power or less. Where the rows below
+# have both, the laptop's has 0.37 (RTX 5090) to 0.86 (RTX 3060) of the arithmetic, 0.6 in the mean.
 LAPTOP_SHARE = 0.6
 _LAPTOP_MARKS = (" laptop ", " max q ")
 
@@ -26,9 +26,9 @@ def _sheet(teraflops: float, memory: float, generation: int, lanes: int) -> Shee
 
 
 # NVIDIA's architecture papers (Turing, Ampere GA102, Ada, RTX Blackwell) and product pages. GeForce cards
-# accumulate in float32 at half of the advertised rate, which is with float16 accumulation (and, from Ampere on,
-# with sparsity); workstation and data centre cards at the whole one. A laptop's card: at the boost clock of
-# about its middle power. Where one name was sold with several memories (RTX 3050, A100): a usual one.
+# accumulate in float32 at half of the advertised rate, which is with float16 accumulation (from Ampere on
+# with sparsity as well); workstation and data centre cards at the whole one. A laptop's card: at the boost
+# clock of about its middle power. Where a name was sold with several memories (RTX 3050, A100): a usual one.
 NVIDIA: Mapping[str, Sheet] = {
     "GTX 1650": _sheet(6.0, 128, 3, 16),  # no tensor cores
     "GTX 1660": _sheet(10.0, 192, 3, 16),
@@ -111,7 +111,9 @@ NVIDIA: Mapping[str, Sheet] = {
     "L40S": _sheet(362.0, 864, 4, 16),
     "RTX PRO 6000 Blackwell": _sheet(503.8, 1792, 5, 16),
     "RTX PRO 6000 Blackwell Max-Q": _sheet(438.0, 1792, 5, 16),
-    "T4": _sheet(50.0, 320, 3, 16),  # 65 at its boost clock, which 70 W do not hold
+    # 65 at a boost clock that its 70 W do not hold: one product after the other reaches 24, as other cards do
+    # of 30 (forums.developer.nvidia.com/t/about-gpu-peak-performance/264462)
+    "T4": _sheet(30.0, 320, 3, 16),
     "V100": _sheet(112.0, 900, 3, 16),
     "H100": _sheet(989.0, 3350, 5, 16),
     "H100 PCIe": _sheet(756.0, 2000, 5, 16),

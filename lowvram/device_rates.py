@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -59,15 +59,15 @@ _LARGEST_EDGE = 4096  # a 7B layer's width, and as many tokens
 _LARGEST_COPY = 256 * MiB  # beyond the largest cache, RTX 5090's 96 MiB
 _HOST_COPY = 32 * MiB
 
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class DeviceRates(Frozen):
     """What a device sustains: numbers that a training step reaches, not peaks."""
 
-    flops: float = Field(gt=0, allow_inf_nan=False)  # 16-bit matrix products (CPU: compute dtype), FLOP/s
-    memory_bytes_per_second: float = Field(
-        gt=0, allow_inf_nan=False
-    )  # read and written, of the device's memory
-    host_bytes_per_second: float = Field(gt=0, allow_inf_nan=False)  # pinned, one way; of a CPU its memory's
+    flops: Rate  # FLOP/s of 16-bit matrix products; on a CPU of those in the compute dtype
+    memory_bytes_per_second: Rate  # the device's, read and written
+    host_bytes_per_second: Rate  # to the device through pinned memory; of a CPU its own memory's
     measured: bool  # by the micro-benchmark; else from tables
     source: str  # "data sheet of RTX 4090", "compute capability 8.9", "measured on this machine in 1.8 s"
 
@@ -169,7 +169,7 @@ def _cpu(hardware: Hardware) -> DeviceRates:
 def measured_rates(hardware: Hardware, seconds: float = 2.0, device: str | None = None) -> DeviceRates:
     """A micro-benchmark of about `seconds`; where it fails, whatever the reason, `rates_of`.
 
-    It takes at most 5 % of the device's memory and gives it back.
+    It takes at most 5 % of the device's memory and gives it back; cuBLAS keeps its workspace, for training.
 
     Args:
         device: torch's name of it, when it is not the one that training would use.
@@ -200,7 +200,9 @@ def _measure(hardware: Hardware, seconds: float, device: str) -> tuple[float, fl
     dtype = torch.float32 if device == "cpu" and not hardware.bf16 else sixteen
     bench = _Benchmark(torch, device, seconds, int(_MEMORY_SHARE * hardware.total_bytes))
     flops = bench.product(dtype, rates_of(hardware).flops)
+    _give_back(device)  # or torch would keep the small blocks beside the large ones that come
     memory = bench.copy()
+    _give_back(device)
     host = bench.from_host()
     return flops, memory, memory if device == "cpu" else host
 
@@ -231,7 +233,7 @@ class _Benchmark:
     def from_host(self) -> float:
         """Bytes/s from pinned memory on a stream of their own, as offloaded activations come back."""
         source = self._bytes(min(_HOST_COPY, self.most_bytes), pin_memory=self.device != "cpu")
-        target = self.torch.empty_like(source, device=self.device)
+        target = self._bytes(source.nbytes, device=self.device)
         with self._module.stream(self._module.Stream()):
             return self._rate(lambda: target.copy_(source, non_blocking=True), source.nbytes)
 

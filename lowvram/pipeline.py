@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lowvram import hardware as machine
+from lowvram.device_rates import known_rates
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, refusals_of_the_system
 from lowvram.frozen import write_atomically
 from lowvram.hardware import Hardware
-from lowvram.planner.build import checked as check_plan
 from lowvram.planner.plan import Plan, PlannedDevice
+from lowvram.planner.recheck import checked as check_plan
 from lowvram.planning import RUN_FILES_BYTES, Planned, anywhere, run_bytes
 from lowvram.training.data import prepare
 from lowvram.training.live import make_view
@@ -93,7 +94,9 @@ def checked(planned: Planned) -> Planned:
     Raises:
         ConfigError, DoesNotFitError: it cannot run as it is.
     """
-    return replace(planned, plan=check_plan(planned.plan, planned.source))
+    here, stats = machine.probe(), planned.prepared.stats if planned.prepared else None
+    plan = check_plan(planned.plan, planned.source, here, stats, known_rates(here))
+    return replace(planned, plan=plan)
 
 
 def start(

@@ -65,13 +65,12 @@ def _head(plan: Plan) -> Table:
     table.add_column()
     verdict = "[bold green]fits[/]" if plan.fits else "[bold red]does not fit[/]"
     free = plan.budget_bytes - plan.estimate.peak_reserved_bytes
-    eta = plan.seconds_per_step * plan.total_steps
     table.add_row("model", f"{escape(plan.model)}, {format_count(plan.n_parameters)} parameters")
     table.add_row("device", f"{escape(plan.device.name)}, {format_bytes(plan.device.total_bytes)}")
     table.add_row("verdict", f"{verdict}, {format_bytes(free)} of the budget left")
     if plan.data:
         table.add_row("data", escape(plan.data))
-        table.add_row("steps", f"{plan.total_steps}, about {format_seconds(eta)} (modelled)")
+        table.add_row("steps", f"{plan.total_steps}, about {format_seconds(plan.seconds_in_all)} (modelled)")
     table.add_row("adapter", f"{format_count(plan.n_trainable)} trainable parameters")
     table.add_row("longest context", plan.longest_context)
     return table

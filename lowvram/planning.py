@@ -6,15 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram.device_rates import known_rates
 from lowvram.engine.source import ModelSource, absolute
 from lowvram.hardware import Hardware
 from lowvram.memory.cache import RememberedModel
-from lowvram.planner.build import make_plan, make_plan_and_survey
+from lowvram.planner.build import decide
+from lowvram.planner.first_step import Request
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import Profile
 from lowvram.planner.receipts import experience_on, with_experience
 from lowvram.planner.search import Say
-from lowvram.planner.survey import Survey
+from lowvram.planner.survey import Survey, survey
+from lowvram.planner.why import LeverWhy, why
 from lowvram.planner.wishes import Wishes
 from lowvram.units import MiB
 
@@ -33,6 +36,7 @@ class Planned:
     plan: Plan
     prepared: PreparedData | None
     survey: Survey | None = None
+    why: tuple[LeverWhy, ...] | None = None
 
 
 def plan_for(
@@ -43,21 +47,25 @@ def plan_for(
     wishes: Wishes,
     say: Say,
     with_survey: bool = False,
+    with_why: bool = False,
 ) -> Planned:
-    """Read the config and the data, then plan. No weights are read."""
+    """Read the config and the data, then plan. No weights are read.
+
+    Args:
+        with_survey: also what else would fit; with_why: also each lever beside its next setting.
+    """
     _ = RememberedModel(source).shape  # a wrong model is refused before the data is read
     prepared = _prepared(data, source, say) if data is not None else None
     stats = prepared.stats if prepared else None
     experience = experience_on(hardware)
     device = with_experience(hardware, experience)
-    around = None
-    if with_survey:
-        plan, around = make_plan_and_survey(source, device, profile, wishes, stats, say)
-    else:
-        plan = make_plan(source, device, profile, wishes, stats, say)
+    request = Request(source, device, profile, wishes, stats, known_rates(device))
+    plan, search = decide(request, say)
+    around = survey(plan, device, search) if with_survey else None
+    levers = why(search, plan.step, request) if with_why else None
     reasons = (*plan.reasons, *([experience.sentence] if experience.sentence else []))
     plan = anywhere(plan.model_copy(update={"reasons": reasons}), source)
-    return Planned(source, plan, prepared, around)
+    return Planned(source, plan, prepared, around, levers)
 
 
 def _prepared(data: str, source: ModelSource, say: Say) -> PreparedData:

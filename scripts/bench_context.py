@@ -31,8 +31,7 @@ from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.plain import PlainStep, plain_peak_bytes
-from lowvram.planner.ladder import host_bytes, longest_on_host
-from lowvram.planner.search import where_it_meets
+from lowvram.planner.host_memory import host_bytes, longest_on_host
 from lowvram.units import GiB
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -178,6 +177,13 @@ def longest(bytes_of: Callable[[int], int], budget_bytes: int, limit: int) -> in
             return fits
         bytes_at[tokens] = bytes_of(tokens)
         fits, too_many = (tokens, too_many) if bytes_at[tokens] <= budget_bytes else (fits, tokens)
+
+
+def where_it_meets(budget_bytes: int, bytes_at: dict[int, int]) -> int:
+    """Where the line through the two known points nearest to the budget meets it."""
+    low, high = sorted(sorted(bytes_at, key=lambda n: abs(bytes_at[n] - budget_bytes))[:2])
+    slope = max((bytes_at[high] - bytes_at[low]) / (high - low), 1.0)
+    return int(low + (budget_bytes - bytes_at[low]) / slope)
 
 
 def table(rows: list[Row]) -> Table:

@@ -49,6 +49,7 @@ CASES = (
     Case("head=streamed", RECOMPUTE, {"head": "streamed"}),
     Case("double_quantization=off", RECOMPUTE, {"double_quantization": False}),
     Case("optimizer=adamw8bit", RECOMPUTE, {"optimizer": "adamw8bit"}),
+    Case("base_precision=int8 instead of nf4", RECOMPUTE, {"base_precision": "int8"}),
 )
 
 
@@ -80,8 +81,8 @@ def measure(folder: str, names: list[str], lengths: list[int], rounds: int) -> I
 
 
 def _step(folder: str, settings: dict[str, Any]) -> Step:
-    levers = {name: value for name, value in settings.items() if name != "optimizer"}
-    rest = {"optimizer": settings["optimizer"]} if "optimizer" in settings else {}
+    levers = {name: value for name, value in settings.items() if name in Levers.model_fields}
+    rest = {name: value for name, value in settings.items() if name not in levers}
     config = StepConfig(target_modules=LINEARS, accumulation=1, levers=Levers(**levers), **rest)
     return our_step(folder, config)
 

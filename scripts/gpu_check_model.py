@@ -12,6 +12,7 @@ from torch import nn
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
+from lowvram.engine.int8 import Int8Linear
 from lowvram.engine.known_models import known_config
 from lowvram.engine.model import skeleton, storage_dtype
 from lowvram.engine.vocabulary import place_vocabulary, without_vocabulary_levers
@@ -68,7 +69,12 @@ def random_model(config: PretrainedConfig, step: StepConfig, device: str) -> Pre
             places[parameter].append((module, name))
     _warm_up(places, device)
     for _, parameter in sorted(model.named_parameters(), key=lambda item: _natural(item[0])):
-        made = _random_parameter(*places[parameter][0], parameter, step, device)
+        owner, name = places[parameter][0]
+        if isinstance(owner, Int8Linear) and name != "bias":
+            if name == "weight":  # which makes the scales as well
+                owner.fill(_random_values(name, parameter, step, device))
+            continue
+        made = _random_parameter(owner, name, parameter, step, device)
         for module, name in places[parameter]:
             setattr(module, name, made)
     for module in model.modules():
@@ -103,16 +109,19 @@ def _random_parameter(
 ) -> nn.Parameter:
     import bitsandbytes as bnb
 
-    dtype = storage_dtype(step.base_precision, step.compute_dtype)
-    value = torch.empty(old.shape, dtype=dtype, device=device)
-    if old.dim() > 1:
-        value.normal_(std=0.02)
-    else:
-        value.fill_(1.0 if name == "weight" else 0.0)  # norms and biases
+    value = _random_values(name, old, step, device)
     if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
         # as transformers' own loader does (integrations/bitsandbytes.py, Bnb4bitQuantize)
         return bnb.nn.Params4bit(value, requires_grad=False, **old.__dict__).to(device)
     return nn.Parameter(value, requires_grad=False)
+
+
+def _random_values(name: str, like: nn.Parameter, step: StepConfig, device: str) -> torch.Tensor:
+    dtype = storage_dtype(step.base_precision, step.compute_dtype)
+    value = torch.empty(like.shape, dtype=dtype, device=device)
+    if like.dim() > 1:
+        return value.normal_(std=0.02)
+    return value.fill_(1.0 if name == "weight" else 0.0)  # norms and biases
 
 
 def full_batch(step: StepConfig, vocab_size: int) -> Batch:

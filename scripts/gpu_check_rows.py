@@ -64,6 +64,7 @@ class Row(Frozen):
     gradient_error: float | None = None  # |g - exact| / |exact| over all adapters
     gradient_limit: float | None = None  # beyond it the outcome is "differs"
     tokens_per_second: float | None = None
+    modelled_tokens_per_second: float | None = None  # by the planner's time model, at full length
     note: str | None = None
 
     @property

@@ -27,6 +27,7 @@ from gpu_check_step import (
 )
 
 from lowvram import hardware as machine
+from lowvram.device_rates import known_rates
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.source import ModelSource
 from lowvram.errors import DoesNotFitError
@@ -36,10 +37,10 @@ from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate, estimate
 from lowvram.memory.snapshot import replay_snapshot
 from lowvram.planner.build import make_plan
-from lowvram.planner.ladder import with_length
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import profile_for
 from lowvram.planner.receipts import Experience, with_experience
+from lowvram.planner.variants import with_length
 from lowvram.planner.wishes import Wishes
 from lowvram.training.monitor import MemoryMonitor
 from lowvram.units import GiB, format_bytes
@@ -73,7 +74,7 @@ def emulated(card_gib: float, here: Hardware) -> Hardware:
 
 
 def plan_job(model: str, card_gib: float, here: Hardware) -> Job:
-    """The planner's own plan, wishing nothing.
+    """The planner's own plan, over the base that the weights made here have.
 
     Raises:
         DoesNotFitError: the planner refuses.
@@ -82,7 +83,7 @@ def plan_job(model: str, card_gib: float, here: Hardware) -> Job:
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         source = ModelSource(folder)
-        plan = make_plan(source, card, profile_for(card), Wishes())
+        plan = make_plan(source, card, profile_for(card), Wishes(precision="nf4"), rates=known_rates(here))
         longest = with_length(plan, plan.largest_seq_len)
         at_largest = estimate(source.config, longest, "cuda", card.capability)
         limit = RememberedModel(source).shape.context_limit
@@ -126,7 +127,9 @@ def _run_plan(job: Job, trial: Trial, emit: Emit) -> None:
     outcome = attempt(run)
     tokens = plan.micro_batch * plan.seq_len * min(plan.accumulation, 2)
     speed = round(tokens / statistics.mean(seconds), 1) or None
-    base = job.row("plan").model_copy(update={"tokens_per_second": speed})
+    modelled = plan.micro_batch * plan.accumulation * plan.seq_len / max(plan.seconds_per_step, 1e-3)
+    told = {"tokens_per_second": speed, "modelled_tokens_per_second": round(modelled, 1)}
+    base = job.row("plan").model_copy(update=told)
     _emit_measured(base, outcome, plan.estimate, job, trial.monitor, emit)
 
 

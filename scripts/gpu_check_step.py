@@ -35,6 +35,7 @@ SELF_CHECK_STEP = StepConfig(  # float32: a CPU without bf16 takes ten times as 
     levers=Levers(loss_chunk_tokens=128),
 )
 HEADS = ("streamed", "nf4", "int8")
+_NO_SPEED = {"tokens_per_second": None, "modelled_tokens_per_second": None}
 
 
 def _all_levers(**changes: int) -> Levers:
@@ -140,7 +141,7 @@ def measured_rows(
     rows = [base.model_copy(update={"phase": "all", **known, **measured})]
     for phase, memory in by_phase(predicted.phases_bytes if predicted else {}, peaks).items():
         told = memory.model_dump(exclude={"measured_resident_bytes"})
-        rows.append(base.model_copy(update={"phase": phase, "tokens_per_second": None, **told}))
+        rows.append(base.model_copy(update={"phase": phase, **_NO_SPEED, **told}))
     return rows
 
 

@@ -50,7 +50,7 @@ from lowvram.memory.trace import Trace
 from lowvram.memory.weights import meta_model
 from lowvram.planner.build import make_plan
 from lowvram.planner.profiles import load_profile
-from lowvram.planner.reasons import explain
+from lowvram.planner.reasons import lever_reasons
 from lowvram.planner.wishes import wishes_from
 from lowvram.units import GiB
 from tests.test_memory import WEIGHTS, _outcome, _really_allocated
@@ -368,10 +368,12 @@ def test_a_plan_says_why_in_plain_words(config_only: Callable[[dict[str, object]
     asked = wishes_from(levers="head=int8,embedding_on_host=on", seq_len=16, batch=1, targets="qv")
     plan = make_plan(ModelSource(str(folder)), card, profile, asked)
     assert {"head: int8, as you asked", "embedding_on_host: on, as you asked"} <= set(plan.reasons)
-    unasked = explain(plan.step, card, profile, wishes_from(), None)
+    unasked = list(lever_reasons(plan.step, wishes_from(), "speed"))
     assert any(line.startswith("head: int8, half") for line in unasked)
     assert any(line.startswith("embedding_on_host: on, its table") for line in unasked)
-    refused = wishes_from(levers="embedding_on_host=on", seq_len=16, batch=1)
+    half = wishes_from(levers="embedding_on_host=on", seq_len=16, batch=1)
+    assert make_plan(ModelSource(str(folder)), card, profile, half).levers.head == "streamed"  # as it must
+    refused = wishes_from(levers="embedding_on_host=on,head=16bit", seq_len=16, batch=1)
     with pytest.raises(ConfigError, match="one weight"):
         make_plan(ModelSource(str(folder)), card, profile, refused)
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "lowvram"
 ORDER = [
-    {"errors", "units", "frozen", "cache", "alloc_conf", "__init__"},
+    {"errors", "units", "frozen", "cache", "alloc_conf", "gc_pause", "__init__"},
     {"hardware", "gpu_driver", "gpu_problems", "data_sheets", "device_rates"},
     {"data"},
     {"engine"},
@@ -23,10 +23,10 @@ ORDER = [
     {"pipeline"},
     {
         *("probe_view", "plan_view", "plan_chart", "plan_page", "compare_view"),
-        *("survey_view", "data_view", "result_view", "merge_command"),
+        *("survey_view", "data_view", "result_view", "profiles_view", "why_view", "merge_command"),
     },
     {"demo"},
-    {"cli"},
+    {"cli", "cli_flags", "cli_profiles"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

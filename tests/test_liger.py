@@ -29,8 +29,9 @@ from lowvram.errors import ConfigError
 from lowvram.memory.cache import _code
 from lowvram.memory.estimate import peak_of
 from lowvram.memory.run import trace_step
-from lowvram.planner.build import checked, make_plan
+from lowvram.planner.build import make_plan
 from lowvram.planner.profiles import profile_for
+from lowvram.planner.recheck import checked
 from lowvram.planner.wishes import Wishes
 from lowvram.units import GiB
 from tests.test_memory import ALL, WEIGHTS, _really_allocated
@@ -195,7 +196,7 @@ def test_planned_where_it_is_installed(
     assert plan.estimate.n_events < without.estimate.n_events
     old = card.model_copy(update={"capability": (7, 5)})
     assert not make_plan(source, old, profile_for(old), Wishes(seq_len=64)).levers.liger
-    assert checked(plan, source).estimate == plan.estimate
+    assert checked(plan, source, card).estimate == plan.estimate
 
 
 @pytest.mark.usefixtures("absent")
@@ -209,7 +210,7 @@ def test_not_planned_where_it_is_not(
         make_plan(source, card, profile_for(card), Wishes(seq_len=64, levers="liger=on"))
     edited = plan.model_copy(update={"levers": plan.levers.model_copy(update={"liger": True})})
     with pytest.raises(ConfigError, match="not installed"):
-        checked(edited, source)
+        checked(edited, source, card)
 
 
 def test_a_remembered_trace_is_of_one_version(monkeypatch: pytest.MonkeyPatch) -> None:

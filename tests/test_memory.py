@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from lowvram.engine.adapters import add_adapters
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import Levers, StepConfig
-from lowvram.engine.model import load
+from lowvram.engine.model import load, skeleton
 from lowvram.engine.source import ModelSource
 from lowvram.memory.allocator import replay_reserved
 from lowvram.memory.estimate import estimate, peak_of
@@ -206,6 +206,16 @@ def test_extended_trace_equals_the_whole_model_s(kind: str, changes: dict[str, A
     assert set(extended.layers) == set(whole.layers)
 
 
+def test_another_model_of_the_config_leaves_a_kept_one_s_kernels_alone() -> None:
+    """transformers writes the attention's name into a config that it is given; loading in NF4 builds one."""
+    config = AutoConfig.for_model("llama", **_SMALL | {"num_hidden_layers": 2}, dtype=torch.bfloat16)
+    step = StepConfig(seq_len=256, target_modules=("q_proj",))
+    first = trace_step(config, step, "cpu")
+    skeleton(config, step)
+    second = trace_step(config, step, "cpu")
+    assert [a.n_bytes for a in second.allocations] == [a.n_bytes for a in first.allocations]
+
+
 def test_layers_that_differ_are_traced_whole() -> None:
     config = AutoConfig.for_model("qwen3_moe", **_SMALL, mlp_only_layers=[5])
     assert blocks_of(config) is None
@@ -226,3 +236,15 @@ def test_published_qlora_peak_of_llama_8b() -> None:
         target_modules=("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )
     assert estimate(config, step).peak_allocated_bytes == pytest.approx(7.4 * GiB, rel=0.15)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6)])
+def test_a_step_in_tiles_through_the_memory_efficient_kernel_is_traced(capability: tuple[int, int]) -> None:
+    """float32, and cards without FlashAttention: torch 2.13's shapes of its backward know no `out`."""
+    levers = Levers(tile_tokens=64)
+    config, dtype = LlamaConfig(**_SMALL), "fp16" if capability < (8, 0) else "fp32"
+    precision: dict[str, Any] = {"base_precision": dtype, "compute_dtype": dtype}
+    step = StepConfig(target_modules=("q_proj",), seq_len=256, levers=levers, **precision)
+    whole = step.model_copy(update={"levers": Levers()})
+    tiled = estimate(config, step, "cuda", capability)
+    assert tiled.peak_allocated_bytes < estimate(config, whole, "cuda", capability).peak_allocated_bytes

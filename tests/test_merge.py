@@ -43,7 +43,7 @@ def _made(folder: Path, *, tied: bool = False, shard: str = "1GB", rslora: bool 
     return base, folder / "adapter"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "nf4"])
 @pytest.mark.parametrize("prefixed", [True, False])
 def test_gpt2_s_turned_weights_merge(tmp_path: Path, precision: str, prefixed: bool) -> None:
     """Conv1D keeps [in, out]: trained by our engine, merged onto the 32-bit file, equal to peft's merge.

@@ -9,11 +9,13 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lowvram import cli
+from lowvram.training import loop
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -74,6 +76,42 @@ def test_a_run_is_merged_from_another_folder_and_its_tracker_wrote(
     accumulator.Reload()
     losses = [event.value for event in accumulator.Scalars("loss")]
     assert losses == pytest.approx([json.loads(line)["loss"] for line in _lines(finished)], rel=1e-6)
+
+
+def test_a_packed_run_learns_as_an_unpacked_one_and_resumes(
+    home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses, step by step; stopped after two steps and continued, the same bits."""
+    plan, report = tmp_path / "plan.yaml", loop._report
+    wishes = ("--batch", "8", "--steps", "5", "--dropout", "0", *SHORT[4:])
+    assert run("plan", "--model", home / "tiny", "--data", home / "rows.jsonl", *wishes, "-o", plan)[0] == 0
+    _edit(tmp_path, "micro_batch: ", "micro_batch: 2")
+    _edit(tmp_path, "accumulation: ", "accumulation: 4")
+    assert run("train", plan, "-o", tmp_path / "unpacked")[0] == 0
+    _edit(tmp_path, "packing: ", "packing: true")
+    assert run("train", plan, "-o", tmp_path / "whole")[0] == 0
+
+    def stopped_after_two(state: loop.Run, *args: Any) -> None:
+        report(state, *args)
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_report", stopped_after_two)
+        assert run("train", plan, "-o", tmp_path / "stopped")[0] == 130
+    assert len(_lines(tmp_path / "stopped")) == 2
+    assert run("resume", tmp_path / "stopped")[0] == 0
+    losses = {n: _learned(tmp_path / n) for n in ("unpacked", "whole", "stopped")}
+    assert len(losses["whole"]) == 5
+    assert losses["stopped"] == losses["whole"]
+    assert losses["whole"] == [pytest.approx(step, rel=1e-4) for step in losses["unpacked"]]
+    shapes = [json.loads((tmp_path / n / "receipt.json").read_text()) for n in ("unpacked", "whole")]
+    assert shapes[0]["largest_batch_tokens"] < shapes[1]["largest_batch_tokens"] <= 2 * 64
+
+
+def _learned(finished: Path) -> list[tuple[float, int, int, float]]:
+    rows = [json.loads(line) for line in _lines(finished)]
+    return [(r["loss"], r["tokens"], r["trained_tokens"], r["held_out_loss"] or 0.0) for r in rows]
 
 
 def _lines(finished: Path) -> list[str]:
@@ -171,7 +209,7 @@ def test_what_needs_no_plan_is_refused_before_planning(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the search ran")
 
-    monkeypatch.setattr("lowvram.planning.make_plan", never)
+    monkeypatch.setattr("lowvram.planning.decide", never)
     broken = tmp_path / "broken"
     shutil.copytree(home / "tiny", broken)
     weights = broken / "model.safetensors"

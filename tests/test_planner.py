@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from lowvram.engine.config import Levers
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.memory.cache import RememberedModel
-from lowvram.planner.build import checked, make_plan
-from lowvram.planner.ladder import with_kept
+from lowvram.planner.build import make_plan
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import load_profile, profile_for
+from lowvram.planner.recheck import checked
+from lowvram.planner.variants import with_kept
 from lowvram.planner.wishes import Wishes, wishes_from
 from lowvram.units import GiB, format_bytes
 from tests.conftest import QWEN2_7B
@@ -67,11 +69,14 @@ def test_refuses_with_the_nearest_plan_that_fits(config_only: Config) -> None:
     with pytest.raises(DoesNotFitError) as caught:
         make_plan(source, card, load_profile("8gb"), Wishes(seq_len=32768, batch=1, levers=whole))
     assert "budget" in caught.value.message
-    nearest = int(caught.value.remedy.rsplit(" ", 1)[1])
+    nearest, size = map(int, re.findall(r"--seq-len (\d+).*--vram (\d+)GB", caught.value.remedy)[0])
+    assert "without --levers" in caught.value.remedy
+    wanted = Wishes(seq_len=32768, batch=1, levers=whole)
+    assert make_plan(source, _card(size), load_profile("8gb"), wanted).fits
     assert 64 <= nearest < 32768
     assert make_plan(source, card, load_profile("8gb"), Wishes(seq_len=nearest, batch=1, levers=whole)).fits
     unpinned = make_plan(source, card, load_profile("8gb"), Wishes(seq_len=32768, batch=1))
-    assert unpinned.levers.offload_checkpoints  # left to itself the planner goes on to it
+    assert unpinned.levers.tile_tokens  # left to itself the planner goes on to it
 
 
 def test_wishes_are_kept_and_yaml_round_trips(config_only: Config, tmp_path: Path) -> None:
@@ -81,6 +86,7 @@ def test_wishes_are_kept_and_yaml_round_trips(config_only: Config, tmp_path: Pat
     assert (plan.micro_batch * plan.accumulation, plan.optimizer, plan.seed) == (6, "adamw8bit", 3)
     file = tmp_path / "plan.yaml"
     file.write_text(plan.to_yaml(), encoding="utf-8")
+    assert all("#" in line for line in plan.to_yaml().splitlines())  # every line says what it is
     assert Plan.from_yaml(file) == plan
     assert Plan.from_yaml(file).sha256 == plan.sha256
     file.write_text(plan.to_yaml().replace("\nrank:", "\nrnak:"), encoding="utf-8")
@@ -201,10 +207,11 @@ def test_an_edited_plan_is_checked_before_it_runs(
     config_only: Config, change: dict[str, Any], error: type[Exception], says: str
 ) -> None:
     source = ModelSource(str(config_only(SMALL)))
-    plan = make_plan(source, _card(24), load_profile("24gb"), Wishes(seq_len=64, batch=1))
-    assert checked(plan, source).estimate == plan.estimate
+    card = _card(24)
+    plan = make_plan(source, card, load_profile("24gb"), Wishes(seq_len=64, batch=1))
+    assert checked(plan, source, card) == plan
     with pytest.raises(error, match=says):
-        checked(plan.model_copy(update=change), source)
+        checked(plan.model_copy(update=change), source, card)
 
 
 def test_warm_up_must_end_before_the_run() -> None:
@@ -221,6 +228,7 @@ def _plan_with(**changes: int) -> Plan:
         "components_bytes": {},
     }
     fixed = {"budget_bytes": 1, "largest_seq_len": 8, "host_ram_bytes": 1, "seconds_per_step": 1}
+    fixed["seconds_in_all"] = 1
     counts = {"n_parameters": 1, "n_trainable": 1}
     whole = {
         **fixed,

@@ -21,11 +21,11 @@ from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware, card_of_size, probe
 from lowvram.memory import cache
 from lowvram.memory.estimate import estimate
-from lowvram.planner.build import make_plan, make_plan_and_survey
-from lowvram.planner.ladder import rungs
+from lowvram.planner.build import decide, make_plan
+from lowvram.planner.first_step import Request
 from lowvram.planner.plan import Plan
-from lowvram.planner.profiles import load_profile, profile_for
-from lowvram.planner.survey import LENGTHS, Survey
+from lowvram.planner.profiles import Profile, load_profile, profile_for
+from lowvram.planner.survey import LENGTHS, Survey, survey
 from lowvram.planner.wishes import Wishes
 from lowvram.units import GiB
 
@@ -46,46 +46,52 @@ def around(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Survey, Hard
     folder = tmp_path_factory.mktemp("llama")
     AutoConfig.for_model(**SMALL).save_pretrained(folder)
     card = card_of_size(8 * GiB, probe())
-    return *make_plan_and_survey(ModelSource(str(folder)), card, profile_for(card), Wishes()), card
+    return *_planned(ModelSource(str(folder)), card, profile_for(card)), card
+
+
+def _planned(source: ModelSource, device: Hardware, profile: Profile) -> tuple[Plan, Survey]:
+    plan, search = decide(Request(source, device, profile, Wishes()))
+    return plan, survey(plan, device, search)
 
 
 def test_lengths_end_at_the_model_s_limit_and_grow(around: tuple[Plan, Survey, Hardware]) -> None:
-    _, survey, _ = around
-    assert [n.seq_len for n in survey.lengths] == [n for n in LENGTHS if n <= 9000]
-    assert all(a.reserved_bytes <= b.reserved_bytes for a, b in pairwise(survey.lengths))
+    _, found, _ = around
+    assert [n.seq_len for n in found.lengths] == [n for n in LENGTHS if n <= 9000]
+    assert all(a.reserved_bytes <= b.reserved_bytes for a, b in pairwise(found.lengths))
 
 
 def test_the_line_between_traced_lengths_is_never_below_the_trace(
     around: tuple[Plan, Survey, Hardware],
 ) -> None:
-    plan, survey, _ = around
-    between = [n for n in survey.lengths if not n.traced]
+    plan, found, card = around
+    between = [n for n in found.lengths if not n.traced]
     assert between
+    _, search = decide(Request(ModelSource(plan.model), card, profile_for(card), Wishes()))
     model = cache.RememberedModel(ModelSource(plan.model))
     base = plan.step.model_copy(update={"micro_batch": 1, "accumulation": 2})
     for need in between:
         step = base.model_copy(update={"seq_len": need.seq_len})
-        smallest = list(rungs(step, {}, None, "cuda", model.shape))[-1]
+        smallest = search.leanest(step)
         assert smallest.levers.offload_checkpoints
-        assert smallest.levers.head == "nf4"
+        assert smallest.base_precision == "nf4"
         assert (
             estimate(model.source.config, smallest, "cuda", (8, 6)).peak_reserved_bytes <= need.reserved_bytes
         )
 
 
 def test_cards_hold_more_the_larger_they_are(around: tuple[Plan, Survey, Hardware]) -> None:
-    _, survey, _ = around
-    assert [round(c.total_bytes / GiB) for c in survey.cards] == [8, 10, 11, 12, 16, 24]
-    assert all(a.largest_seq_len <= b.largest_seq_len for a, b in pairwise(survey.cards))
-    for card in survey.cards:
-        fitting = [n.seq_len for n in survey.lengths if n.reserved_bytes <= card.budget_bytes]
+    _, found, _ = around
+    assert [round(c.total_bytes / GiB) for c in found.cards] == [8, 10, 11, 12, 16, 24]
+    assert all(a.largest_seq_len <= b.largest_seq_len for a, b in pairwise(found.cards))
+    for card in found.cards:
+        fitting = [n.seq_len for n in found.lengths if n.reserved_bytes <= card.budget_bytes]
         assert max(fitting) <= card.largest_seq_len <= 9000
 
 
 def test_largest_rank_fits_and_is_within_the_full_rank(around: tuple[Plan, Survey, Hardware]) -> None:
-    plan, survey, _ = around
-    assert survey.largest_rank == 256  # the full rank: this model is small for its card
-    assert survey.lora_16bit_bytes > plan.estimate.peak_reserved_bytes / 2
+    plan, found, _ = around
+    assert found.largest_rank == 256  # the full rank: this model is small for its card
+    assert found.lora_16bit_bytes > plan.estimate.peak_reserved_bytes / 2
 
 
 def test_an_estimate_is_traced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,9 +198,9 @@ def test_flan_t5_has_a_head_of_its_own() -> None:
 
 def test_a_cpu_s_plan_has_the_table_of_cards_too(around: tuple[Plan, Survey, Hardware]) -> None:
     """As a card would run it: the same needs as in a card's own survey."""
-    plan, survey, _ = around
+    plan, found, _ = around
     none = {"backend": "cpu", "capability": None, "context_bytes": 0, "held_bytes": 0, "bf16": False}
     here = probe().model_copy(update=none)
-    _, cpu = make_plan_and_survey(ModelSource(plan.model), here, load_profile("8gb"), Wishes())
-    assert [n.reserved_bytes for n in cpu.lengths] == [n.reserved_bytes for n in survey.lengths]
-    assert [c.largest_seq_len for c in cpu.cards] == [c.largest_seq_len for c in survey.cards]
+    _, cpu = _planned(ModelSource(plan.model), here, load_profile("8gb"))
+    assert [n.reserved_bytes for n in cpu.lengths] == [n.reserved_bytes for n in found.lengths]
+    assert [c.largest_seq_len for c in cpu.cards] == [c.largest_seq_len for c in found.cards]

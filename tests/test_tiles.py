@@ -9,118 +9,27 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.bias import CausalVariant
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowvram.data.tokens import Example
 from lowvram.engine import tile_attention
 from lowvram.engine.adapters import add_adapters, trainable
-from lowvram.engine.attention import register
 from lowvram.engine.batch import collate
 from lowvram.engine.config import Levers, StepConfig
-from lowvram.engine.model import attention_for
 from lowvram.engine.step import SummedLoss
 from lowvram.engine.tiles import why_not_tiled
 from lowvram.errors import ConfigError
-from tests.tiny import SHAPE as TINY
-from tests.tiny import examples, plain_loss
+from tests.tiny import examples
+from tests.tiny_models import (
+    MODELS,
+    SHAPE,
+    adapted_model,
+    assert_same,
+    exact_step,
+    plain_loss_and_gradients,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SHAPE = {**TINY, "pad_token_id": 0}
-_PERIOD = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-MODELS: dict[str, Any] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=8)),
-    "mistral with a window": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, **_PERIOD, head_dim=8)),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SHAPE)),
-    "opt": lambda: OPTForCausalLM(
-        OPTConfig(
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            vocab_size=97,
-            max_position_embeddings=64,
-            word_embed_proj_dim=32,
-            dropout=0.0,
-        )
-    ),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=32,
-            n_layer=3,
-            n_head=4,
-            vocab_size=97,
-            n_positions=64,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    ),
-}
-TARGETS = {
-    "gpt2": ("c_attn", "c_proj", "c_fc"),
-    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-}
-_LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def _exact_norms(model: PreTrainedModel) -> PreTrainedModel:
-    """transformers' RMSNorm rounds to float32 whatever it is given; here it may not hide anything."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = _float64_norm(module)
-    return model
-
-
-def _float64_norm(module: Any) -> Any:
-    epsilon = getattr(module, "variance_epsilon", None) or module.eps
-    gemma = type(module).__name__.startswith("Gemma")
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
-        return normed * (1.0 + module.weight if gemma else module.weight)
-
-    return forward
-
-
-def _model(kind: str, step: StepConfig) -> Any:
-    torch.manual_seed(0)
-    base = _exact_norms(MODELS[kind]().double())
-    register()
-    base.set_attn_implementation(attention_for(base))
-    model = add_adapters(base, step).double()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in trainable(model).values():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
-    return model.train()
-
-
-def _step(kind: str, **changes: Any) -> StepConfig:
-    base = {"base_precision": "fp32", "compute_dtype": "fp32", "rank": 3, "alpha": 7, "dropout": 0.0}
-    return StepConfig(**{**base, "target_modules": TARGETS.get(kind, _LLAMA_LIKE), **changes})
 
 
 def _rows(lengths: tuple[int, ...]) -> list[Example]:
@@ -137,41 +46,24 @@ def _loss_and_gradients(
     return loss.item(), {name: p.grad for name, p in trainable(model).items()}
 
 
-def _plain(kind: str, lengths: tuple[int, ...]) -> tuple[float, dict[str, Any]]:
-    """transformers' own logits and SDPA (its eager softmax rounds to float32), one example at a time."""
-    model = _model(kind, _step(kind, levers=Levers(gradient_checkpointing=False)))
-    model.get_base_model().set_attn_implementation("sdpa")
-    loss = plain_loss(model, _rows(lengths))
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in trainable(model).items()}
-
-
-def _assert_same(gradients: dict[str, Any], references: dict[str, Any]) -> None:
-    """To 1e-9; where a gradient is zero (a first token's only key) both are rounding of the largest ones."""
-    rounding = 1e-15 * max(float(reference.abs().max()) for reference in references.values())
-    for name, reference in references.items():
-        atol = 1e-9 * float(reference.abs().max()) + rounding
-        torch.testing.assert_close(gradients[name], reference, rtol=1e-9, atol=atol, msg=name)
-
-
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("tile", [0, 4, 7, 64])
 @pytest.mark.parametrize("lengths", [(21,), (9, 17, 4, 1, 12)])
 def test_loss_and_gradients_equal_plain_transformers(kind: str, tile: int, lengths: tuple[int, ...]) -> None:
     levers = Levers(tile_tokens=tile, offload_checkpoints=tile in (0, 7), loss_chunk_tokens=16)
-    step = _step(kind, levers=levers)
-    loss, gradients = _loss_and_gradients(_model(kind, step), step, lengths)
-    expected, references = _plain(kind, lengths)
+    step = exact_step(kind, levers=levers)
+    loss, gradients = _loss_and_gradients(adapted_model(kind, step), step, lengths)
+    expected, references = plain_loss_and_gradients(kind, _rows(lengths))
     assert loss == pytest.approx(expected, rel=1e-9)
     assert min(float(reference.abs().max()) for reference in references.values()) > 1e-6
-    _assert_same(gradients, references)
+    assert_same(gradients, references)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
 def test_dropout_is_the_same_when_computed_again(kind: str) -> None:
     """The gradient along a direction is the loss's own slope there, for the masks that one seed draws."""
-    step = _step(kind, levers=Levers(tile_tokens=4, offload_checkpoints=True), dropout=0.3)
-    model = _model(kind, step)
+    step = exact_step(kind, levers=Levers(tile_tokens=4, offload_checkpoints=True), dropout=0.3)
+    model = adapted_model(kind, step)
     batch = collate(_rows((13, 8)), 0)
     loss_of = SummedLoss(model, step)
 
@@ -200,9 +92,9 @@ def test_numbers_drawn_after_a_step_do_not_depend_on_its_tiles() -> None:
     """The masks have seeds of their own: one number is drawn for the whole step."""
     drawn = []
     for tile in (4, 7):
-        step = _step("llama", levers=Levers(tile_tokens=tile), dropout=0.3)
+        step = exact_step("llama", levers=Levers(tile_tokens=tile), dropout=0.3)
         batch = collate(_rows((13,)), 0)
-        model = _model("llama", step)
+        model = adapted_model("llama", step)
         torch.manual_seed(3)
         SummedLoss(model, step)(*batch.tensors).backward()
         drawn.append(float(torch.rand(())))
@@ -220,12 +112,12 @@ def test_query_heads_of_one_key_head_may_go_one_after_another(
     monkeypatch.setattr(tile_attention, "_GRADIENT_BYTES", 1)
     monkeypatch.setattr(tile_attention, "_ENOUGH_HEADS", heads_in_a_call)
     monkeypatch.setattr(tile_attention, "_attend", lambda q, *rest: calls.add(q.shape[1]) or attend(q, *rest))
-    step = _step("six heads", levers=Levers(tile_tokens=4))
-    loss, gradients = _loss_and_gradients(_model("six heads", step), step, (24,))
-    expected, references = _plain("six heads", (24,))
+    step = exact_step("six heads", levers=Levers(tile_tokens=4))
+    loss, gradients = _loss_and_gradients(adapted_model("six heads", step), step, (24,))
+    expected, references = plain_loss_and_gradients("six heads", _rows((24,)))
     assert calls == {3, heads_in_a_call, 1}  # 3 where no gradient is wanted, 1 what is left of three
     assert loss == pytest.approx(expected, rel=1e-9)
-    _assert_same(gradients, references)
+    assert_same(gradients, references)
 
 
 @given(
@@ -240,11 +132,14 @@ def test_any_tile_of_any_batch_equals_the_whole(
     kind: str, lengths: list[int], tile: int, offloads: bool, chunk: int
 ) -> None:
     levers = Levers(tile_tokens=tile, offload_checkpoints=offloads, loss_chunk_tokens=chunk)
-    step, whole = _step(kind, levers=levers), _step(kind, levers=Levers(gradient_checkpointing=False))
-    loss, gradients = _loss_and_gradients(_model(kind, step), step, tuple(lengths))
-    expected, references = _loss_and_gradients(_model(kind, whole), whole, tuple(lengths))
+    step, whole = (
+        exact_step(kind, levers=levers),
+        exact_step(kind, levers=Levers(gradient_checkpointing=False)),
+    )
+    loss, gradients = _loss_and_gradients(adapted_model(kind, step), step, tuple(lengths))
+    expected, references = _loss_and_gradients(adapted_model(kind, whole), whole, tuple(lengths))
     assert loss == pytest.approx(expected, rel=1e-9)
-    _assert_same(gradients, references)
+    assert_same(gradients, references)
 
 
 def test_the_causal_mask_of_last_queries_is_no_tensor() -> None:
@@ -255,20 +150,20 @@ def test_the_causal_mask_of_last_queries_is_no_tensor() -> None:
 
 
 def test_evaluation_is_the_same_and_keeps_nothing() -> None:
-    step = _step("llama", levers=Levers(tile_tokens=5))
-    model = _model("llama", step).eval()
+    step = exact_step("llama", levers=Levers(tile_tokens=5))
+    model = adapted_model("llama", step).eval()
     batch = collate(_rows((17, 9)), 0)
     with torch.no_grad():
         tiled = SummedLoss(model, step)(*batch.tensors)
-        plain = SummedLoss(model, _step("llama"))(*batch.tensors)
+        plain = SummedLoss(model, exact_step("llama"))(*batch.tensors)
     assert float(tiled) == pytest.approx(float(plain), rel=1e-12)
     assert not tiled.requires_grad
 
 
 def test_the_model_itself_runs_as_before() -> None:
     """Answers are written by the model's own forward, with tiles or without."""
-    step = _step("llama", levers=Levers(tile_tokens=5))
-    model, ids = _model("llama", step).eval(), torch.arange(1, 12)[None]
+    step = exact_step("llama", levers=Levers(tile_tokens=5))
+    model, ids = adapted_model("llama", step).eval(), torch.arange(1, 12)[None]
     before = model(input_ids=ids).logits
     loss_of = SummedLoss(model, step)
     loss_of(*collate(_rows((17,)), 0).tensors).backward()
@@ -278,7 +173,7 @@ def test_the_model_itself_runs_as_before() -> None:
 
 def test_refused_where_it_would_be_wrong() -> None:
     config = Gemma2Config(**SHAPE, head_dim=8, sliding_window=5)
-    step = _step("gemma2", levers=Levers(tile_tokens=5))
+    step = exact_step("gemma2", levers=Levers(tile_tokens=5))
     model = add_adapters(Gemma2ForCausalLM(config), step)
     with pytest.raises(ConfigError, match="cannot be run by tiles: its attention is not"):
         SummedLoss(model, step)

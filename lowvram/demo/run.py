@@ -52,7 +52,7 @@ def run_demo(output: Path, steps: int | None, console: Console) -> None:
 def _first_run(output: Path, steps: int | None, console: Console, answers: _Answers) -> RunResult:
     source = ModelSource(demo_model(lambda text: console.print(f"[dim]{escape(text)}")))
     here = hardware.probe()
-    wishes = Wishes(epochs=_EPOCHS, steps=steps)
+    wishes = Wishes(precision="nf4", epochs=_EPOCHS, steps=steps)  # as on a small GPU
     with console.status("planning: running the training step on meta tensors"):
         planned = planning.plan_for(source, str(DATA), here, profile_for(here), wishes, lambda _: None)
     show_plan(planned.plan, console)

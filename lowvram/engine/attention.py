@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lowvram.engine.packing import is_packed, packed_attention
 from lowvram.engine.tile_attention import Look, tile_attention
 
 CAUSAL_ATTENTION = "lowvram_causal"
@@ -52,6 +53,9 @@ def causal_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # [B, Q, t, D], [B, K, t, D] -> [B, t, Q, D]
     """transformers' SDPA; of a tile (engine/tiles.py) the queries look at all keys so far."""
+    if is_packed(attention_mask, query):
+        kwargs.update(dropout=dropout, scaling=scaling)
+        return packed_attention(module, query, key, value, attention_mask, sliding_window, **kwargs), None
     cache = getattr(module, "lowvram_tile", None)
     if cache is not None:
         return tile_attention(query, key, value, cache, Look(scaling, sliding_window, dropout)), None

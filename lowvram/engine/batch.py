@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, right-padded; padding is told by position, never by token id."""
+    """One micro-batch, right-padded or packed; padding is told by position, never by token id."""
 
     input_ids: torch.Tensor  # [B, T] int64
     positions: torch.Tensor  # [N] int64 into the flattened B*T: predicts a trained token
     targets: torch.Tensor  # [N] int64: the token that follows each position
     source_ids: torch.Tensor | None = None  # [B, S] int64: what a T5-type model's encoder reads
     source_mask: torch.Tensor | None = None  # [B, S] int64: 0 on the encoder's padding
+    # Of a packed row's examples, summing to T. Numbers and no tensor: they decide shapes, so one on a GPU
+    # would have to be waited for, and one of a trace has no values.
+    lengths: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
@@ -32,7 +36,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         moved = [None if t is None else t.to(device, non_blocking=True) for t in self.tensors]
-        return Batch(*moved)  # type: ignore[arg-type]  # the first three are tensors
+        return Batch(*moved, lengths=self.lengths)  # type: ignore[arg-type]  # the first three are tensors
 
 
 def tile_bounds(length: int, tile_tokens: int) -> list[tuple[int, int]]:
@@ -72,16 +76,34 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         d  [e] _     position  3   (row 1 starts at 1 * T = 3: d predicts e)
     """
     length = max(len(e.input_ids) for e in examples)
-    rows, positions, targets = [], [], []
-    for index, example in enumerate(examples):
-        ids = list(example.input_ids)
-        rows.append(ids + [pad_token_id] * (length - len(ids)))
-        for at in range(1, len(ids)):
-            if example.trained[at]:
-                positions.append(index * length + at - 1)
-                targets.append(ids[at])
+    rows = [[*e.input_ids, *[pad_token_id] * (length - len(e.input_ids))] for e in examples]
     return Batch(
         torch.tensor(rows, dtype=torch.int64),
-        torch.tensor(positions, dtype=torch.int64),
-        torch.tensor(targets, dtype=torch.int64),
+        *_trained(examples, range(0, len(examples) * length, length)),
     )
+
+
+def collate_packed(examples: Sequence[Example]) -> Batch:
+    """One row of all examples, end to end; an example's first token is not predicted from its neighbour.
+
+    Worked example, the two above:
+
+        a [b c] d [e]      lengths 3 2, positions 0 1 3
+    """
+    lengths = tuple(len(e.input_ids) for e in examples)
+    ids = [token for e in examples for token in e.input_ids]
+    starts = accumulate(lengths[:-1], initial=0)
+    return Batch(torch.tensor([ids], dtype=torch.int64), *_trained(examples, starts), lengths=lengths)
+
+
+def _trained(
+    examples: Sequence[Example], starts: Iterable[int]
+) -> tuple[torch.Tensor, torch.Tensor]:  # [N], [N]
+    """Positions that predict a trained token, and those tokens; example i begins at `starts[i]`."""
+    positions, targets = [], []
+    for start, example in zip(starts, examples, strict=True):
+        for at in range(1, len(example.input_ids)):
+            if example.trained[at]:
+                positions.append(start + at - 1)
+                targets.append(example.input_ids[at])
+    return torch.tensor(positions, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)

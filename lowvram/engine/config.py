@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from lowvram.frozen import Frozen
 
-BasePrecision = Literal["nf4", "bf16", "fp16", "fp32"]
+BasePrecision = Literal["nf4", "int8", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
 TaskType = Literal["CAUSAL_LM", "SEQ2SEQ_LM"]
 HeadKind = Literal["16bit", "nf4", "int8", "streamed"]
@@ -81,8 +81,8 @@ class StepConfig(Frozen):
     """One optimizer step: precision, adapter, shapes, optimizer and levers."""
 
     task_type: TaskType = Field("CAUSAL_LM", description="SEQ2SEQ_LM for T5-type models")
-    base_precision: BasePrecision = "nf4"
-    compute_dtype: ComputeDtype = "bf16"
+    base_precision: BasePrecision = Field("nf4", description="of the frozen weights: 4, 8, 16 or 32 bits")
+    compute_dtype: ComputeDtype = Field("bf16", description="of activations and products")
     rank: int = Field(8, ge=1, description="LoRA rank r")
     alpha: float = Field(
         16, gt=0, description="LoRA alpha; the update is scaled by alpha/r, or alpha/sqrt(r)"
@@ -90,16 +90,33 @@ class StepConfig(Frozen):
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
     bias: Literal["none"] = Field("none", description="which bias vectors train")
     use_rslora: bool = Field(False, description="scale by alpha/sqrt(r) (arXiv 2312.03732)")
-    target_modules: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1)
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "v_proj"), min_length=1, description="linear layers that get an adapter"
+    )
     init: Literal["default"] = Field("default", description="adapter initialisation: A random, B zero")
     seq_len: int = Field(1024, ge=8, description="longest sequence, tokens; of a T5-type model its source")
     target_len: int | None = Field(None, ge=1, description="longest target of a T5-type model, tokens")
     micro_batch: int = Field(1, ge=1, description="sequences in one forward pass")
     accumulation: int = Field(8, ge=1, description="forward passes in one optimizer step")
-    optimizer: OptimizerName = "adamw"
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    levers: Levers = Levers()
+    packing: bool = Field(
+        False,
+        description="a step's examples share rows of up to micro_batch * seq_len tokens without padding; "
+        "fewer passes, the same gradients",
+    )
+    optimizer: OptimizerName = Field("adamw", description="its state in float32, or in 8 bits")
+    weight_decay: float = Field(0.0, ge=0, description="of the adapter's matrices")
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down to it")
+    levers: Levers = Field(Levers(), description="switches that trade time for memory")
+
+    @model_validator(mode="after")
+    def _packs_what_it_can(self) -> StepConfig:
+        if self.packing and self.levers.tiles:
+            raise ValueError(
+                "packing knows no tiles: leave tile_tokens and offload_checkpoints off, or packing"
+            )
+        if self.packing and self.task_type == "SEQ2SEQ_LM":
+            raise ValueError("packing is for decoder-only models: leave it off for SEQ2SEQ_LM")
+        return self
 
     @property
     def scaling(self) -> float:

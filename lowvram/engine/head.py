@@ -12,10 +12,10 @@ from torch import nn
 
 from lowvram.engine.config import Levers
 from lowvram.engine.host import Host
+from lowvram.engine.int8 import quantized_rows, row_values
 from lowvram.engine.nf4 import fill_nf4, nf4_linear, nf4_values
 
 TILE_ROWS = 8192  # 59 MB of Qwen2-7B's head in bf16, whose 152,064 rows take 1.09 GB
-_INT8_MOST = 127
 
 
 class TiledHead(nn.Module, ABC):
@@ -84,32 +84,16 @@ class Nf4Head(TiledHead):
 
 
 class Int8Head(TiledHead):
-    """Row-wise absmax int8: q = round(w / s), w' = q * s with s = max |w| / 127 of a vocabulary row.
-
-    s is rounded to the weight's own dtype first, so that reading it back costs no further error: 1 byte a
-    weight and 4 bytes a row, 545 MB of Qwen2-7B's 1,090.
-    """
+    """Rows of int8: 1 byte a weight and 4 bytes a row, 545 MB of Qwen2-7B's 1,090."""
 
     def fill(self, weight: torch.Tensor) -> None:
-        values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)  # [V, H]
-        scale = torch.empty((self.n_rows, 1), dtype=torch.float32, device=weight.device)
-        for start, end in self.spans():
-            values[start:end], scale[start:end] = _int8_rows(weight[start:end])
+        values, scale = quantized_rows(weight)  # [V, H], [V, 1]
         self.weight = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
     def tiles(self) -> Iterator[tuple[int, torch.Tensor]]:
         for start, end in self.spans():
-            yield start, self.weight[start:end].to(self.dtype).mul_(self.scale[start:end].to(self.dtype))
-
-
-def _int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [v, H] -> [v, H], [v, 1]
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    most = weight.abs().amax(dim=1, keepdim=True).to(exact)
-    scale = (most / _INT8_MOST).to(weight.dtype).float()
-    divisor = torch.where(scale == 0, 1.0, scale).to(exact)  # a row of zeros stays one
-    values = (weight.to(exact) / divisor).round_().clamp_(-_INT8_MOST, _INT8_MOST)
-    return values.to(torch.int8), scale
+            yield start, row_values(self.weight[start:end], self.scale[start:end], self.dtype)
 
 
 class StreamedHead(TiledHead):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lowvram.engine.attention import CAUSAL_ATTENTION, PADDED_ATTENTION, register
 from lowvram.engine.config import BasePrecision, StepConfig
 from lowvram.engine.host import Host
+from lowvram.engine.int8_loading import Int8Config, replace_by_int8
 from lowvram.engine.liger import apply_liger, require_liger
+from lowvram.engine.linears import in_out_features, replace_linears, unquantized_modules
 from lowvram.engine.nf4 import nf4_linear
 from lowvram.engine.source import ModelSource
 from lowvram.engine.vocabulary import place_vocabulary, without_vocabulary_levers
@@ -30,11 +32,11 @@ NESTED_BLOCK = 256  # scales that share one second-level scale under double quan
 
 def storage_dtype(base_precision: BasePrecision, compute_dtype: str) -> torch.dtype:
     """The dtype of what is not quantised: norms, embedding, head, and all weights of a 16-bit base."""
-    return DTYPES[compute_dtype if base_precision == "nf4" else base_precision]
+    return DTYPES[compute_dtype if base_precision in ("nf4", "int8") else base_precision]
 
 
 def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
-    """The model on the meta device with NF4 linears in place: every shape and dtype, not a byte of weights.
+    """The model on the meta device with quantised linears in place: every shape and dtype, but no weights.
 
     A config whose class is the model's own code was loaded with the user's --trust-remote-code; its model
     is then built from that code as well.
@@ -45,7 +47,7 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = _auto_class(config).from_config(
-                config,
+                copy.deepcopy(config),  # for it writes the attention's name into it
                 dtype=storage_dtype(step.base_precision, step.compute_dtype),
                 attn_implementation=register(),
                 trust_remote_code=type(config).__module__.startswith("transformers_modules."),
@@ -59,7 +61,9 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
     model.set_attn_implementation(attention_for(model))
     _untie_head(model)
     if step.base_precision == "nf4":
-        _replace_linears(model, step)
+        _replace_by_nf4(model, step)
+    elif step.base_precision == "int8":
+        replace_by_int8(model, DTYPES[step.compute_dtype])
     with torch.device("meta"):  # host memory as well
         place_vocabulary(model, step, Host(torch.device("meta")))
     if step.levers.liger:
@@ -102,41 +106,18 @@ def attention_for(model: PreTrainedModel) -> str:
     return CAUSAL_ATTENTION if model._supports_sdpa else "eager"
 
 
-def unquantized_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers that stay in 16 bits under NF4: the head, and T5's wo, which overflows."""
-    head = model.get_output_embeddings()
-    wide = set(model._keep_in_fp32_modules or ())
-    return [n for n, m in model.named_modules() if m is head or (is_linear(m) and wide & set(n.split(".")))]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """GPT-2's Conv1D is a linear layer whose weight lies the other way."""
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def in_out_features(module: Any) -> tuple[int, int]:
-    """Widths of a linear layer's input and output."""
-    if isinstance(module, Conv1D):
-        return int(module.nx), int(module.nf)
-    return int(module.in_features), int(module.out_features)
-
-
-def _replace_linears(model: PreTrainedModel, step: StepConfig) -> None:
+def _replace_by_nf4(model: PreTrainedModel, step: StepConfig) -> None:
     """Every linear layer but the head becomes bitsandbytes' Linear4bit, as transformers does when loading."""
-    keep = set(unquantized_modules(model))
-    for name, module in list(model.named_modules()):
-        if type(module) not in (nn.Linear, Conv1D) or name in keep:
-            continue
-        new = nf4_linear(
+
+    def make(module: Any) -> Any:
+        return nf4_linear(
             *in_out_features(module),
             bias=module.bias is not None,
             compute_dtype=DTYPES[step.compute_dtype],
             double_quantization=step.levers.double_quantization,
         )
-        new.source_cls = type(module)  # a mark that transformers sets as well
-        if module.bias is not None:
-            new.bias = nn.Parameter(module.bias.data, requires_grad=False)
-        model.set_submodule(name, new)
+
+    replace_linears(model, make)
     # peft reads these two marks, which transformers sets when it loads in 4 bits
     model.is_loaded_in_4bit = True
     model.is_quantized = True
@@ -161,6 +142,8 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
     }
     if step.base_precision == "nf4":
         kwargs["quantization_config"] = _nf4_config(source, step)
+    elif step.base_precision == "int8":
+        kwargs["quantization_config"] = Int8Config(DTYPES[step.compute_dtype])
     try:
         model: PreTrainedModel
         kind = _auto_class(source.config)
@@ -186,7 +169,8 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
 
 def _require_all_weights(source: ModelSource, report: dict[str, Any]) -> None:
     """transformers fills what the files lack with random numbers; nobody wants to train on those."""
-    wrong = [*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])]
+    wrong = {*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])}
+    wrong -= {f"{name.removesuffix('weight')}scale" for name in wrong}  # int8's own, which no file has
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ConfigError(

@@ -42,6 +42,7 @@ class ModelShape(Frozen):
     vocab_size: int
     tied: bool  # the head is the embedding
     untiled: str  # why its layers cannot be run by tiles; "" where they can
+    unpacked: str  # why examples cannot share a row; "" where they can
 
     def resolve_targets(self, wish: str | Sequence[str]) -> tuple[str, ...]:
         """Layer names for `all-linear`, `attention`, `attention-qv` (`qv`) or an explicit list.
@@ -86,7 +87,9 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
     Raises:
         ConfigError: lowvram cannot train such a model.
     """
-    from lowvram.engine.model import in_out_features, is_linear, skeleton
+    from lowvram.engine.linears import in_out_features, is_linear
+    from lowvram.engine.model import skeleton
+    from lowvram.engine.packing import why_not_packed
     from lowvram.engine.tiles import why_not_tiled
 
     model = skeleton(config, StepConfig())
@@ -108,6 +111,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         vocab_size=text.vocab_size,
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
         untiled=why_not_tiled(model.get_decoder()),
+        unpacked=why_not_packed(model.get_decoder()),
         linears=tuple(
             LinearShape(name=name, n_in=n_in, n_out=n_out, count=count)
             for (name, n_in, n_out), count in linears.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,6 +16,7 @@ from lowvram.engine.batch import Batch, tile_bounds, trained_by_tile
 from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
 from lowvram.engine.loss import summed_cross_entropy
+from lowvram.engine.packing import PackedRow, require_packable
 from lowvram.engine.recompute import keep_last
 from lowvram.engine.tiles import TiledDecoder
 from lowvram.engine.vocabulary import head_of, use_host
@@ -36,6 +38,8 @@ class SummedLoss(nn.Module):
         self._chunk_tokens = step.levers.loss_chunk_tokens
         self._tiles = _tiled(base.get_decoder(), step, self._host)
         keep_last(base, step.levers)
+        if step.packing:
+            require_packable(base.get_decoder())
 
     def forward(
         self,
@@ -44,12 +48,16 @@ class SummedLoss(nn.Module):
         targets: torch.Tensor,
         source_ids: torch.Tensor | None = None,
         source_mask: torch.Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
     ) -> torch.Tensor:  # [B, T], [N], [N], [B, S], [B, S] -> []
         if self._tiles is not None:
             return self._tiled_loss(self._tiles, input_ids, positions, targets)
-        mask = torch.ones_like(input_ids)  # a given mask keeps transformers from looking for packed rows
-        source = self._encoded(source_ids, source_mask)
-        output = self._decoder[0](input_ids=input_ids, attention_mask=mask, use_cache=False, **source)
+        given = self._encoded(source_ids, source_mask)
+        if lengths is None:  # a given mask keeps transformers from looking for packed rows
+            given["attention_mask"] = torch.ones_like(input_ids)
+        else:
+            given.update(PackedRow(lengths).arguments(input_ids.device))
+        output = self._decoder[0](input_ids=input_ids, use_cache=False, **given)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)  # [N, H]
         return summed_cross_entropy(hidden, targets, self._head[0], self._chunk_tokens)
 
@@ -68,7 +76,7 @@ class SummedLoss(nn.Module):
 
     def _encoded(
         self, ids: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> dict[str, torch.Tensor | None]:  # [B, S] -> [B, S, H]
+    ) -> dict[str, Any]:  # [B, S] -> [B, S, H]
         """What a T5-type decoder reads of its source; nothing for a decoder-only model."""
         if ids is None:
             return {}
@@ -125,7 +133,7 @@ def train_step(
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with nullcontext() if last else unsynced():
-            loss = loss_of(*batch.to(device).tensors) / tokens
+            loss = loss_of(*batch.to(device).tensors, lengths=batch.lengths) / tokens
             backward(loss)
         total = loss.detach() if total is None else total + loss.detach()
         del loss
@@ -141,7 +149,7 @@ def train_step(
 @torch.no_grad()
 def evaluate_batch(loss_of: nn.Module, batch: Batch) -> torch.Tensor:
     """Summed loss of one micro-batch; the memory trace runs it too."""
-    loss: torch.Tensor = loss_of(*batch.tensors)
+    loss: torch.Tensor = loss_of(*batch.tensors, lengths=batch.lengths)
     return loss
 
 

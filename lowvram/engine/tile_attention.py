@@ -213,7 +213,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, look: L
     length, seen = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"dropout_p": look.dropout, "scale": look.scale}
     if look.window is not None and look.window < seen:
-        mask = _window_mask(length, seen, look.window, query.device)
+        mask = window_mask(length, seen, look.window, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
     if length == seen:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
@@ -242,8 +242,10 @@ class _LowerRight(CausalBias):
         return torch.empty(0).as_subclass(cls)
 
 
-def _window_mask(
+def window_mask(
     length: int, seen: int, window: int, device: torch.device
 ) -> torch.Tensor:  # [t, s] True: is seen
-    at = torch.arange(seen - length, seen, device=device)[:, None] - torch.arange(seen, device=device)
-    return (at >= 0) & (at < window)
+    """Of queries that are the last `length` of `seen` positions; each sees `window` keys, itself included."""
+    query = torch.arange(seen - length, seen, device=device)[:, None]
+    key = torch.arange(seen, device=device)
+    return (key <= query) & (key > query - window)  # not by their difference: 8 bytes for each pair

@@ -29,6 +29,7 @@ from lowvram.engine.host import Host
 from lowvram.engine.recompute import layers_of
 from lowvram.engine.shelf import Shelf
 from lowvram.engine.station import Tile, numbered_in, station_of, with_tensors
+from lowvram.engine.structure import attention_modules, why_not_apart
 from lowvram.engine.tile_attention import KeysAndValues, KeysKnown
 from lowvram.errors import ConfigError
 
@@ -59,7 +60,7 @@ class TiledDecoder:
         self._host, self._offloads = host, offloads
         self._layers = layers_of(decoder)
         self._stations = [station_of(layer) for layer in self._layers]
-        self._attention = _attention(decoder)
+        self._attention = attention_modules(decoder)
 
     def summed_loss(self, input_ids: torch.Tensor, loss_of: TileLoss) -> torch.Tensor:
         """Sum of the tiles' losses; differentiable where gradients are on, once.
@@ -179,29 +180,13 @@ class TiledDecoder:
         return any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in self._decoder.modules())
 
 
-def _attention(decoder: nn.Module) -> list[Any]:
-    return [m for m in decoder.modules() if hasattr(m, "is_causal")]
-
-
 def why_not_tiled(decoder: Any) -> str:
     """What stands against running this model's layers by tiles; "" where nothing does."""
-    config, layers = decoder.config.get_text_config(), layers_of(decoder)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = [getattr(m, "sliding_window", 0) for m in _attention(decoder)]
-    if config.is_encoder_decoder or len(layers) != config.num_hidden_layers:
-        return "it is not one stack of decoder layers"
-    if not decoder._supports_sdpa:
-        return "its attention is not transformers' SDPA"
-    if kinds - {"full_attention", "sliding_attention"}:
-        return f"it has {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}"
-    if "sliding_attention" in kinds and not all(w is None or w > 0 for w in windows):
-        return "its attention does not say how wide its window is"
-    if not all(
-        {"cache", "past_key_values"} & set(inspect.signature(type(m).forward).parameters) for m in layers
-    ):
+    if refusal := why_not_apart(decoder):
+        return refusal
+    caches = {"cache", "past_key_values"}
+    if not all(caches & set(inspect.signature(type(m).forward).parameters) for m in layers_of(decoder)):
         return "its layers take no cache"
-    if any(kind in str(getattr(config, "rope_parameters", None)) for kind in ("longrope", "dynamic")):
-        return "its position embedding depends on the sequence's length"
     return ""
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
+from lowvram.gc_pause import no_collections
 from lowvram.memory.allocator import replay_reserved
 from lowvram.memory.layers import trace_repeating
 from lowvram.memory.trace import Allocation, Backend, Capability, Trace
@@ -36,14 +34,14 @@ COMPONENTS: tuple[Component, ...] = Component.__args__  # type: ignore[attr-defi
 class MemoryEstimate(Frozen):
     """Predicted device memory of one step, before any margin."""
 
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_moment: str
-    components_bytes: dict[str, int]  # sums to peak_allocated_bytes
+    peak_allocated_bytes: int = Field(description="most bytes of tensors at one time")
+    peak_reserved_bytes: int = Field(description="what torch's allocator takes from the device for them")
+    peak_moment: str = Field(description="phase, module and operator at the peak")
+    components_bytes: dict[str, int] = Field(description="what they are; sums to peak_allocated_bytes")
     phases_bytes: dict[str, int] = Field(  # peak allocated of each
         default_factory=dict, description="load, evaluation, forward, backward, clip, optimizer"
     )
-    n_events: int  # allocations and frees that were traced
+    n_events: int = Field(description="allocations and frees that were traced")
 
 
 def estimate(
@@ -60,20 +58,8 @@ def estimate(
         backend: whose hidden kernel buffers and allocator to count.
         capability: the GPU's, for the size of cuBLAS's workspaces.
     """
-    with _no_collections():
+    with no_collections():
         return estimate_of(trace_all_layers(config, step, backend, capability), step, backend)
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Python's cyclic collector walks all of torch's million objects, 0.25 s each time that it runs."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def estimate_of(trace: Trace, step: StepConfig, backend: Backend) -> MemoryEstimate:

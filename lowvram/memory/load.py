@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowvram.engine.head import Nf4Head, TiledHead
+from lowvram.engine.int8 import Int8Linear
 from lowvram.engine.vocabulary import HostEmbedding, fill_embedding, fill_head
 from lowvram.memory.recorder import Recorder, layer_of
 from lowvram.memory.trace import OUTSIDE
@@ -33,11 +34,15 @@ def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
     loaded = _loaded(model, ends)
     if backend == "cuda":
         _warm_up(recorder, loaded)
+    int8 = {p: m for m in base.modules() if isinstance(m, Int8Linear) for p in (m.weight, m.scale)}
     named = {weight: _COMPONENTS[end] for end, weight in reversed(ends.items())}
     for name, parameter in sorted(loaded, key=lambda item: _natural(item[0])):
         recorder.at(name)
-        record_weight(recorder, parameter, named.get(parameter, "base_weights"))
-    del loaded, parameter, named  # what has no other owner lives until it is placed
+        if parameter not in int8:
+            record_weight(recorder, parameter, named.get(parameter, "base_weights"))
+        elif parameter is int8[parameter].weight:  # the scales come with it
+            record_int8(recorder, int8[parameter])
+    del loaded, parameter, named, int8  # what has no other owner lives until it is placed
     place_ends(recorder, base, ends)
     for name, buffer in model.named_buffers():
         recorder.at(name)
@@ -101,6 +106,16 @@ def record_weight(recorder: Recorder, parameter: torch.Tensor, component: str) -
         return
     with recorder.temporary(source_bytes(parameter), "bitsandbytes.quantize_4bit"):
         record_quantized(recorder, parameter, component)
+
+
+def record_int8(recorder: Recorder, linear: Int8Linear) -> None:
+    """The engine's own quantising, recorded; the source is what of the compute dtype came from the file."""
+    with recorder:
+        source = torch.empty(linear.weight.shape, dtype=linear.compute_dtype, device="meta")  # [out, in]
+        recorder.label(source, "workspaces")
+        linear.fill(source)
+    recorder.label(linear.weight, "base_weights")
+    recorder.label(linear.scale, "base_weights")
 
 
 def record_quantized(recorder: Recorder, parameter: Any, component: str) -> None:

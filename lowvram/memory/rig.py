@@ -23,9 +23,10 @@ from lowvram.memory.weights import meta_model
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_MOST_KEPT = 2
+_MOST_KEPT = 8  # a search goes to and fro between precisions and heads; a rig has no bytes of weights
 # What a trace may change without building anew; the rest of a StepConfig decides modules or optimizer state.
-_FREE = {"seq_len", "target_len", "micro_batch", "accumulation", "max_grad_norm"}
+_OF_OPTIMIZER = {"optimizer", "weight_decay"}
+_FREE = {"seq_len", "target_len", "micro_batch", "accumulation", "packing", "max_grad_norm"}
 _FREE_LEVERS = {"loss_chunk_tokens", "kept_layers", "expandable_segments", "empty_cache"}
 
 
@@ -70,11 +71,17 @@ class OptimizerTwin:
 
 @dataclass(frozen=True)
 class Rig:
-    """A traced model with adapters, its trainable parameters and their optimizer."""
+    """A traced model with adapters, its trainable parameters, and an optimizer of each kind asked for."""
 
     model: PeftModel
     parameters: dict[str, nn.Parameter]
-    optimizer: OptimizerTwin
+    optimizers: dict[str, OptimizerTwin]
+
+    def optimizer(self, step: StepConfig) -> OptimizerTwin:
+        kind = step.model_dump_json(include=_OF_OPTIMIZER)
+        if kind not in self.optimizers:
+            self.optimizers[kind] = OptimizerTwin(self.parameters, step)
+        return self.optimizers[kind]
 
 
 _rigs: OrderedDict[str, Rig] = OrderedDict()
@@ -92,8 +99,7 @@ def rig_for(
     rig = _rigs.pop(key, None)
     if rig is None:
         model = meta_model(config, step, backend, capability)
-        parameters = trainable(model)
-        rig = Rig(model, parameters, OptimizerTwin(parameters, step))
+        rig = Rig(model, trainable(model), {})
     yield rig
     _rigs[key] = rig
     while len(_rigs) > _MOST_KEPT:
@@ -101,6 +107,7 @@ def rig_for(
 
 
 def _key(config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability) -> str:
-    fixed = step.model_dump(include=set(StepConfig.model_fields) - _FREE - {"levers"})  # of a Plan as well
+    decide = set(StepConfig.model_fields) - _FREE - _OF_OPTIMIZER - {"levers"}
+    fixed = step.model_dump(include=decide)  # of a Plan as well
     levers = step.levers.model_dump(exclude=_FREE_LEVERS)
     return f"{type(config)} {config.to_json_string(use_diff=False)} {fixed} {levers} {backend} {capability}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
 from lowvram.engine.step import SummedLoss, evaluate_batch, train_step
@@ -18,9 +19,9 @@ from lowvram.memory.kernels import cublas_bytes
 from lowvram.memory.launches import no_launches_on_meta
 from lowvram.memory.load import record_loading
 from lowvram.memory.recorder import Recorder
-from lowvram.memory.rig import Rig, rig_for
+from lowvram.memory.rig import OptimizerTwin, Rig, rig_for
 from lowvram.memory.trace import ALLOC_ROUNDING, Backend, Capability, Trace
-from lowvram.memory.weights import meta_batch
+from lowvram.memory.weights import meta_batches
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,20 +48,21 @@ def _trace_on(
     recorder = Recorder(backend, ALLOC_ROUNDING if backend == "cuda" else 1)
     recorder.watch(rig.model, config.get_text_config().vocab_size)
     loss_of = SummedLoss(rig.model, step, TracedHost(recorder, backend))
+    batches = meta_batches(step, getattr(config.get_text_config(), "sliding_window", None))
     record_loading(recorder, rig.model, backend)
     for n_bytes in cublas_bytes(capability) if backend == "cuda" else ():
         recorder.keep(n_bytes, "cublas workspace")
     with recorder, recorder.during("evaluation"):
-        _evaluate(loss_of, step)
+        _evaluate(loss_of, batches)
     label_gradients(recorder, rig.parameters)
     with recorder.during("optimizer"):
-        rig.optimizer.record_state(recorder)
+        rig.optimizer(step).record_state(recorder)
     if step.levers.empty_cache:  # the step before did
         recorder.trace.empty_cache()
     if step.accumulation > 1:
         create_gradients(recorder, rig.parameters)
     with recorder, recorder.during("forward"):
-        _run(recorder, loss_of, rig, step)
+        _run(recorder, loss_of, rig, step, batches)
     recorder.let_go()
     return recorder.trace
 
@@ -83,13 +85,14 @@ class TracedHost(Host):
         return torch.empty_like(made) if self._is_apart else made
 
 
-def _evaluate(loss_of: nn.Module, step: StepConfig) -> None:
+def _evaluate(loss_of: nn.Module, batches: list[Batch]) -> None:
     loss_of.eval()
-    evaluate_batch(loss_of, meta_batch(step))
+    for batch in batches:
+        evaluate_batch(loss_of, batch)
     loss_of.train()
 
 
-def _run(recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig) -> None:
+def _run(recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig, batches: list[Batch]) -> None:
     def backward(loss: torch.Tensor) -> None:
         with recorder.during("backward"):
             recorder.at("")
@@ -100,8 +103,7 @@ def _run(recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig) -> 
             recorder.at("")
             return nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    optimizer: Any = _Optimizer(recorder, rig)
-    batches = [meta_batch(step)]
+    optimizer: Any = _Optimizer(recorder, rig.optimizer(step), rig.parameters)
     train_step(loss_of, optimizer, batches, max_grad_norm=step.max_grad_norm, backward=backward, clip=clip)
 
 
@@ -110,15 +112,16 @@ class _Optimizer:
     """As the step sees one: the twin updates, the model's own parameters lose their gradients."""
 
     recorder: Recorder
-    rig: Rig
+    twin: OptimizerTwin
+    parameters: Mapping[str, nn.Parameter]
 
     def step(self) -> None:
-        self.rig.optimizer.step(self.recorder)
+        self.twin.step(self.recorder)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         assert set_to_none, "lowvram frees gradients"
         self.recorder.at("")
-        for parameter in self.rig.parameters.values():
+        for parameter in self.parameters.values():
             parameter.grad = None
 
 

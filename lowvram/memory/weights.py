@@ -91,9 +91,31 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def meta_batches(step: StepConfig, window: int | None) -> list[Batch]:
+    """The micro-batches whose worst is the worst of all: one, or two if packed examples may exceed a window.
+
+    Where none does, attention needs no mask and is another kernel's: before Ampere, where heads are grouped,
+    one that takes more for a row of examples as long as the window than the masked one for longer ones.
+    """
+    batches = [meta_batch(step)]
+    if step.packing and window is not None and window < step.seq_len:
+        full = step.micro_batch * step.seq_len
+        rest = (full % window,) if full % window else ()
+        batches.append(_packed_batch((window,) * (full // window) + rest))
+    return batches
+
+
 def meta_batch(step: StepConfig) -> Batch:
-    """A micro-batch of the plan's full shape in which every token is trained: the worst case."""
+    """A micro-batch of the plan's full shape in which every token is trained: the worst case.
+
+    Of packed rows that is the full row of `micro_batch` examples, each as long as can be: what attention
+    makes for one example, and what grows with its square, is at its largest. Shorter examples are more, and
+    each has small tensors of its own, rounded up to 512 bytes; for that data/order.py takes a token off the
+    row for each of them.
+    """
     rows = step.micro_batch
+    if step.packing:
+        return _packed_batch((step.seq_len,) * rows)
     if step.target_len is None:
         trained = rows * (step.seq_len - 1)
         shapes: list[tuple[int, ...]] = [(rows, step.seq_len), (trained,), (trained,)]
@@ -101,3 +123,10 @@ def meta_batch(step: StepConfig) -> Batch:
         trained = rows * step.target_len
         shapes = [(rows, step.target_len), (trained,), (trained,), *[(rows, step.seq_len)] * 2]
     return Batch(*(_empty(shape, torch.int64) for shape in shapes))
+
+
+def _packed_batch(lengths: tuple[int, ...]) -> Batch:
+    """One row; the first token of an example is not predicted."""
+    tokens, trained = sum(lengths), sum(lengths) - len(lengths)
+    tensors = (_empty(shape, torch.int64) for shape in ((1, tokens), (trained,), (trained,)))
+    return Batch(*tensors, lengths=lengths)

@@ -18,13 +18,13 @@ from lowvram.planner.profiles import parse_yaml
 class PlannedDevice(Frozen):
     """The device as it was when the plan was made."""
 
-    backend: Literal["cuda", "rocm", "xpu", "mps", "cpu"]
-    name: str
-    total_bytes: int
-    free_bytes: int
-    context_bytes: int
-    held_bytes: int
-    capability: tuple[int, int] | None = None
+    backend: Literal["cuda", "rocm", "xpu", "mps", "cpu"] = Field(description="torch's device kind")
+    name: str = Field(description="as the driver calls it")
+    total_bytes: int = Field(description="of the card")
+    free_bytes: int = Field(description="of them, when the plan was made")
+    context_bytes: int = Field(description="taken by this process's driver context")
+    held_bytes: int = Field(description="held by the desktop and other programs")
+    capability: tuple[int, int] | None = Field(None, description="NVIDIA's compute capability")
 
 
 class Plan(StepConfig):
@@ -36,15 +36,17 @@ class Plan(StepConfig):
     data: str | None = Field(None, description="training data: file or hub id")
     data_sha256: str | None = Field(None, description="of the data's content; a changed file is refused")
     profile: str = Field(description="whose policy was used")
-    learning_rate: float = Field(2e-4, gt=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    learning_rate: float = Field(2e-4, gt=0, description="its peak, after the warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="of the learning rate after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="over which the learning rate rises from 0")
     total_steps: int = Field(1, ge=1, description="optimizer steps")
     held_out_share: float = Field(0.05, gt=0, lt=1, description="of the examples, kept for the held-out loss")
     evaluate_every: int = Field(1, ge=1, description="optimizer steps between held-out losses")
     save_every: int = Field(1, ge=1, description="optimizer steps between checkpoints")
-    seed: int = Field(0, ge=0)
-    device: PlannedDevice
+    seed: int = Field(0, ge=0, description="of the data's order, dropout and the adapter")
+    device: PlannedDevice = Field(description="for which the plan was made")
     budget_bytes: int = Field(
         description="device memory the step may reserve: card - context - held - margin"
     )
@@ -52,9 +54,10 @@ class Plan(StepConfig):
     largest_seq_len: int = Field(description="longest that fits, kept layers recomputed, all else as planned")
     host_ram_bytes: int = Field(description="host memory while loading and training")
     seconds_per_step: float = Field(description="modelled, not measured")
-    n_parameters: int
-    n_trainable: int
-    reasons: tuple[str, ...] = ()
+    seconds_in_all: float = Field(description="modelled: all steps, and the held-out losses between them")
+    n_parameters: int = Field(description="of the base model")
+    n_trainable: int = Field(description="of the adapter")
+    reasons: tuple[str, ...] = Field((), description="why the plan is as it is")
 
     @model_validator(mode="after")
     def _warms_up_while_it_runs(self) -> Plan:
@@ -80,8 +83,9 @@ class Plan(StepConfig):
     @property
     def sha256(self) -> str:
         """Of what decides the result of training: not of the device, the estimates or the reasons."""
-        told = {"device", "budget_bytes", "estimate", "largest_seq_len", "host_ram_bytes", "seconds_per_step"}
-        text = self.model_dump_json(exclude=told | {"reasons", "evaluate_every", "save_every"})
+        told = {"device", "budget_bytes", "estimate", "largest_seq_len", "host_ram_bytes", "reasons"}
+        paced = {"seconds_per_step", "seconds_in_all", "evaluate_every", "save_every"}
+        text = self.model_dump_json(exclude=told | paced)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +16,28 @@ from lowvram.frozen import Frozen
 from lowvram.hardware import Hardware
 from lowvram.units import GiB
 
-_SIZES = ((10, "8gb"), (14, "12gb"), (20, "16gb"))  # up to this many GiB -> profile; larger cards: 24gb
+_SIZES = ((10, "8gb"), (14, "12gb"), (20, "16gb"), (math.inf, "24gb"))  # below this many GiB -> profile
 _FOLDERS = (Path(__file__).parents[1] / "profiles", Path(__file__).parents[2] / "profiles")
+_NEW_PROFILE = "Start from a copy: lowvram profiles show 8gb > mine.yaml"
 _NEW_PLAN = "Make one: lowvram plan --model M --data D -o plan.yaml"
+
+
+Prefer = Literal["speed", "context", "quality"]
+LeverName = Literal[
+    "micro_batch",
+    "packing",
+    "loss_chunk_tokens",
+    "gradient_checkpointing",
+    "kept_layers",
+    "base_precision",
+    "double_quantization",
+    "embedding_on_host",
+    "optimizer",
+    "liger",
+    "offload_checkpoints",
+    "tile_tokens",
+    "head",
+]
 
 
 class Profile(Frozen):
@@ -26,8 +47,10 @@ class Profile(Frozen):
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0)
     dropout: float = Field(ge=0, lt=1)
-    use_rslora: bool
+    use_rslora: Literal["never", "above_rank", "always"]
+    largest_rank: int = Field(ge=1)
     targets: str | tuple[str, ...]
+    prefer: Prefer
     learning_rate: float = Field(gt=0)
     schedule: Literal["cosine", "linear", "constant"]
     warmup_share: float = Field(ge=0, lt=1)
@@ -36,6 +59,8 @@ class Profile(Frozen):
     default_seq_len: int = Field(ge=8)
     smallest_seq_len: int = Field(ge=8)
     margin_share: float = Field(ge=0, lt=1)
+    quantized_head: Literal["last_resort", "when_faster", "never"]
+    ladder: tuple[LeverName, ...]
 
 
 def profile_for(hardware: Hardware) -> Profile:
@@ -43,7 +68,7 @@ def profile_for(hardware: Hardware) -> Profile:
     if hardware.backend == "cpu":
         return load_profile("cpu")
     size_gib = hardware.total_bytes / GiB
-    return load_profile(next((name for limit, name in _SIZES if size_gib < limit), "24gb"))
+    return load_profile(next(name for limit, name in _SIZES if size_gib < limit))
 
 
 def budget(hardware: Hardware, profile: Profile) -> int:
@@ -60,13 +85,34 @@ def load_profile(name_or_file: str) -> Profile:
     Raises:
         ConfigError: no such profile, or keys and values that are not understood, all named at once.
     """
-    for shipped in (file for folder in _FOLDERS for file in folder.glob("*.yaml")):
-        if shipped.stem == name_or_file:
-            return Profile.model_validate(parse_yaml(Profile, shipped))
+    return Profile.model_validate(parse_yaml(Profile, profile_file(name_or_file)))
+
+
+def profile_file(name_or_file: str) -> Path:
+    """The file of a shipped profile, or a user's own.
+
+    Raises:
+        ConfigError: no such profile.
+    """
+    shipped = shipped_profiles()
+    if name_or_file in shipped:
+        return shipped[name_or_file]
     if _is_there(Path(name_or_file)):
-        return Profile.model_validate(parse_yaml(Profile, Path(name_or_file)))
-    names = sorted(p.stem for folder in _FOLDERS for p in folder.glob("*.yaml"))
-    raise ConfigError(f"There is no profile '{name_or_file}'.", f"Use {', '.join(names)} or a YAML file.")
+        return Path(name_or_file)
+    raise ConfigError(f"There is no profile '{name_or_file}'.", f"Use {', '.join(shipped)} or a YAML file.")
+
+
+def shipped_profiles() -> dict[str, Path]:
+    """Each shipped profile's file by its name, those for small cards first."""
+    files = {file.stem: file for folder in reversed(_FOLDERS) for file in folder.glob("*.yaml")}
+    by_card = [name for name in card_sizes() if name in files]
+    return {name: files[name] for name in [*by_card, *sorted(files.keys() - by_card)]}
+
+
+def card_sizes() -> dict[str, tuple[float, float]]:
+    """For each profile that cards take by their size: from how many GiB, and below how many."""
+    limits = pairwise((0.0, *(limit for limit, _ in _SIZES)))
+    return {name: sizes for (_, name), sizes in zip(_SIZES, limits, strict=True)}
 
 
 def _is_there(file: Path) -> bool:
@@ -82,9 +128,9 @@ def parse_yaml(model: type[Any], file: Path) -> Any:
     Raises:
         ConfigError: every unknown key (with the nearest known one) and every bad value, in one message.
     """
-    content = _read_yaml(file)
+    remedy = _NEW_PROFILE if model is Profile else _NEW_PLAN
+    content = _read_yaml(file, remedy)
     if not isinstance(content, dict):
-        remedy = "Start from a copy of profiles/8gb.yaml." if model is Profile else _NEW_PLAN
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise ConfigError(f"{file} holds {found}, not lines of KEY: VALUE.", remedy)
     try:
@@ -94,16 +140,16 @@ def parse_yaml(model: type[Any], file: Path) -> Any:
         raise ConfigError(f"{file} is not valid:\n  " + "\n  ".join(lines), "Edit those lines.") from error
 
 
-def _read_yaml(file: Path) -> Any:
+def _read_yaml(file: Path, remedy: str) -> Any:
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.safe_load(file.read_bytes())  # UTF-8, or UTF-16 as PowerShell's > writes it
     except FileNotFoundError as error:
-        raise ConfigError(f"There is no {file}.", _NEW_PLAN) from error
+        raise ConfigError(f"There is no {file}.", remedy) from error
     except OSError as error:
         raise ConfigError(
             f"{file} cannot be read ({error.strerror}).", "Check the path and its permissions."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"{file} cannot be read as YAML: {error}", "Repair the file.") from error
 
 

@@ -2,112 +2,223 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lowvram.data.stats import DataStats
 from lowvram.engine.config import StepConfig
-from lowvram.hardware import Hardware
+from lowvram.engine.shape import ModelShape
+from lowvram.engine.source import ModelSource
+from lowvram.planner.arithmetic import resident_bytes
+from lowvram.planner.first_step import Request
+from lowvram.planner.levers import sixteen_bit
 from lowvram.planner.profiles import Profile
+from lowvram.planner.schedule import batch_factor
+from lowvram.planner.search import Search
+from lowvram.planner.variants import with_value
 from lowvram.planner.wishes import Wishes
+from lowvram.units import format_bytes, format_count
 
+_ASKED = "as you asked"
 _HEADS = {
     "nf4": "nf4, a quarter of its 16-bit size, computed a tile of the vocabulary at a time",
     "int8": "int8, half of its 16-bit size, computed a tile of the vocabulary at a time",
     "streamed": "streamed, its 16 bits are in host memory and travel in tiles, twice a forward pass",
 }
+_PREFERRED = {
+    "speed": "the fastest that fits",
+    "quality": "the most exact that fits",
+    "context": "the one that leaves most room",
+}
 
 
-def explain(
-    step: StepConfig, hardware: Hardware, profile: Profile, wishes: Wishes, stats: DataStats | None
-) -> tuple[str, ...]:
+def explain(request: Request, search: Search, step: StepConfig) -> tuple[str, ...]:
     """Why the plan is as it is, in the order of its fields."""
+    profile, wishes, stats, shape = request.profile, request.wishes, request.stats, search.model.shape
+    prefer = wishes.prefer or profile.prefer
     return (
-        _precision(step, hardware, wishes),
+        *_origin(request.source),
+        _precision(step, search, wishes, prefer),
         _adapter(step, profile, wishes),
-        _length(step, profile, wishes, stats),
-        _batch(step),
-        *_levers(step, wishes),
+        _length(step, profile, wishes, stats, shape),
+        _batch(step, wishes, prefer),
+        *_packing(step, search, wishes, stats),
+        *_learning_rate(step, profile, wishes),
+        *lever_reasons(step, wishes, prefer),
+        *_unquantized(shape, step),
+        *_untiled(shape, step),
     )
 
 
-def _precision(step: StepConfig, hardware: Hardware, wishes: Wishes) -> str:
-    chosen = "as you asked" if wishes.precision else "4 bits a weight leave the most room"
-    why = "bf16 has float32's range" if step.compute_dtype == "bf16" else f"{hardware.name} has no fast bf16"
-    return f"{step.base_precision} base ({chosen}), {step.compute_dtype} arithmetic ({why})"
+def _origin(source: ModelSource) -> list[str]:
+    if source.config_origin != "shipped table":
+        return []
+    return [f"config from the shipped table ({source.refusal and source.refusal.reason})"]
+
+
+def _precision(step: StepConfig, search: Search, wishes: Wishes, prefer: str) -> str:
+    chosen = _ASKED if wishes.precision else _why_precision(step, search, prefer)
+    computes = f"{step.compute_dtype} arithmetic ({_why_compute(step, search)})"
+    return f"{step.base_precision} base ({chosen}), {computes}"
+
+
+def _why_compute(step: StepConfig, search: Search) -> str:
+    hardware = search.hardware
+    if step.compute_dtype == "bf16":
+        return "bf16 has float32's range"
+    if step.compute_dtype == sixteen_bit(hardware):
+        scaled = ", so the loss is scaled and adapters are float32" if step.compute_dtype == "fp16" else ""
+        return f"{hardware.name} has no fast bf16{scaled}"
+    return "the base's own"
+
+
+def _why_precision(step: StepConfig, search: Search, prefer: str) -> str:
+    """By what the next more exact base would take."""
+    if step.base_precision not in ("int8", "nf4"):
+        return "16 bits fit, so nothing is dequantised"
+    more_exact = "int8" if step.base_precision == "nf4" else sixteen_bit(search.hardware)
+    needed = resident_bytes(with_value(step, "base_precision", more_exact), search.model.shape)
+    if needed > search.budget_bytes:
+        return f"{more_exact} would take {format_bytes(round(needed))} before any activation"
+    if prefer == "context":
+        return "4 bits a weight leave the most room"
+    leaves = f"{more_exact} leaves too little for activations"
+    return leaves if prefer == "quality" else f"{leaves} to be as fast"
 
 
 def _adapter(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
-    whose = [("as you asked" if wish else f"profile {profile.name}") for wish in (wishes.rank, wishes.alpha)]
-    rank, alpha = f"r={step.rank} ({whose[0]})", f"alpha={step.alpha:g} ({whose[1]})"
-    return f"LoRA {rank}, {alpha} on {', '.join(step.target_modules)}"
+    raised = wishes.rank is None and step.rank != profile.rank
+    rank_of = _ASKED if wishes.rank else "the highest that fits" if raised else f"profile {profile.name}"
+    alpha_of = _ASKED if wishes.alpha else f"profile {profile.name}"
+    if step.use_rslora and not wishes.alpha:
+        alpha_of = f"as strong as the profile's at its r={profile.rank}"
+    rs = ", scaled by alpha/sqrt(r)" if step.use_rslora else ""
+    targets = ", ".join(step.target_modules)
+    return f"LoRA r={step.rank} ({rank_of}), alpha={step.alpha:g} ({alpha_of}){rs} on {targets}"
 
 
-def _length(step: StepConfig, profile: Profile, wishes: Wishes, stats: DataStats | None) -> str:
+def _length(
+    step: StepConfig, profile: Profile, wishes: Wishes, stats: DataStats | None, shape: ModelShape
+) -> str:
+    limited = " (the model's limit)" if step.seq_len == shape.context_limit else ""
     if stats is None:
-        why = (
-            "no data given, the profile's" if step.seq_len == profile.default_seq_len else "the model's limit"
-        )
-        return f"{step.seq_len} tokens: {'as you asked' if wishes.seq_len else why}"
+        own = step.seq_len == profile.default_seq_len
+        why = "no data given, the profile's" if own else "the longest that fits"
+        return f"{step.seq_len} tokens: {_ASKED if wishes.seq_len else why}{limited}"
     longer, lost = stats.n_longer_than(step.seq_len), stats.n_lost_at(step.seq_len)
     if lost:
         return (
-            f"{step.seq_len} tokens: of {stats.n_examples} examples about {longer - lost} are cut and about "
-            f"{lost} left out, whose answer begins later"
+            f"{step.seq_len} tokens{limited}: of {stats.n_examples} examples about {longer - lost} are cut "
+            f"and about {lost} left out, whose answer begins later"
         )
     if longer:
-        return f"{step.seq_len} tokens: about {longer} of {stats.n_examples} examples are longer and are cut"
+        cut = f"about {longer} of {stats.n_examples} examples are longer and are cut"
+        return f"{step.seq_len} tokens{limited}: {cut}"
     return f"{step.seq_len} tokens: the longest example has {stats.longest_tokens}, none is cut"
 
 
-def _batch(step: StepConfig) -> str:
+def _batch(step: StepConfig, wishes: Wishes, prefer: str) -> str:
     whole = step.micro_batch * step.accumulation
     if step.accumulation == 1:
         return f"{whole} examples an update in one forward pass: they fit together"
-    passes = f"{step.accumulation} passes of {step.micro_batch}"
-    return f"{whole} examples an update as {passes}: the fastest that fits"
+    if step.packing:
+        tokens = step.micro_batch * step.seq_len
+        return f"{whole} examples an update in rows of up to {tokens} tokens: {_PREFERRED[prefer]}"
+    why = _ASKED if wishes.micro_batch else _PREFERRED[prefer]
+    return f"{whole} examples an update as {step.accumulation} passes of {step.micro_batch}: {why}"
 
 
-def _levers(step: StepConfig, wishes: Wishes) -> list[str]:
-    asked = set(wishes.pinned_levers())
+def _packing(step: StepConfig, search: Search, wishes: Wishes, stats: DataStats | None) -> Iterator[str]:
+    if stats is None and wishes.packing is None:
+        return
+    whole = step.micro_batch * step.accumulation
+    work = search.work(step.seq_len, whole)
+    if step.packing:
+        passes, padding = work.tokens(step.micro_batch, packing=True).passes, work.padding(min(4, whole))
+        why = _ASKED if wishes.packing else f"an update takes {passes:.1f} rows"
+        yield f"packing: on, {why}; micro-batches of {min(4, whole)} would be {padding:.0%} padding"
+    elif wishes.packing is False:
+        yield f"packing: off, {_ASKED}"
+    else:
+        reason = _why_unpacked(step, search)
+        yield f"packing: off, {reason}; padding is {work.padding(step.micro_batch):.0%} of the tokens"
+
+
+def _why_unpacked(step: StepConfig, search: Search) -> str:
+    if step.levers.tiles:
+        return "layers run by tiles"
+    on_cpu = "on a CPU it is not faster" if search.backend == "cpu" else ""
+    return search.model.shape.unpacked or on_cpu or "examples are of like length"
+
+
+def _learning_rate(step: StepConfig, profile: Profile, wishes: Wishes) -> Iterator[str]:
+    whole = step.micro_batch * step.accumulation
+    if wishes.learning_rate or whole == profile.effective_batch:
+        return
+    own = f"the profile's {profile.learning_rate:g} for {profile.effective_batch} examples"
+    yield f"learning rate: {own} times {batch_factor(profile, whole):.2g}, the root of the batch's ratio"
+
+
+def lever_reasons(step: StepConfig, wishes: Wishes, prefer: str) -> Iterator[str]:
+    """Of each lever that is on."""
+    pinned = set(wishes.pinned_levers())
     levers = step.levers
 
     def why(name: str, reason: str) -> str:
-        return (
-            f"{name}: {_said(getattr(levers, name))}, as you asked" if name in asked else f"{name}: {reason}"
-        )
+        asked = f"{name}: {said(getattr(levers, name))}, {_ASKED}"
+        return asked if name in pinned else f"{name}: {reason}"
 
-    checkpointing = (
-        "on, layers that run by tiles are computed again"
-        if levers.tiles and asked
-        else "on, keeping all activations does not fit"
-        if levers.gradient_checkpointing
-        else "off, all activations fit, so nothing is computed twice"
-    )
-    lines = [
-        why("gradient_checkpointing", checkpointing),
-        why("loss_chunk_tokens", f"logits of {levers.loss_chunk_tokens} trained tokens at one time"),
-    ]
+    yield why("gradient_checkpointing", _why_checkpointing(step, bool(pinned), prefer))
+    yield why("loss_chunk_tokens", f"logits of {levers.loss_chunk_tokens} trained tokens at one time")
     if levers.kept_layers:
         more = "the last layers keep their activations, there is room for that"
-        lines.append(why("kept_layers", f"{levers.kept_layers}, {more}"))
+        yield why("kept_layers", f"{levers.kept_layers}, {more}")
     if levers.tile_tokens:
-        lines.append(why("tile_tokens", f"a layer runs on {levers.tile_tokens} tokens at a time"))
+        yield why("tile_tokens", f"a layer runs on {levers.tile_tokens} tokens at a time")
     if levers.offload_checkpoints:
-        lines.append(why("offload_checkpoints", "on, each layer's input waits in host memory"))
+        yield why("offload_checkpoints", "on, each layer's input waits in host memory")
     if levers.embedding_on_host:
-        lines.append(why("embedding_on_host", "on, its table is in host memory and the batch's rows travel"))
+        yield why("embedding_on_host", "on, its table is in host memory and the batch's rows travel")
     if levers.head != "16bit":
-        lines.append(why("head", _HEADS[levers.head]))
+        yield why("head", _HEADS[levers.head])
     if levers.empty_cache:
-        lines.append(why("empty_cache", "on"))
+        yield why("empty_cache", "on")
     if levers.liger:
-        lines.append(why("liger", "on, it is installed: its norms and gated MLPs keep fewer bytes"))
+        yield why("liger", "on, it is installed: its norms and gated MLPs keep fewer bytes")
     if step.base_precision == "nf4":
-        lines.append(why("double_quantization", "on, 0.37 bits a weight for about 1 % of the time"))
+        with_nested = "on, 0.37 bits a weight for about 1 % of the dequantising"
+        without = "off, 0.37 bits more a weight, for which there is room"
+        yield why("double_quantization", with_nested if levers.double_quantization else without)
     if step.optimizer != "adamw":
-        lines.append(
-            f"{step.optimizer}: " + ("as you asked" if wishes.optimizer else "its state is 4x smaller")
-        )
-    return lines
+        yield f"{step.optimizer}: {_ASKED if wishes.optimizer else 'its state is 4x smaller'}"
 
 
-def _said(value: bool | int | str) -> str:
+def _why_checkpointing(step: StepConfig, pinned: bool, prefer: str) -> str:
+    if not step.levers.gradient_checkpointing:
+        return "off, all activations fit, so nothing is computed twice"
+    if step.levers.tiles and pinned:
+        return "on, layers that run by tiles are computed again"
+    if prefer == "context":
+        return "on, a layer keeps its input only"
+    return "on, keeping all activations does not fit"
+
+
+def said(value: bool | int | str) -> str:
+    """A setting as it is typed."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def _unquantized(shape: ModelShape, step: StepConfig) -> list[str]:
+    """A mixture's experts are no linear layers in transformers 5: bitsandbytes leaves them in 16 bits."""
+    if step.base_precision not in ("nf4", "int8") or not shape.stacked_parameters:
+        return []
+    experts = format_count(shape.stacked_parameters)
+    return [
+        f"{experts} parameters are a mixture's experts, not linear layers: they stay in 16 bits and are not "
+        "adapted"
+    ]
+
+
+def _untiled(shape: ModelShape, step: StepConfig) -> list[str]:
+    if not shape.untiled or not step.levers.gradient_checkpointing:
+        return []
+    return [f"tile_tokens and offload_checkpoints: not for this model, {shape.untiled}"]

@@ -11,9 +11,11 @@ from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.frozen import Frozen
 from lowvram.hardware import Hardware, card_of_size
 from lowvram.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT
-from lowvram.planner.ladder import longest_on_host, with_kept
+from lowvram.planner.host_memory import longest_on_host
+from lowvram.planner.levers import LEVERS
 from lowvram.planner.profiles import budget, profile_for
-from lowvram.planner.search import Search
+from lowvram.planner.search import Freedom, Search
+from lowvram.planner.variants import with_kept
 from lowvram.units import GiB
 
 if TYPE_CHECKING:
@@ -90,10 +92,12 @@ def _cards(hardware: Hardware) -> list[Hardware]:
 
 
 def _on_a_card(search: Search) -> Search:
-    """A plan for a CPU has the table of cards too: its step as a card would run it."""
+    """All levers free but the base that was asked for. A plan for a CPU has the table of cards too."""
+    asked = {name: value for name, value in search.freedom.pinned.items() if name == "base_precision"}
+    free = replace(search, freedom=Freedom(asked, tuple(lever.name for lever in LEVERS)))
     if search.hardware.backend != "cpu":
-        return search
-    return replace(search, hardware=card_of_size(CARDS_GIB[-1] * GiB, search.hardware), _known={})
+        return free
+    return replace(free, hardware=card_of_size(CARDS_GIB[-1] * GiB, search.hardware), _known={})
 
 
 def _as_on_a_card(plan: Plan) -> StepConfig:
@@ -135,7 +139,7 @@ def _needs(step: StepConfig, search: Search, least_bytes: int) -> list[LengthNee
 
 def _smallest(search: Search, step: StepConfig, seq_len: int) -> StepConfig:
     """With every lever that saves memory."""
-    return search.rungs(step.model_copy(update={"seq_len": seq_len}), {}, None)[-1]
+    return search.leanest(step.model_copy(update={"seq_len": seq_len}))
 
 
 def _between(traced: dict[int, int], seq_len: int) -> int:

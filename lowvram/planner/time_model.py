@@ -1,95 +1,169 @@
-"""The time model: how long a step takes, from arithmetic and launch counts. Modelled, never measured."""
+"""The time model: seconds of one optimizer step, part by part, from counts and a device's rates."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from lowvram.data.stats import DataStats
+from lowvram.device_rates import DeviceRates
 from lowvram.engine.config import StepConfig
-from lowvram.hardware import Hardware
+from lowvram.engine.shape import ModelShape
+from lowvram.planner.schedule import Schedule
+from lowvram.planner.workload import Tokens, Workload
 
-# Sustained 16-bit training throughput, FLOP/s: about 40 % of the data sheet's dense tensor figure.
-_GPU_FLOPS: tuple[tuple[str, float], ...] = (
-    ("5090", 84e12),
-    ("5080", 45e12),
-    ("5070", 25e12),
-    ("4090", 66e12),
-    ("4080", 39e12),
-    ("4070", 23e12),
-    ("4060", 12e12),
-    ("3090", 28e12),
-    ("3080", 24e12),
-    ("3070", 16e12),
-    ("3060", 10e12),
-    ("A6000", 60e12),
-    ("T4", 20e12),
-    ("H100", 390e12),
-    ("H200", 390e12),
-    ("A100", 125e12),
-)
-_UNKNOWN_GPU_FLOPS = 12e12
-_CPU_CORE_FLOPS = 6e10  # one AVX-512 core with bf16 (AMD EPYC, this project's CI); half of it without
-_LAUNCH_SECONDS_PER_LAYER = {"cpu": 0.5e-3}  # dispatch of one layer's operators, forward and backward
-_GPU_LAUNCH_SECONDS_PER_LAYER = 1.5e-3
-_HOST_BYTES_PER_SECOND = 12e9  # PCIe 4.0 x8, half of its figure
+_STORED_BYTES = {"nf4": 0.5, "int8": 1.0}  # a weight of a quantised base or head
+_WRITTEN_AND_READ = 4.0  # bytes a dequantised weight travels: out of one kernel, into the next
+_NESTED_SCALES = 1.01  # double quantisation's second look-up
+_TILED_PASSES = 0.25  # of 2ND: keys and values once more, an eighth of a forward
+_CPU_TILED_PASSES = 2.4  # no kernel knows a tile's mask: 1.44 times the step (benchmarks/levers.csv)
+_BESIDE_SHARE = 0.03  # of the arithmetic: copies beside it take some of the memory's rate
+# copies that it waits for cost more than their bytes, and no GPU has told yet how much more
+_EMBEDDING_SHARE, _STREAMED_SHARE, _PAGED_SHARE = 0.005, 0.03, 0.005
+_ROWS_BUSY = 32  # a matrix product of n rows reaches n / (n + 32) of the rate
+_LAUNCH_SECONDS = 1.5e-3  # dispatch of one layer's operators in one pass, forward and backward
+_CPU_LAUNCH_SECONDS = 0.5e-3
+_FORWARD_SHARE = 0.5  # of a step without recomputing
 _EMPTY_CACHE_SECONDS = 0.05  # some dozens of cudaFree and cudaMalloc, each of which waits for the device
-_PADDING_PER_ROW = 0.008  # of the tokens, for each further row in a micro-batch: GSM8K rows, sorted windows
+_OPTIMIZER_BYTES = {  # read and written a parameter: weight, gradient and two moments, in float32 or 8 bits
+    "adamw": 28.0,
+    "adamw8bit": 30.0,  # fewer bytes, and a search in a table of 256 for each new moment
+    "paged_adamw8bit": 30.0,
+}
+_PAGED_BYTES = 4.0  # over PCIe and back: two moments of one byte, where memory is short
 
 
 @dataclass(frozen=True)
-class _LeverCosts:
-    """What levers add: in passes of 2ND arithmetic, or as a share of the step."""
+class StepTime:
+    """Seconds of one optimizer step. Modelled, never measured."""
 
-    recompute_passes: float
-    tile_passes: float
-    small_chunk: float  # at 256 tokens; twice as much at 128
-    head: dict[str, float]
+    arithmetic: float
+    dequantisation: float
+    transfers: float  # between host and device: what does not hide behind arithmetic
+    optimizer: float
+    launches: float  # what does not hide behind arithmetic
 
-
-# a CPU's as scripts/bench_levers.py has measured them: recompute 1.36, four tiles 1.44 times
-_ON_CPU = _LeverCosts(1.45, 2.4, 0.0, {"nf4": 0.02})
-# of a GPU only arithmetic is known: keys and values once more, an eighth of a forward, and every weight
-# dequantised for each tile; the head's are at chunks of 64 to 256 tokens
-_ON_GPU = _LeverCosts(1.45, 0.5, 0.02, {"int8": 0.05, "nf4": 0.06, "streamed": 0.5})
+    @property
+    def total(self) -> float:
+        return self.arithmetic + self.dequantisation + self.transfers + self.optimizer + self.launches
 
 
-def flops_per_second(hardware: Hardware) -> float:
-    """Sustained arithmetic rate of the device."""
-    if hardware.backend == "cpu":
-        return _CPU_CORE_FLOPS * hardware.cpu_count * (1.0 if hardware.bf16 else 0.5)
-    return next((rate for name, rate in _GPU_FLOPS if name in hardware.name), _UNKNOWN_GPU_FLOPS)
+@dataclass(frozen=True)
+class TimeModel:
+    """Of one model's steps on one device."""
 
+    shape: ModelShape
+    rates: DeviceRates
+    on_cpu: bool
 
-def seconds_per_step(
-    step: StepConfig,
-    hardware: Hardware,
-    *,
-    n_parameters: int,
-    n_layers: int,
-    hidden_size: int,
-    tokens_per_example: float,
-) -> float:
-    """Seconds of one optimizer step.
+    def seconds(self, step: StepConfig, work: Workload) -> float:
+        return self.of(step, work).total
 
-    2ND forward and 2ND for the activations' gradients (frozen weights need no gradient of their own); what is
-    recomputed lacks the head. Checkpoints on the host travel once there and twice back beside the arithmetic:
-    what takes longer counts.
-    """
-    costs = _ON_CPU if hardware.backend == "cpu" else _ON_GPU
-    levers = step.levers
-    recomputed = n_layers - levers.kept_layers if levers.gradient_checkpointing else 0
-    passes = 4.0 + costs.recompute_passes * recomputed / n_layers
-    passes += costs.tile_passes if levers.tile_tokens else 0.0
-    tokens = step.micro_batch * step.accumulation * min(tokens_per_example, step.seq_len)
-    arithmetic = passes * n_parameters * tokens / flops_per_second(hardware)
-    if levers.offload_checkpoints and hardware.backend != "cpu":  # whose host memory is its own
-        traffic = 3 * n_layers * tokens * hidden_size * 2 / _HOST_BYTES_PER_SECOND
-        arithmetic = 1.03 * max(arithmetic, traffic)
-    chunks = 1.0 + costs.small_chunk * (256 / levers.loss_chunk_tokens) + costs.head.get(levers.head, 0.0)
-    chunks += 0.005 * levers.embedding_on_host
-    per_layer = _LAUNCH_SECONDS_PER_LAYER.get(hardware.backend, _GPU_LAUNCH_SECONDS_PER_LAYER)
-    launches = step.accumulation * n_layers * per_layer
-    if levers.empty_cache and hardware.backend != "cpu":
-        launches += _EMPTY_CACHE_SECONDS
-    update = 1.0 if step.optimizer == "adamw" else 1.02
-    padding = 1.0 + _PADDING_PER_ROW * (step.micro_batch - 1)
-    return arithmetic * chunks * update * padding + launches
+    def run_seconds(
+        self, step_seconds: float, schedule: Schedule, stats: DataStats | None, effective_batch: int
+    ) -> float:
+        """Of all steps and of the held-out losses between them, whose forward is at most half of a step."""
+        steps = schedule.total_steps * step_seconds
+        if stats is None:
+            return steps
+        evaluations = 1 + math.ceil(schedule.total_steps / schedule.evaluate_every)
+        return steps + evaluations * _FORWARD_SHARE * step_seconds * stats.n_held_out / effective_batch
+
+    def of(self, step: StepConfig, work: Workload) -> StepTime:
+        """`work`: of the step's own sequence length and effective batch."""
+        tokens = work.tokens(step.micro_batch, step.packing)
+        tiles = work.tiles(step.levers.tile_tokens)
+        arithmetic = self._flops(step, tokens, tiles) / self.rates.flops
+        dequantisation = self._dequantised_bytes(step, tokens, tiles) / self.rates.memory_bytes_per_second
+        busy = arithmetic + dequantisation
+        return StepTime(
+            arithmetic,
+            dequantisation,
+            self._transfers(step, tokens, busy),
+            self._optimizer(step, busy),
+            self._launches(step, tokens, tiles, busy),
+        )
+
+    def _recomputed(self, step: StepConfig) -> float:
+        """Share of the layers whose forward runs twice."""
+        levers = step.levers
+        if not levers.gradient_checkpointing:
+            return 0.0
+        return 1 - levers.kept_layers / self.shape.n_layers
+
+    def _flops(self, step: StepConfig, tokens: Tokens, tiles: float) -> float:
+        """2ND forward and 2ND for the gradients of the activations: frozen weights need none of their own.
+
+        2ND more for what is recomputed. An adapter's weights do need theirs: 6. Causal attention multiplies
+        T^2/2 pairs of a layer twice, its backward takes 2.5 times that (FlashAttention-2, arXiv 2307.08691).
+        """
+        again = self._recomputed(step)
+        tiled = (_CPU_TILED_PASSES if self.on_cpu else _TILED_PASSES) if tiles > 1 else 0.0
+        body = self.body_parameters * (4 + 2 * again + tiled) * tokens.computed
+        adapters = self.shape.n_trainable(step.target_modules, step.rank) * (6 + 2 * again) * tokens.computed
+        attention = 2 * self.shape.n_layers * self.shape.hidden_size * (3.5 + again) * tokens.squares
+        chunk = min(step.levers.loss_chunk_tokens, max(tokens.trained / tokens.passes, 1.0))
+        head = 4 * self.head_parameters * tokens.trained * (1 + _ROWS_BUSY / chunk)
+        return body + adapters + attention + head
+
+    @property
+    def head_parameters(self) -> int:
+        return self.shape.vocab_size * self.shape.hidden_size
+
+    @property
+    def body_parameters(self) -> int:
+        """All but embedding and head."""
+        ends = self.head_parameters * (1 if self.shape.tied else 2)
+        return self.shape.n_parameters - ends
+
+    def _dequantised_bytes(self, step: StepConfig, tokens: Tokens, tiles: float) -> float:
+        """Each pass over the layers makes every weight anew: forward, recomputation and backward."""
+        total = 0.0
+        if step.base_precision in _STORED_BYTES:
+            a_weight = _STORED_BYTES[step.base_precision] + _WRITTEN_AND_READ
+            nested = step.base_precision == "nf4" and step.levers.double_quantization
+            sweeps = (2 + self._recomputed(step)) * tokens.passes * tiles
+            linear = sum(one.n_in * one.n_out * one.count for one in self.shape.linears)
+            total += linear * a_weight * sweeps * (_NESTED_SCALES if nested else 1.0)
+        if step.levers.head in _STORED_BYTES:
+            a_weight = _STORED_BYTES[step.levers.head] + _WRITTEN_AND_READ
+            total += self.head_parameters * a_weight * 2 * self._chunks(step, tokens)
+        return total
+
+    def _chunks(self, step: StepConfig, tokens: Tokens) -> float:
+        """Of trained tokens, whose logits are made at one time."""
+        return tokens.passes * max(tokens.trained / tokens.passes / step.levers.loss_chunk_tokens, 1.0)
+
+    def _transfers(self, step: StepConfig, tokens: Tokens, busy: float) -> float:
+        """Checkpoints go to the host once and come back twice, beside the arithmetic; rows and heads wait."""
+        if self.on_cpu:  # whose host memory is its own
+            return 0.0
+        levers, row = step.levers, tokens.computed * self.shape.hidden_size * 2
+        waited, share = 0.0, 0.0
+        if levers.embedding_on_host:
+            waited, share = waited + row, share + _EMBEDDING_SHARE
+        if levers.head == "streamed":
+            waited += 2 * 2 * self.head_parameters * self._chunks(step, tokens)
+            share += _STREAMED_SHARE
+        seconds = waited / self.rates.host_bytes_per_second
+        if levers.offload_checkpoints:
+            beside = 3 * self.shape.n_layers * row / self.rates.host_bytes_per_second
+            seconds, share = seconds + max(beside - busy, 0.0), share + _BESIDE_SHARE
+        return seconds + share * busy
+
+    def _optimizer(self, step: StepConfig, busy: float) -> float:
+        n = self.shape.n_trainable(step.target_modules, step.rank)
+        seconds = n * _OPTIMIZER_BYTES[step.optimizer] / self.rates.memory_bytes_per_second
+        if step.optimizer == "paged_adamw8bit" and not self.on_cpu:
+            seconds += n * _PAGED_BYTES / self.rates.host_bytes_per_second + _PAGED_SHARE * busy
+        return seconds
+
+    def _launches(self, step: StepConfig, tokens: Tokens, tiles: float, busy: float) -> float:
+        """A CPU computes after it has dispatched; a GPU computes beside it."""
+        per_layer = _CPU_LAUNCH_SECONDS if self.on_cpu else _LAUNCH_SECONDS
+        sweeps = 1 + self._recomputed(step) / 3
+        seconds = tokens.passes * tiles * self.shape.n_layers * per_layer * sweeps
+        if self.on_cpu:
+            return seconds
+        emptied = _EMPTY_CACHE_SECONDS if step.levers.empty_cache else 0.0
+        return emptied + max(seconds - busy, 0.0)

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from lowvram.engine.config import BasePrecision, Levers, OptimizerName
 from lowvram.errors import ConfigError
 from lowvram.frozen import Frozen
+from lowvram.planner.profiles import Prefer
 
 _ALL_OFF: dict[str, Any] = {
     "double_quantization": False,
@@ -47,11 +48,27 @@ class Wishes(Frozen):
     batch: int | None = Field(None, ge=1, le=1 << 16)
     precision: BasePrecision | None = None
     optimizer: OptimizerName | None = None
+    micro_batch: int | None = Field(None, ge=1, le=1 << 16)
+    packing: bool | None = None
+    rslora: bool | None = None
+    no_offload: bool = False
+    prefer: Prefer | None = None
     levers: str = "default"
     epochs: float | None = Field(None, gt=0, le=1e4, allow_inf_nan=False)
     steps: int | None = Field(None, ge=1, le=10**9)
     learning_rate: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     seed: int = Field(0, ge=0, lt=1 << 32)  # numpy's range
+
+    @property
+    def pinned(self) -> dict[str, Any]:
+        """All settings of the step that the user fixed, and the planner would choose itself."""
+        wished = {
+            "base_precision": self.precision,
+            "optimizer": self.optimizer,
+            "micro_batch": self.micro_batch,
+            "packing": self.packing,
+        }
+        return self.pinned_levers() | {name: value for name, value in wished.items() if value is not None}
 
     def pinned_levers(self) -> dict[str, Any]:
         """Levers that the user fixed: `none`, `all`, or `name=value,name=value`.

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lowvram.data.conversations import load_conversations
-from lowvram.data.order import batches_of_epoch
+from lowvram.data.order import batches_of_epoch, pack
 from lowvram.data.split import split_held_out
 from lowvram.data.stats import DataStats, data_stats
 from lowvram.data.tokens import Example, cut, template_name, tokenize
-from lowvram.engine.batch import Batch, collate
+from lowvram.engine.batch import Batch, collate, collate_packed
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DataError
 from lowvram.planner.plan import Plan
@@ -42,7 +42,7 @@ def prepare(name: str, source: ModelSource, held_out_share: float = 0.05) -> Pre
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Micro-batches in the plan's order."""
+    """Micro-batches, or packed rows, in the plan's order."""
 
     plan: Plan
     train: list[Example]
@@ -56,7 +56,12 @@ class TrainingData:
             accumulation=self.plan.accumulation,
             seed=self.plan.seed,
             epoch=epoch,
+            packed_tokens=self._row_tokens if self.plan.packing else None,
         )
+
+    @property
+    def _row_tokens(self) -> int:
+        return self.plan.micro_batch * self.plan.seq_len
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -71,13 +76,19 @@ class TrainingData:
             yield epoch, [[self.train[i] for i in micro_batch] for micro_batch in order[at]]
 
     def collate(self, examples: list[Example]) -> Batch:
-        return collate(examples, self.pad_token_id)
+        return collate_packed(examples) if self.plan.packing else collate(examples, self.pad_token_id)
 
     def held_out_batches(self) -> Iterator[Batch]:
-        """Longest first, in the plan's micro-batch size."""
-        ordered = sorted(self.held_out, key=lambda e: -len(e.input_ids))
-        for start in range(0, len(ordered), self.plan.micro_batch):
-            yield self.collate(ordered[start : start + self.plan.micro_batch])
+        """Longest first, in the plan's micro-batch size, packed or padded."""
+        lengths = [len(e.input_ids) for e in self.held_out]
+        size = self.plan.micro_batch
+        if self.plan.packing:
+            batches = pack(range(len(lengths)), lengths, self._row_tokens, size)
+        else:
+            ordered = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+            batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        for batch in batches:
+            yield self.collate([self.held_out[index] for index in batch])
 
 
 def training_data(plan: Plan, prepared: PreparedData, pad_token_id: int) -> TrainingData:

@@ -1,0 +1,45 @@
+"""The command line's flags: their names, types and help, shared by its commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id, such as Qwen/Qwen2-7B.")]
+Models = Annotated[
+    list[str], typer.Option("--model", "-m", help="Folder or hub id; up to four are compared.")
+]
+Data = Annotated[str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet or a hub data set id.")]
+MaybeData = Annotated[str | None, typer.Option("--data", "-d", help="Plan for this data's lengths.")]
+Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, such as 8GB.")]
+Rank = Annotated[int | None, typer.Option(help="LoRA rank r.")]
+Alpha = Annotated[float | None, typer.Option(help="LoRA alpha.")]
+Dropout = Annotated[float | None, typer.Option(help="Dropout on the adapter's input.")]
+Targets = Annotated[str | None, typer.Option(help="qv, attention, all-linear, or layer names a,b,c.")]
+SeqLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens.")]
+BatchSize = Annotated[int | None, typer.Option("--batch", help="Examples in one optimizer step.")]
+Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, int8, bf16, fp16 or fp32.")]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
+MicroBatch = Annotated[int | None, typer.Option(help="Examples in one forward pass.")]
+Packing = Annotated[
+    bool | None, typer.Option("--packing/--no-packing", help="Examples in one row instead of padding.")
+]
+RsLora = Annotated[bool | None, typer.Option("--rslora/--no-rslora", help="Scale by alpha/sqrt(r).")]
+NoOffload = Annotated[bool, typer.Option("--no-offload", help="Keep nothing of the step in host memory.")]
+Preference = Annotated[
+    str | None, typer.Option("--prefer", help="speed (fastest that fits), context or quality.")
+]
+LeverText = Annotated[str, typer.Option("--levers", help="default, none, all, or name=value,name=value.")]
+ProfileName = Annotated[
+    str | None, typer.Option("--profile", help="8gb, 12gb, 16gb, 24gb, cpu or a YAML file.")
+]
+Seed = Annotated[int, typer.Option(help="Of the data order, dropout and adapter.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/MODEL-DATA).")]
+LogWith = Annotated[list[str] | None, typer.Option(help="Tracker: tensorboard, wandb, trackio (repeatable).")]
