@@ -63,7 +63,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(lowvram: Cli, smollm: Path
 def test_gsm8k_sixty_steps(lowvram: Cli, smollm: Path, tmp_path: Path) -> None:
     """60 steps lower the held-out loss by a quarter; adapter and merged model reload with plain libraries."""
     run = tmp_path / "run"
-    done = lowvram("auto", "--model", smollm, "--data", GSM8K, "--steps", "60", "--output", run)
+    asked = ("--steps", "60", "--precision", "nf4", "--output", run)
+    done = lowvram("auto", "--model", smollm, "--data", GSM8K, *asked)
     assert done.returncode == 0, done.stderr
     result = json.loads((run / "result.json").read_text())
     assert result["steps"] == 60
