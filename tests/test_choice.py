@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -249,6 +250,19 @@ def test_why_is_shown_and_in_json(
     assert ran.exit_code == 0, ran.output
     found = json.loads(ran.stdout)
     assert [row["name"] for row in found["why"]] == [lever.name for lever in LEVERS]
+
+
+@pytest.mark.parametrize("levers", ["default", "embedding_on_host=on,head=streamed"])
+def test_a_tied_model_s_ends_are_moved_together(tmp_path: Path, levers: str) -> None:
+    """The engine has no embedding on the host beside a whole head of the same weight."""
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "tie_word_embeddings": True}))
+    plan, search, request = _decided(ModelSource(str(tmp_path)), _card(8), seq_len=64, levers=levers)
+    rows = {one.name: one for one in why(search, plan.step, request)}
+    ends = [rows[name] for name in ("embedding_on_host", "head")]
+    placed = levers != "default"
+    assert [one.setting for one in ends] == (["on", "streamed"] if placed else ["off", "16bit"])
+    assert [one.beside for one in ends] == (["off", "nf4"] if placed else ["on", "int8"])
+    assert all(one.saves_bytes is not None for one in ends)
 
 
 def test_new_flags_reach_the_plan(source: ModelSource) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from lowvram.engine.config import Levers, StepConfig
-from lowvram.errors import ConfigError
 from lowvram.frozen import Frozen
 from lowvram.planner.first_step import Request, compute_dtype
 from lowvram.planner.levers import LEVERS, Lever, Setting
@@ -44,7 +43,7 @@ def _of(lever: Lever, setting: Setting, search: Search, request: Request) -> Lev
     step, now = setting.base, value_of(setting.base, lever.name)
     told = {"name": lever.name, "does": lever.does, "setting": said(now)}
     other = _beside(lever, setting)
-    moved = None if other is None else _moved(step, lever.name, other, request)
+    moved = None if other is None else _moved(setting, lever.name, other, request)
     if moved is None:
         nothing = {"beside": None, "saves_bytes": None, "costs_share": None}
         return LeverWhy(**told, **nothing, flips=_why_fixed(lever, setting, request))
@@ -71,9 +70,13 @@ def _recomputes(step: StepConfig) -> bool:
     return step.levers.gradient_checkpointing
 
 
-def _moved(step: StepConfig, name: str, value: Any, request: Request) -> StepConfig | None:
+def _moved(setting: Setting, name: str, value: Any, request: Request) -> StepConfig | None:
     """The step with one lever moved, and what cannot stay beside it at rest; None where they exclude it."""
-    moved = with_value(step, name, value)
+    moved = with_value(setting.base, name, value)
+    if setting.shape.tied and name == "head":  # one weight: both are placed, or none
+        moved = with_value(moved, "embedding_on_host", value != "16bit")
+    if setting.shape.tied and name == "embedding_on_host":
+        moved = with_value(moved, "head", "streamed" if value else "16bit")
     if name == "base_precision":
         moved = with_value(moved, "compute_dtype", compute_dtype(value, request.hardware))
     if name in _TILING and value:
@@ -113,10 +116,7 @@ def _flips(
         return "as you asked"
     if lever.name not in request.profile.ladder:
         return f"profile {request.profile.name} leaves it unused"
-    try:
-        needed = search.reserved_bytes(moved)
-    except ConfigError as error:
-        return f"not here: {error.message}"
+    needed = search.reserved_bytes(moved)
     if needed > search.budget_bytes:
         return f"{other} with {format_bytes(needed - search.budget_bytes)} more memory"
     if not search.host_has_room(moved):
