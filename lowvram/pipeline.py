@@ -51,7 +51,7 @@ def require_here(wanted: Hardware | PlannedDevice, remedy: str) -> None:
     Raises:
         ConfigError: this machine trains on something else.
     """
-    here = machine.probe()
+    here = machine.probe(trial=False)
     if here.backend != wanted.backend:
         raise ConfigError(
             f"The plan is for {wanted.name} ({wanted.backend}); this machine trains on {here.backend}.",
@@ -94,7 +94,7 @@ def checked(planned: Planned) -> Planned:
     Raises:
         ConfigError, DoesNotFitError: it cannot run as it is.
     """
-    here, stats = machine.probe(), planned.prepared.stats if planned.prepared else None
+    here, stats = machine.probe(trial=False), planned.prepared.stats if planned.prepared else None
     plan = check_plan(planned.plan, planned.source, here, stats, known_rates(here))
     return replace(planned, plan=plan)
 

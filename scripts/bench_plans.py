@@ -164,7 +164,7 @@ def levers_said(step: StepConfig, n_layers: int) -> str:
 
 def _pace(plan: Plan, search: Search) -> dict[str, Any]:
     """Modelled, with where the device's rates are from."""
-    tokens = plan.micro_batch * plan.accumulation * plan.seq_len
+    tokens = plan.effective_batch * plan.seq_len
     return {
         "modelled_seconds_per_step": plan.seconds_per_step,
         "modelled_tokens_per_second": round(tokens / plan.seconds_per_step, 1),

@@ -127,7 +127,7 @@ def _run_plan(job: Job, trial: Trial, emit: Emit) -> None:
     outcome = attempt(run)
     tokens = plan.micro_batch * plan.seq_len * min(plan.accumulation, 2)
     speed = round(tokens / statistics.mean(seconds), 1) or None
-    modelled = plan.micro_batch * plan.accumulation * plan.seq_len / max(plan.seconds_per_step, 1e-3)
+    modelled = plan.effective_batch * plan.seq_len / max(plan.seconds_per_step, 1e-3)
     told = {"tokens_per_second": speed, "modelled_tokens_per_second": round(modelled, 1)}
     base = job.row("plan").model_copy(update=told)
     _emit_measured(base, outcome, plan.estimate, job, trial.monitor, emit)

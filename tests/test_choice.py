@@ -23,13 +23,13 @@ from lowvram.planner.first_step import Request
 from lowvram.planner.levers import LEVERS
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import Profile, load_profile
-from lowvram.planner.reasons import said
 from lowvram.planner.search import Search
-from lowvram.planner.variants import value_of, with_value
+from lowvram.planner.variants import said, value_of, with_value
 from lowvram.planner.why import LeverWhy, why
 from lowvram.planner.wishes import Wishes, wishes_from
 from lowvram.units import GiB
 from tests.conftest import QWEN2_7B
+from tests.tiny import stats_of
 
 SMALL: dict[str, object] = {
     **QWEN2_7B,
@@ -75,19 +75,7 @@ def _decided(
 
 def _stats(*quantiles: int, n_examples: int = 4000) -> DataStats:
     lengths = tuple(quantiles[min(i * len(quantiles) // 101, len(quantiles) - 1)] for i in range(101))
-    return DataStats(
-        source="d",
-        shape="text",
-        sha256="0",
-        template="t",
-        n_examples=n_examples,
-        n_held_out=64,
-        n_tokens=n_examples * sum(lengths) // 101,
-        n_trained_tokens=n_examples * sum(lengths) // 202,
-        longest_tokens=lengths[-1],
-        length_quantiles=lengths,
-        answer_start_quantiles=(1,) * 101,
-    )
+    return stats_of(lengths, n_examples, 0.5, n_held_out=64, starts=(1,) * 101)
 
 
 # --- preferences ---

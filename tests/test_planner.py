@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from lowvram import hardware, plan_view
-from lowvram.data.stats import DataStats
 from lowvram.engine.config import Levers
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
@@ -26,6 +25,7 @@ from lowvram.planner.variants import with_kept
 from lowvram.planner.wishes import Wishes, wishes_from
 from lowvram.units import GiB, format_bytes
 from tests.conftest import QWEN2_7B
+from tests.tiny import stats_of
 
 SMALL = {
     **QWEN2_7B,
@@ -243,19 +243,7 @@ def test_examples_without_an_answer_in_reach_are_told_and_not_counted(config_onl
     """100 examples of 50 tokens whose answers begin at 1, 2, ... 100 % of 40."""
     source = ModelSource(str(config_only(SMALL)))
     starts = tuple(round(40 * percent / 100) for percent in range(101))
-    stats = DataStats(
-        source="d",
-        shape="text",
-        sha256="0",
-        template="t",
-        n_examples=100,
-        n_held_out=5,
-        n_tokens=5000,
-        n_trained_tokens=2000,
-        longest_tokens=50,
-        length_quantiles=(50,) * 101,
-        answer_start_quantiles=starts,
-    )
+    stats = stats_of((50,) * 101, 100, 0.4, n_held_out=5, starts=starts)
     assert [stats.n_lost_at(n) for n in (50, 41, 31, 21)] == [0, 0, 24, 49]
     wishes = Wishes(seq_len=32, batch=1, epochs=1.0)
     plan = make_plan(source, _card(24), load_profile("24gb"), wishes, stats)

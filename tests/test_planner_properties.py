@@ -31,7 +31,7 @@ from lowvram.memory.cache import RememberedModel
 from lowvram.memory.estimate import MemoryEstimate, estimate
 from lowvram.planner.arithmetic import floor_bytes, working_bytes
 from lowvram.planner.build import decide, search_for
-from lowvram.planner.choice import _exactness_of
+from lowvram.planner.choice import exactness
 from lowvram.planner.first_step import Request, first_step
 from lowvram.planner.levers import LEVERS
 from lowvram.planner.plan import Plan
@@ -355,7 +355,7 @@ def is_best(case: Case, step: StepConfig, search: Search) -> None:
     last = request.profile.quantized_head == "last_resort" and "head" not in request.wishes.pinned
     base = with_value(case.base, "seq_len", step.seq_len)
     if prefer == "quality":
-        fits_nothing(case, base, lambda other: _exactness_of(other) < _exactness_of(step))
+        fits_nothing(case, base, lambda other: exactness(other) < exactness(step))
     if prefer != "speed":
         return
     if last and step.levers.head in _QUANTIZED:

@@ -21,6 +21,7 @@ from lowvram.planner.profiles import Profile, load_profile
 from lowvram.planner.schedule import Schedule, batch_factor, schedule_for
 from lowvram.planner.wishes import Wishes
 from lowvram.units import GiB
+from tests.tiny import stats_of
 
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
@@ -214,19 +215,7 @@ def test_the_profile_says_which_ranks_are_stabilised(rule: str, ranks_with: tupl
 
 def _stats(n_examples: int, n_late: int = 0) -> DataStats:
     """Examples of 50 tokens; the answers of `n_late` per cent begin at 40, of the others at 0."""
-    return DataStats(
-        source="d",
-        shape="text",
-        sha256="0",
-        template="t",
-        n_examples=n_examples,
-        n_held_out=5,
-        n_tokens=50 * n_examples,
-        n_trained_tokens=20 * n_examples,
-        longest_tokens=50,
-        length_quantiles=(50,) * 101,
-        answer_start_quantiles=(0,) * (101 - n_late) + (40,) * n_late,
-    )
+    return stats_of((50,) * 101, n_examples, 0.4, n_held_out=5, starts=(0,) * (101 - n_late) + (40,) * n_late)
 
 
 def _schedule(batch: int, stats: DataStats | None = None, seq_len: int = 64, **wishes: Any) -> Schedule:

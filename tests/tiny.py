@@ -1,4 +1,4 @@
-"""Tiny real architectures: their shape, examples for them, and the loss as plain transformers computes it."""
+"""Tiny real architectures: shape, examples, statistics, and the loss as plain transformers computes it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lowvram.data.stats import DataStats
 from lowvram.data.tokens import Example
 
 SHAPE: dict[str, Any] = {
@@ -17,6 +18,26 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 97,
     "max_position_embeddings": 64,
 }
+
+
+def stats_of(
+    lengths: tuple[int, ...], n_examples: int, trained_share: float, n_held_out: int, starts: tuple[int, ...]
+) -> DataStats:
+    """Of a data set whose examples' lengths and answers' starts lie at these 101 quantiles."""
+    n_tokens = n_examples * sum(lengths) // len(lengths)
+    return DataStats(
+        source="d",
+        shape="text",
+        sha256="0",
+        template="t",
+        n_examples=n_examples,
+        n_held_out=n_held_out,
+        n_tokens=n_tokens,
+        n_trained_tokens=int(trained_share * n_tokens),
+        longest_tokens=lengths[-1],
+        length_quantiles=lengths,
+        answer_start_quantiles=starts,
+    )
 
 
 def examples(lengths: tuple[int, ...], seed: int = 0, first_id: int = 0) -> list[Example]:

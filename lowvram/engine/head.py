@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lowvram.engine.config import Levers
+from lowvram.engine.config import TILE_ROWS, Levers
 from lowvram.engine.host import Host
 from lowvram.engine.int8 import quantized_rows, row_values
 from lowvram.engine.nf4 import fill_nf4, nf4_linear, nf4_values
-
-TILE_ROWS = 8192  # 59 MB of Qwen2-7B's head in bf16, whose 152,064 rows take 1.09 GB
 
 
 class TiledHead(nn.Module, ABC):

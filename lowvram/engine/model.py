@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from lowvram.engine.attention import CAUSAL_ATTENTION, PADDED_ATTENTION, register
-from lowvram.engine.config import BasePrecision, StepConfig
+from lowvram.engine.config import QUANTIZED, BasePrecision, StepConfig
 from lowvram.engine.host import Host
 from lowvram.engine.int8_loading import Int8Config, replace_by_int8
 from lowvram.engine.liger import apply_liger, require_liger
 from lowvram.engine.linears import in_out_features, replace_linears, unquantized_modules
 from lowvram.engine.nf4 import nf4_linear
 from lowvram.engine.source import ModelSource
+from lowvram.engine.structure import attention_modules
 from lowvram.engine.vocabulary import place_vocabulary, without_vocabulary_levers
 from lowvram.errors import ConfigError
 
@@ -32,7 +33,7 @@ NESTED_BLOCK = 256  # scales that share one second-level scale under double quan
 
 def storage_dtype(base_precision: BasePrecision, compute_dtype: str) -> torch.dtype:
     """The dtype of what is not quantised: norms, embedding, head, and all weights of a 16-bit base."""
-    return DTYPES[compute_dtype if base_precision in ("nf4", "int8") else base_precision]
+    return DTYPES[compute_dtype if base_precision in QUANTIZED else base_precision]
 
 
 def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
@@ -93,7 +94,7 @@ def attention_for(model: PreTrainedModel) -> str:
     what SDPA computes. Gemma 2's soft cap and gpt-oss's sinks are not: they take transformers' own eager
     attention, of O(T^2) memory. BERT's attention goes through the interface but looks both ways.
     """
-    directions = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
+    directions = [module.is_causal for module in attention_modules(model)]
     if model.config.is_encoder_decoder and model.config.model_type in _T5_TYPES:
         return PADDED_ATTENTION
     causal = bool(directions) and all(directions) and not model.config.is_encoder_decoder

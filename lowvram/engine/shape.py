@@ -44,6 +44,16 @@ class ModelShape(Frozen):
     untiled: str  # why its layers cannot be run by tiles; "" where they can
     unpacked: str  # why examples cannot share a row; "" where they can
 
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of all linear layers but the head."""
+        return sum(one.n_in * one.n_out * one.count for one in self.linears)
+
+    @property
+    def table_parameters(self) -> int:
+        """Weights of the embedding, and of the head."""
+        return self.vocab_size * self.hidden_size
+
     def resolve_targets(self, wish: str | Sequence[str]) -> tuple[str, ...]:
         """Layer names for `all-linear`, `attention`, `attention-qv` (`qv`) or an explicit list.
 

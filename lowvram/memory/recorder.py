@@ -16,6 +16,7 @@ from lowvram.memory.kernels import HIDING, hidden_bytes
 from lowvram.memory.trace import ALLOC_ROUNDING, OUTSIDE, Allocation, Backend, Trace, round_up
 
 _ALIASING = {"aten._unsafe_view.default"}  # returns its input's storage although its schema does not say so
+_EFFICIENT_BACKWARD = torch.ops.aten._efficient_attention_backward.default
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -194,8 +195,8 @@ class _OutputShapes:
         self._in_place: dict[Any, bool] = {}  # whether it only writes into its first input
 
     def of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is torch.ops.aten._efficient_attention_backward.default:  # torch 2.13's shapes know no `out`:
-            kwargs = {name: value for name, value in kwargs.items() if name != "scale"}  # it would come twice
+        if func is _EFFICIENT_BACKWARD:  # torch 2.13's shapes know no `out`: scale would come twice
+            kwargs = {name: value for name, value in kwargs.items() if name != "scale"}
         fresh = self._fresh.get(func)
         if fresh is None:
             fresh = self._fresh[func] = _returns_fresh(func)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from lowvram.engine.config import StepConfig
+from lowvram.engine.config import TILE_ROWS, StepConfig
 from lowvram.engine.shape import ModelShape
 
 _BYTES = {"nf4": 0.5158, "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}  # a weight
 _PLAIN_SCALES = 0.0466  # bytes a weight that double quantisation saves: 0.37 bits
 _LOGIT_BYTES = 10  # of one token and one word: 16-bit logits, and their softmax and gradient in float32
-_TILE_ROWS = 8192  # of a head that is read in tiles
 _HEAD_BYTES = {"int8": 1.0, "nf4": 0.5158, "streamed": 0.0}
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}
 
@@ -19,14 +18,12 @@ def resident_bytes(step: StepConfig, shape: ModelShape) -> float:
     if step.base_precision == "nf4" and not step.levers.double_quantization:
         a_weight += _PLAIN_SCALES
     wide = 4 if step.compute_dtype == "fp32" else 2
-    linear = sum(one.n_in * one.n_out * one.count for one in shape.linears)
-    table = shape.vocab_size * shape.hidden_size
     head = wide if step.levers.head == "16bit" else _HEAD_BYTES[step.levers.head]
-    ends = 0.0 if step.levers.embedding_on_host else table * wide
+    ends = 0.0 if step.levers.embedding_on_host else shape.table_parameters * wide
     if not (shape.tied and step.levers.head == "16bit"):
-        ends += table * head
+        ends += shape.table_parameters * head
     adapters = shape.n_trainable(step.target_modules, step.rank) * (8 + _STATE_BYTES[step.optimizer])
-    return linear * a_weight + shape.stacked_parameters * wide + ends + adapters
+    return shape.linear_parameters * a_weight + shape.stacked_parameters * wide + ends + adapters
 
 
 def kept_bytes(step: StepConfig, shape: ModelShape) -> float:
@@ -51,10 +48,10 @@ def working_bytes(step: StepConfig, shape: ModelShape) -> tuple[float, float]:
 
 def logit_bytes(chunk_tokens: int, shape: ModelShape, head: str) -> float:
     """Of so many tokens, with all words of a whole head or one tile of another."""
-    words = shape.vocab_size if head == "16bit" else min(_TILE_ROWS, shape.vocab_size)
+    words = shape.vocab_size if head == "16bit" else min(TILE_ROWS, shape.vocab_size)
     return _LOGIT_BYTES * words * chunk_tokens
 
 
 def saved_by_head(shape: ModelShape, head: str) -> float:
     """What a head that is not whole leaves of its 16 bits."""
-    return shape.vocab_size * shape.hidden_size * (2 - _HEAD_BYTES[head])
+    return shape.table_parameters * (2 - _HEAD_BYTES[head])

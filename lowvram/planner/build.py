@@ -108,7 +108,7 @@ def _packs(request: Request, shape: ModelShape) -> bool:
 
 def _plan(request: Request, search: Search, step: StepConfig) -> Plan:
     profile, wishes, stats = request.profile, request.wishes, request.stats
-    schedule = schedule_for(profile, wishes, stats, step.micro_batch * step.accumulation, step.seq_len)
+    schedule = schedule_for(profile, wishes, stats, step.effective_batch, step.seq_len)
     device = {name: getattr(request.hardware, name) for name in PlannedDevice.model_fields}
     return Plan(
         **{name: getattr(step, name) for name in StepConfig.model_fields},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from lowvram.engine.config import StepConfig
+from lowvram.engine.config import QUANTIZED, StepConfig
 from lowvram.planner.conflicts import raise_all, too_short
 from lowvram.planner.first_step import Request, with_adapter
 from lowvram.planner.refusal import refusal
@@ -13,7 +13,6 @@ from lowvram.planner.search import Search
 from lowvram.planner.space import Candidate
 from lowvram.planner.variants import with_length, with_value
 
-_QUANTIZED = ("int8", "nf4")
 _PRECISIONS = ("fp32", "bf16", "fp16", "int8", "nf4")  # from the most exact on
 
 
@@ -39,7 +38,7 @@ def _fastest(search: Search, base: StepConfig, request: Request) -> StepConfig |
     some, last = search.candidates(base), request.profile.quantized_head == "last_resort"
     if not last or "head" in search.freedom.pinned:
         return search.fastest_of(some)
-    whole = [one for one in some if one.step.levers.head not in _QUANTIZED]
+    whole = [one for one in some if one.step.levers.head not in QUANTIZED]
     return search.fastest_of(whole) or search.fastest_of(some)
 
 
@@ -57,17 +56,20 @@ def _longest(search: Search, base: StepConfig, request: Request) -> StepConfig |
 
 def _most_exact(search: Search, base: StepConfig, request: Request) -> Iterator[StepConfig]:
     """The least quantised base that fits, however slow; with it the highest rank, then the fastest."""
-    groups = itertools.groupby(sorted(search.candidates(base), key=_exactness), key=_exactness)
-    for _, some in groups:
+
+    def group(one: Candidate) -> tuple[int, bool]:
+        return exactness(one.step)
+
+    for _, some in itertools.groupby(sorted(search.candidates(base), key=group), key=group):
         found = search.fastest_of(list(some))
         if found is not None:
             yield from _of_higher_rank(search, base, found, request)
             yield found
 
 
-def _exactness(candidate: Candidate) -> tuple[int, bool]:
-    step = candidate.step
-    return _PRECISIONS.index(step.base_precision), step.levers.head in _QUANTIZED
+def exactness(step: StepConfig) -> tuple[int, bool]:
+    """The smaller, the less is quantised: the base first, then the head."""
+    return _PRECISIONS.index(step.base_precision), step.levers.head in QUANTIZED
 
 
 def _of_higher_rank(
@@ -81,13 +83,9 @@ def _of_higher_rank(
     doublings = itertools.takewhile(lambda rank: rank <= most, (profile.rank << n for n in range(1, 20)))
     for rank in reversed(list(doublings)):
         raised = with_adapter(base, rank, profile, wishes)
-        as_exact = [c for c in search.candidates(raised) if _exactness(c) == _exactness_of(found)]
+        as_exact = [c for c in search.candidates(raised) if exactness(c.step) == exactness(found)]
         if (step := search.fastest_of(as_exact)) is not None:
             yield step
-
-
-def _exactness_of(step: StepConfig) -> tuple[int, bool]:
-    return _exactness(Candidate(step, (0,), (), ()))
 
 
 def _shortened(search: Search, base: StepConfig, request: Request) -> StepConfig:

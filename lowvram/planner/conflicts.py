@@ -13,6 +13,7 @@ from lowvram.hardware import Hardware
 from lowvram.planner.first_step import Request, effective_batch
 from lowvram.planner.levers import LEVERS, sixteen_bit
 from lowvram.planner.optional import require_liger_on
+from lowvram.planner.variants import said
 from lowvram.planner.wishes import Wishes
 
 _MOST_LOST = 0.5  # of the examples may be left out for their length
@@ -178,8 +179,8 @@ def _offloads(wishes: Wishes) -> Iterator[Conflict]:
     for lever in LEVERS:
         value = asked.get(lever.name)
         if value in lever.on_host:
-            said = f"{lever.name}={'on' if value is True else value}"
-            yield Conflict(f"--no-offload and {said} contradict each other.", "Leave one of them out.")
+            asked_for = f"{lever.name}={said(value)}"
+            yield Conflict(f"--no-offload and {asked_for} contradict each other.", "Leave one of them out.")
 
 
 def _packed(wishes: Wishes, shape: ModelShape, pinned: dict[str, Any]) -> Iterator[Conflict]:

@@ -15,13 +15,12 @@ def figures(search: Search, step: StepConfig, schedule: Schedule, stats: DataSta
     """Fields of a Plan by name."""
     shape, estimate, seconds = search.model.shape, search.estimate(step), search.seconds(step)
     on_cpu = estimate.peak_allocated_bytes if search.backend == "cpu" else 0
-    whole = step.micro_batch * step.accumulation
     return {
         "estimate": estimate,
         "largest_seq_len": max(search.largest_seq_len(step, shape.context_limit), step.seq_len),
         "host_ram_bytes": host_bytes(step, shape) + on_cpu,
         "seconds_per_step": round(seconds, 3),
-        "seconds_in_all": round(search.time.run_seconds(seconds, schedule, stats, whole), 1),
+        "seconds_in_all": round(search.time.run_seconds(seconds, schedule, stats, step.effective_batch), 1),
         "n_parameters": shape.n_parameters,
         "n_trainable": shape.n_trainable(step.target_modules, step.rank),
     }

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from lowvram.data.stats import DataStats
 from lowvram.device_rates import DeviceRates
-from lowvram.engine.config import BasePrecision, ComputeDtype, Levers, StepConfig
+from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
 from lowvram.hardware import Hardware
-from lowvram.planner.levers import sixteen_bit
+from lowvram.planner.levers import compute_dtype, sixteen_bit
 from lowvram.planner.optional import picks_liger
 from lowvram.planner.profiles import Profile
 from lowvram.planner.wishes import Wishes
@@ -49,11 +49,6 @@ def first_step(request: Request, shape: ModelShape) -> StepConfig:
         levers=Levers(expandable_segments=linux_gpu, liger=liger),
     )
     return with_adapter(step, wishes.rank or profile.rank, profile, wishes)
-
-
-def compute_dtype(precision: BasePrecision, hardware: Hardware) -> ComputeDtype:
-    """What is computed in: an unquantised base's own, else what the device has in hardware."""
-    return sixteen_bit(hardware) if precision == "nf4" or precision == "int8" else precision
 
 
 def with_adapter(step: StepConfig, rank: int, profile: Profile, wishes: Wishes) -> StepConfig:

@@ -22,7 +22,7 @@ def host_bytes(step: StepConfig, shape: ModelShape) -> int:
         tile_bytes = _pinned((levers.tile_tokens or step.seq_len) * token_bytes)
         kept += shape.n_layers * (whole * tile_bytes + _pinned(rest * token_bytes))
     if levers.embedding_on_host or levers.head == "streamed":
-        kept += _pinned(shape.vocab_size * shape.hidden_size * bytes_each)
+        kept += _pinned(shape.table_parameters * bytes_each)
     return kept
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lowvram.engine.config import ComputeDtype, StepConfig
+from lowvram.engine.config import BasePrecision, ComputeDtype, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.hardware import Hardware
 from lowvram.planner.variants import TILE_TOKENS, tile_for
@@ -27,10 +27,6 @@ class Setting:
     @property
     def on_cpu(self) -> bool:
         return self.hardware.backend == "cpu"
-
-    @property
-    def effective_batch(self) -> int:
-        return self.base.micro_batch * self.base.accumulation
 
     @property
     def decodes_only(self) -> bool:
@@ -73,9 +69,14 @@ def sixteen_bit(hardware: Hardware) -> ComputeDtype:
     return "fp32" if hardware.backend in ("cpu", "mps") else "fp16"
 
 
+def compute_dtype(precision: BasePrecision, hardware: Hardware) -> ComputeDtype:
+    """What is computed in: an unquantised base's own, else what the device has in hardware."""
+    return sixteen_bit(hardware) if precision == "nf4" or precision == "int8" else precision
+
+
 def _micro_batches(setting: Setting) -> Values:
     """Powers of two that divide the effective batch, up to 16, and the whole batch when it is small."""
-    whole = setting.effective_batch
+    whole = setting.base.effective_batch
     sizes = {n for n in (1, 2, 4, 8, 16) if whole % n == 0}
     return tuple(sorted(sizes | ({whole} if whole <= _LARGEST_MICRO_BATCH else set()), reverse=True))
 
@@ -170,4 +171,3 @@ LEVERS: tuple[Lever, ...] = (
     ),
     Lever("empty_cache", "what the allocator caches goes back after each step", lambda _: (False,)),
 )
-BY_NAME = {lever.name: lever for lever in LEVERS}

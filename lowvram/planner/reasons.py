@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowvram.data.stats import DataStats
-from lowvram.engine.config import StepConfig
+from lowvram.engine.config import QUANTIZED, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
 from lowvram.planner.arithmetic import resident_bytes
@@ -14,7 +14,7 @@ from lowvram.planner.levers import sixteen_bit
 from lowvram.planner.profiles import Profile
 from lowvram.planner.schedule import batch_factor
 from lowvram.planner.search import Search
-from lowvram.planner.variants import with_value
+from lowvram.planner.variants import said, with_value
 from lowvram.planner.wishes import Wishes
 from lowvram.units import format_bytes, format_count
 
@@ -73,7 +73,7 @@ def _why_compute(step: StepConfig, search: Search) -> str:
 
 def _why_precision(step: StepConfig, search: Search, prefer: str) -> str:
     """By what the next more exact base would take."""
-    if step.base_precision not in ("int8", "nf4"):
+    if step.base_precision not in QUANTIZED:
         return "16 bits fit, so nothing is dequantised"
     more_exact = "int8" if step.base_precision == "nf4" else sixteen_bit(search.hardware)
     needed = resident_bytes(with_value(step, "base_precision", more_exact), search.model.shape)
@@ -117,7 +117,7 @@ def _length(
 
 
 def _batch(step: StepConfig, wishes: Wishes, prefer: str) -> str:
-    whole = step.micro_batch * step.accumulation
+    whole = step.effective_batch
     if step.accumulation == 1:
         return f"{whole} examples an update in one forward pass: they fit together"
     if step.packing:
@@ -130,7 +130,7 @@ def _batch(step: StepConfig, wishes: Wishes, prefer: str) -> str:
 def _packing(step: StepConfig, search: Search, wishes: Wishes, stats: DataStats | None) -> Iterator[str]:
     if stats is None and wishes.packing is None:
         return
-    whole = step.micro_batch * step.accumulation
+    whole = step.effective_batch
     work = search.work(step.seq_len, whole)
     if step.packing:
         passes, padding = work.tokens(step.micro_batch, packing=True).passes, work.padding(min(4, whole))
@@ -151,7 +151,7 @@ def _why_unpacked(step: StepConfig, search: Search) -> str:
 
 
 def _learning_rate(step: StepConfig, profile: Profile, wishes: Wishes) -> Iterator[str]:
-    whole = step.micro_batch * step.accumulation
+    whole = step.effective_batch
     if wishes.learning_rate or whole == profile.effective_batch:
         return
     own = f"the profile's {profile.learning_rate:g} for {profile.effective_batch} examples"
@@ -202,14 +202,9 @@ def _why_checkpointing(step: StepConfig, pinned: bool, prefer: str) -> str:
     return "on, keeping all activations does not fit"
 
 
-def said(value: bool | int | str) -> str:
-    """A setting as it is typed."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-
-
 def _unquantized(shape: ModelShape, step: StepConfig) -> list[str]:
     """A mixture's experts are no linear layers in transformers 5: bitsandbytes leaves them in 16 bits."""
-    if step.base_precision not in ("nf4", "int8") or not shape.stacked_parameters:
+    if step.base_precision not in QUANTIZED or not shape.stacked_parameters:
         return []
     experts = format_count(shape.stacked_parameters)
     return [

@@ -10,7 +10,7 @@ from typing import Any
 from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.planner.arithmetic import logit_bytes, saved_by_head
-from lowvram.planner.levers import LEVERS, Setting, Values
+from lowvram.planner.levers import LEVERS, Setting, Values, compute_dtype
 from lowvram.planner.variants import split, value_of, with_kept, with_value
 
 ALL = "all"  # layers keep their activations: nothing is recomputed
@@ -140,10 +140,9 @@ def _step(setting: Setting, chosen: Mapping[str, Any], kept: Any, packing: bool)
     levers = {name: value for name, value in chosen.items() if hasattr(base.levers, name)}
     levers |= {"gradient_checkpointing": kept != ALL, "kept_layers": 0 if kept == ALL else kept}
     precision = chosen["base_precision"]
-    computes = base.compute_dtype if precision in ("nf4", "int8") else precision
     changes = {
         "base_precision": precision,
-        "compute_dtype": computes,
+        "compute_dtype": compute_dtype(precision, setting.hardware),
         "optimizer": chosen["optimizer"],
         "packing": packing,
         "levers": base.levers.model_copy(update=levers),

@@ -103,17 +103,13 @@ class TimeModel:
         adapters = self.shape.n_trainable(step.target_modules, step.rank) * (6 + 2 * again) * tokens.computed
         attention = 2 * self.shape.n_layers * self.shape.hidden_size * (3.5 + again) * tokens.squares
         chunk = min(step.levers.loss_chunk_tokens, max(tokens.trained / tokens.passes, 1.0))
-        head = 4 * self.head_parameters * tokens.trained * (1 + _ROWS_BUSY / chunk)
+        head = 4 * self.shape.table_parameters * tokens.trained * (1 + _ROWS_BUSY / chunk)
         return body + adapters + attention + head
-
-    @property
-    def head_parameters(self) -> int:
-        return self.shape.vocab_size * self.shape.hidden_size
 
     @property
     def body_parameters(self) -> int:
         """All but embedding and head."""
-        ends = self.head_parameters * (1 if self.shape.tied else 2)
+        ends = self.shape.table_parameters * (1 if self.shape.tied else 2)
         return self.shape.n_parameters - ends
 
     def _dequantised_bytes(self, step: StepConfig, tokens: Tokens, tiles: float) -> float:
@@ -123,11 +119,10 @@ class TimeModel:
             a_weight = _STORED_BYTES[step.base_precision] + _WRITTEN_AND_READ
             nested = step.base_precision == "nf4" and step.levers.double_quantization
             sweeps = (2 + self._recomputed(step)) * tokens.passes * tiles
-            linear = sum(one.n_in * one.n_out * one.count for one in self.shape.linears)
-            total += linear * a_weight * sweeps * (_NESTED_SCALES if nested else 1.0)
+            total += self.shape.linear_parameters * a_weight * sweeps * (_NESTED_SCALES if nested else 1.0)
         if step.levers.head in _STORED_BYTES:
             a_weight = _STORED_BYTES[step.levers.head] + _WRITTEN_AND_READ
-            total += self.head_parameters * a_weight * 2 * self._chunks(step, tokens)
+            total += self.shape.table_parameters * a_weight * 2 * self._chunks(step, tokens)
         return total
 
     def _chunks(self, step: StepConfig, tokens: Tokens) -> float:
@@ -143,7 +138,7 @@ class TimeModel:
         if levers.embedding_on_host:
             waited, share = waited + row, share + _EMBEDDING_SHARE
         if levers.head == "streamed":
-            waited += 2 * 2 * self.head_parameters * self._chunks(step, tokens)
+            waited += 2 * 2 * self.shape.table_parameters * self._chunks(step, tokens)
             share += _STREAMED_SHARE
         seconds = waited / self.rates.host_bytes_per_second
         if levers.offload_checkpoints:

@@ -24,10 +24,16 @@ def value_of(step: StepConfig, name: str) -> Any:
     return getattr(step.levers if name in Levers.model_fields else step, name)
 
 
+def said(value: Any) -> str:
+    """A setting as it is typed."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
 def split(step: StepConfig, micro_batch: int) -> StepConfig:
     """The same effective batch in micro-batches of another size."""
-    whole = step.micro_batch * step.accumulation
-    return step.model_copy(update={"micro_batch": micro_batch, "accumulation": whole // micro_batch})
+    return step.model_copy(
+        update={"micro_batch": micro_batch, "accumulation": step.effective_batch // micro_batch}
+    )
 
 
 def with_kept(step: StepConfig, kept_layers: int) -> StepConfig:

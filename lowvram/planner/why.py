@@ -8,11 +8,10 @@ from pydantic import ValidationError
 
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.frozen import Frozen
-from lowvram.planner.first_step import Request, compute_dtype
-from lowvram.planner.levers import LEVERS, Lever, Setting
-from lowvram.planner.reasons import said
+from lowvram.planner.first_step import Request
+from lowvram.planner.levers import LEVERS, Lever, Setting, compute_dtype
 from lowvram.planner.search import Search
-from lowvram.planner.variants import value_of, with_value
+from lowvram.planner.variants import said, value_of, with_value
 from lowvram.units import format_bytes
 
 _TILING = ("tile_tokens", "offload_checkpoints")
