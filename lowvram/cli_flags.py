@@ -27,6 +27,21 @@ Packing = Annotated[
     bool | None, typer.Option("--packing/--no-packing", help="Examples in one row instead of padding.")
 ]
 RsLora = Annotated[bool | None, typer.Option("--rslora/--no-rslora", help="Scale by alpha/sqrt(r).")]
+Bias = Annotated[
+    str | None, typer.Option(help="Biases that train: none, all, or lora_only (adapted layers').")
+]
+Init = Annotated[
+    str | None,
+    typer.Option(help="Adapter's start: default, pissa, olora, loftq, eva, lora_ga or lora_one."),
+]
+Dora = Annotated[
+    bool | None, typer.Option("--dora/--no-dora", help="DoRA: magnitude and direction train apart.")
+]
+LoraPlus = Annotated[float | None, typer.Option(help="LoRA+: learning rate of B over that of A, such as 16.")]
+LoraFa = Annotated[bool | None, typer.Option("--lora-fa/--no-lora-fa", help="LoRA-FA: only B trains.")]
+InferenceMode = Annotated[
+    bool, typer.Option("--inference-mode", help="Plan for using an adapter: nothing trains.")
+]
 NoOffload = Annotated[bool, typer.Option("--no-offload", help="Keep nothing of the step in host memory.")]
 Preference = Annotated[
     str | None, typer.Option("--prefer", help="speed (fastest that fits), context or quality.")

@@ -13,6 +13,8 @@ ComputeDtype = Literal["bf16", "fp16", "fp32"]
 TaskType = Literal["CAUSAL_LM", "SEQ2SEQ_LM"]
 HeadKind = Literal["16bit", "nf4", "int8", "streamed"]
 OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+Bias = Literal["none", "all", "lora_only"]
+AdapterInit = Literal["default", "pissa", "olora", "loftq", "eva", "lora_ga", "lora_one"]
 QUANTIZED = ("int8", "nf4")  # of a base and of a head
 TILE_ROWS = 8192  # of a head read in tiles: 59 MB of Qwen2-7B's in bf16, whose 152,064 rows take 1.09 GB
 
@@ -90,12 +92,21 @@ class StepConfig(Frozen):
         16, gt=0, description="LoRA alpha; the update is scaled by alpha/r, or alpha/sqrt(r)"
     )
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
-    bias: Literal["none"] = Field("none", description="which bias vectors train")
+    bias: Bias = Field(
+        "none", description="which bias vectors train: all, or the adapted layers' (lora_only)"
+    )
     use_rslora: bool = Field(False, description="scale by alpha/sqrt(r) (arXiv 2312.03732)")
     target_modules: tuple[str, ...] = Field(
         ("q_proj", "v_proj"), min_length=1, description="linear layers that get an adapter"
     )
-    init: Literal["default"] = Field("default", description="adapter initialisation: A random, B zero")
+    init: AdapterInit = Field("default", description="adapter initialisation; default: A random, B zero")
+    init_batches: int = Field(8, ge=1, description="micro-batches that eva, lora_ga and lora_one look at")
+    use_dora: bool = Field(False, description="magnitude and direction train apart (DoRA, arXiv 2402.09353)")
+    lora_plus_ratio: float = Field(
+        1.0, ge=1, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354)"
+    )
+    freeze_a: bool = Field(False, description="only B trains (LoRA-FA, arXiv 2308.03303)")
+    inference_mode: bool = Field(False, description="the adapter is only used: nothing trains")
     seq_len: int = Field(1024, ge=8, description="longest sequence, tokens; of a T5-type model its source")
     target_len: int | None = Field(None, ge=1, description="longest target of a T5-type model, tokens")
     micro_batch: int = Field(1, ge=1, description="sequences in one forward pass")

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from lowvram.engine.config import BasePrecision, Levers, OptimizerName
+from lowvram.engine.config import AdapterInit, BasePrecision, Bias, Levers, OptimizerName
 from lowvram.errors import ConfigError
 from lowvram.frozen import Frozen
 from lowvram.planner.profiles import Prefer
@@ -51,6 +51,12 @@ class Wishes(Frozen):
     micro_batch: int | None = Field(None, ge=1, le=1 << 16)
     packing: bool | None = None
     rslora: bool | None = None
+    bias: Bias | None = None
+    init: AdapterInit | None = None
+    dora: bool | None = None
+    lora_plus: float | None = Field(None, ge=1, allow_inf_nan=False)
+    lora_fa: bool | None = None
+    inference_mode: bool = False
     no_offload: bool = False
     prefer: Prefer | None = None
     levers: str = "default"
