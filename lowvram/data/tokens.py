@@ -37,6 +37,7 @@ class Example:
     trained: bytes  # 0 or 1 for each token; the first is 0, for nothing predicts it
     where: str
     skipped_turns: int = 0  # earlier assistant turns that the template rewrites, so left untrained
+    source_ids: array[int] | None = None  # what an encoder reads; then input_ids is the target, all trained
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -144,7 +145,7 @@ def _rendered(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) ->
     if conversation.text is not None:
         return _Rendered(conversation.text, ((0, len(conversation.text)),))
     messages = conversation.messages
-    full = _render(conversation, len(messages), tokenizer)
+    full = render(conversation, len(messages), tokenizer)
     turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
     spans = [_span(conversation, i, full, tokenizer) for i in turns]
     if not spans or spans[-1] is None or turns[-1] != len(messages) - 1:
@@ -162,8 +163,8 @@ def _span(
     """Characters of assistant turn `turn`; None if `full` shows it, or what precedes it, differently."""
     last = turn == len(conversation.messages) - 1
     try:
-        prompt = _render(conversation, turn, tokenizer, prompt=True)
-        through = full if last else _render(conversation, turn + 1, tokenizer)
+        prompt = render(conversation, turn, tokenizer, prompt=True)
+        through = full if last else render(conversation, turn + 1, tokenizer)
     except DataError:
         if last:
             raise
@@ -173,7 +174,7 @@ def _span(
     return None
 
 
-def _render(
+def render(
     conversation: Conversation, turns: int, tokenizer: PreTrainedTokenizerBase, *, prompt: bool = False
 ) -> str:
     try:
