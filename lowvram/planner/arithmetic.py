@@ -22,7 +22,7 @@ def resident_bytes(step: StepConfig, shape: ModelShape) -> float:
     ends = 0.0 if step.levers.embedding_on_host else shape.table_parameters * wide
     if not (shape.tied and step.levers.head == "16bit"):
         ends += shape.table_parameters * head
-    adapters = shape.n_trainable(step.target_modules, step.rank) * (8 + _STATE_BYTES[step.optimizer])
+    adapters = shape.n_trainable(step) * (8 + _STATE_BYTES[step.optimizer])
     return shape.linear_parameters * a_weight + shape.stacked_parameters * wide + ends + adapters
 
 

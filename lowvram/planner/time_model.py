@@ -100,7 +100,7 @@ class TimeModel:
         again = self._recomputed(step)
         tiled = (_CPU_TILED_PASSES if self.on_cpu else _TILED_PASSES) if tiles > 1 else 0.0
         body = self.body_parameters * (4 + 2 * again + tiled) * tokens.computed
-        adapters = self.shape.n_trainable(step.target_modules, step.rank) * (6 + 2 * again) * tokens.computed
+        adapters = self.shape.n_trainable(step) * (6 + 2 * again) * tokens.computed
         attention = 2 * self.shape.n_layers * self.shape.hidden_size * (3.5 + again) * tokens.squares
         chunk = min(step.levers.loss_chunk_tokens, max(tokens.trained / tokens.passes, 1.0))
         head = 4 * self.shape.table_parameters * tokens.trained * (1 + _ROWS_BUSY / chunk)
@@ -147,7 +147,7 @@ class TimeModel:
         return seconds + share * busy
 
     def _optimizer(self, step: StepConfig, busy: float) -> float:
-        n = self.shape.n_trainable(step.target_modules, step.rank)
+        n = self.shape.n_trainable(step)
         seconds = n * _OPTIMIZER_BYTES[step.optimizer] / self.rates.memory_bytes_per_second
         if step.optimizer == "paged_adamw8bit" and not self.on_cpu:
             seconds += n * _PAGED_BYTES / self.rates.host_bytes_per_second + _PAGED_SHARE * busy
