@@ -182,12 +182,12 @@ def test_bf16_is_near_float64(p: float) -> None:
 
 
 def test_a_small_change_of_a_magnitude_is_felt_in_bf16() -> None:
-    """Rows 0.1 % longer: bf16 has no such gain near 1, so g - 1 is what is rounded."""
+    """Rows 0.3 % longer: the bf16 nearest to such a gain is 1, so g - 1 is what is rounded."""
     torch.manual_seed(1)
     ours, _ = _pair(nn.Linear(N_IN, N_OUT, bias=False).bfloat16())
     start_magnitudes(nn.Sequential(ours))
     x = torch.randn(2000, N_IN).bfloat16()
     before = ours(x).detach().double()
-    ours.lora_magnitude_vector["default"].weight.data *= 1.001
+    ours.lora_magnitude_vector["default"].weight.data *= 1.003
     slope = float((ours(x).detach().double() * before).sum() / before.square().sum())
-    assert 1.0008 < slope < 1.0012
+    assert 1.0027 < slope < 1.0033
