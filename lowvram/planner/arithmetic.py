@@ -35,7 +35,8 @@ def kept_bytes(step: StepConfig, shape: ModelShape) -> float:
 def floor_bytes(step: StepConfig, shape: ModelShape) -> float:
     """What is resident, and the inputs of all layers, which are there at the end of the forward pass."""
     inputs = 2 * shape.hidden_size * shape.n_layers * step.micro_batch * step.seq_len
-    return resident_bytes(step, shape) + (0 if step.levers.offload_checkpoints else inputs)
+    kept = not (step.levers.offload_checkpoints or step.inference_mode)
+    return resident_bytes(step, shape) + (inputs if kept else 0)
 
 
 def working_bytes(step: StepConfig, shape: ModelShape) -> tuple[float, float]:
