@@ -25,7 +25,7 @@ Dropout = Annotated[
 Targets = Annotated[
     str | None,
     typer.Option(
-        help="Adapted layers: qv (q_proj and v_proj, the smallest set), attention, all-linear, or names a,b,c "
+        help="Adapted layers: qv (q_proj and v_proj, the smallest set), attention, all-linear, or a list a,b "
         "(default: the profile's)."
     ),
 ]
