@@ -177,7 +177,7 @@ class TimeModel:
     def _launches(self, step: StepConfig, tokens: Tokens, tiles: float, busy: float) -> float:
         """A CPU computes after it has dispatched; a GPU computes beside it."""
         per_layer = _CPU_LAUNCH_SECONDS if self.on_cpu else _LAUNCH_SECONDS
-        sweeps = 1 + self._recomputed(step) / 3
+        sweeps = 1 / 3 if step.inference_mode else 1 + self._recomputed(step) / 3  # backward has two
         seconds = tokens.passes * tiles * self.shape.n_layers * per_layer * sweeps
         if self.on_cpu:
             return seconds
