@@ -88,6 +88,10 @@ def needs_on_disk(planned: Planned) -> tuple[int | None, int]:
 
 
 def run_bytes(plan: Plan) -> int:
-    """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files."""
+    """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files.
+
+    A frozen A is about as large as B, and has no moments.
+    """
     adapter = 4 * plan.n_trainable
-    return 3 * adapter * (_CHECKPOINTS_KEPT + 1) + adapter + RUN_FILES_BYTES
+    moments, files = 2 * adapter, adapter * (2 if plan.freeze_a else 1)
+    return (moments + files) * (_CHECKPOINTS_KEPT + 1) + files + RUN_FILES_BYTES

@@ -131,6 +131,12 @@ class StepConfig(Frozen):
             raise ValueError("packing is for decoder-only models: leave it off for SEQ2SEQ_LM")
         return self
 
+    @model_validator(mode="after")
+    def _has_two_rates_for_two_factors(self) -> StepConfig:
+        if self.freeze_a and self.lora_plus_ratio != 1:
+            raise ValueError("lora_plus_ratio is B's learning rate over A's: freeze_a leaves A none")
+        return self
+
     @property
     def effective_batch(self) -> int:
         """Sequences in one optimizer step."""

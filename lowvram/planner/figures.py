@@ -22,5 +22,5 @@ def figures(search: Search, step: StepConfig, schedule: Schedule, stats: DataSta
         "seconds_per_step": round(seconds, 3),
         "seconds_in_all": round(search.time.run_seconds(seconds, schedule, stats, step.effective_batch), 1),
         "n_parameters": shape.n_parameters,
-        "n_trainable": shape.n_trainable(step.target_modules, step.rank),
+        "n_trainable": shape.n_trainable(step),
     }

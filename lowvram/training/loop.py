@@ -14,7 +14,7 @@ from accelerate.utils import AutocastKwargs, set_seed
 from torch import nn
 from transformers import get_scheduler
 
-from lowvram.engine.adapters import add_adapters, trainable
+from lowvram.engine.adapters import adapter_parameters, add_adapters, trainable
 from lowvram.engine.model import load
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
@@ -136,7 +136,7 @@ def _set_up(
     view.note(f"Loading {plan.model} in {plan.base_precision} on {accelerator.device}")
     model = add_adapters(load(source, plan, str(accelerator.device)), plan).train()
     loss_of = SummedLoss(model, plan)
-    optimizer = make_optimizer(trainable(model).values(), plan, plan.learning_rate)
+    optimizer = make_optimizer(trainable(model), plan, plan.learning_rate)
     name = "constant_with_warmup" if plan.schedule == "constant" else plan.schedule
     scheduler = get_scheduler(name, optimizer, plan.warmup_steps, plan.total_steps)
     loss_of, optimizer = accelerator.prepare(loss_of, optimizer)
@@ -190,7 +190,7 @@ def _resume(run: Run) -> None:
         raise ConfigError(
             f"{newest} was written under another plan.", "Restore plan.yaml, or start a new run elsewhere."
         )
-    parameters = trainable(run.model)
+    parameters = adapter_parameters(run.model)
     with torch.no_grad():
         for name, value in state.adapter.items():
             parameters[name].copy_(value)
@@ -302,7 +302,7 @@ def _save(run: Run, epoch: int) -> None:
             epoch=epoch,
             step_in_epoch=run.step % run.data.steps_per_epoch,
             plan_sha256=run.plan.sha256,
-            adapter={name: p.detach() for name, p in trainable(run.model).items()},
+            adapter={name: p.detach() for name, p in adapter_parameters(run.model).items()},
             optimizer=run.optimizer.state_dict(),
             scheduler=run.scheduler.state_dict(),
             rng=checkpoint.collect_rng(),
