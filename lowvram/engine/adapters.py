@@ -12,8 +12,10 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowvram.engine.adapter_start import add_start
 from lowvram.engine.config import StepConfig
 from lowvram.engine.lora import lora_linear
+from lowvram.engine.model import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +71,8 @@ def add_adapters(model: PreTrainedModel, step: StepConfig) -> PeftModel:
     config._register_custom_module(ours)
     config.fan_in_fan_out = any(Conv1D in (type(m), getattr(m, "source_cls", None)) for m in model.modules())
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if step.subtracts_start:
+        add_start(peft_model, DTYPES[step.compute_dtype])
     if step.levers.gradient_checkpointing and not step.levers.tiles:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return peft_model

@@ -84,6 +84,12 @@ class TracedHost(Host):
     def to_device(self, made: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(made) if self._is_apart else made
 
+    def added(self, total: torch.Tensor | None, made: torch.Tensor) -> torch.Tensor:
+        if total is not None or not self._is_apart:
+            return made if total is None else total
+        with self.at_work():
+            return torch.empty_like(made)
+
 
 def _evaluate(loss_of: nn.Module, batches: list[Batch]) -> None:
     loss_of.eval()

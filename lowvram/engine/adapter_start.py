@@ -1,0 +1,111 @@
+"""What an adapter starts from, where that is not zero: kept beside it, subtracted, stored and exported."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lowvram.engine.config import StepConfig
+
+ADAPTER = "default"  # peft's name of the one that trains
+_START = ("start_a", "start_b")
+_CAPTURE = "lowvram_capture"
+Capture = Callable[[torch.Tensor], torch.Tensor]  # [.., in] -> [.., out]
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Name -> adapted layer, in the order in which the model has them."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def factors_of(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [r, in] and B [out, r]."""
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+
+
+def add_start(model: nn.Module, dtype: torch.dtype) -> None:
+    """Room for A0 and B0 in every adapted layer; zeros, which subtract nothing.
+
+    Args:
+        dtype: in which the adapter is multiplied; A and B start at values that it can hold.
+    """
+    for layer in lora_layers(model).values():
+        for name, factor in zip(_START, factors_of(layer), strict=True):
+            layer.register_buffer(name, torch.zeros_like(factor, dtype=dtype), persistent=False)
+
+
+def is_start(name: str) -> bool:
+    """Whether a buffer of this name is an A0 or B0."""
+    return name.rpartition(".")[2] in _START
+
+
+def start_of(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A0 and B0, None for a layer that subtracts nothing."""
+    return tuple(getattr(layer, name, None) for name in _START)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def set_factors(layer: Any, a: torch.Tensor, b: torch.Tensor) -> None:  # [r, in], [out, r]
+    """A and B; where the layer subtracts its start, that too, rounded alike, so that their difference is 0."""
+    for factor, start, value in zip(factors_of(layer), start_of(layer), (a, b), strict=True):
+        factor.copy_(value if start is None else value.to(start.dtype))
+        if start is not None:
+            start.copy_(factor)
+
+
+def difference_factors(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a0: torch.Tensor | None,
+    b0: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:  # twice [r, in] and [out, r] -> [r or 2r, in], [out, r or 2r]
+    """Two factors whose product, the second times the first, is B A - B0 A0 (B A without a start).
+
+    B A - B0 A0 = (B - B0) A + B0 (A - A0), with the differences taken in float32: at the start they are
+    exactly zero. With [A; A0] and [B, -B0], which are the same, 16 bits would round away every step shorter
+    than a 256th of what it started from.
+    """
+    if a0 is None or b0 is None:
+        return a.to(dtype), b.to(dtype)
+    down = torch.cat([a.to(dtype), (a - a0).to(dtype)])
+    return down, torch.cat([(b - b0).to(dtype), b0.to(dtype)], dim=1)
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> tensor of all that a resume needs: what trains, and what it started from."""
+    state = {n: p for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n}
+    return state | {n: buffer for n, buffer in model.named_buffers() if is_start(n)}
+
+
+def plain_adapter(model: Any, state: dict[str, torch.Tensor]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """An adapter that subtracts its start as one of plain peft, of rank 2r and the same scaling.
+
+    Args:
+        state: the adapter's own tensors by name.
+    """
+    config: LoraConfig = copy.deepcopy(model.peft_config[ADAPTER])
+    layers = lora_layers(model)
+    scaling = next(iter(layers.values())).scaling[ADAPTER]
+    config.r, config.use_rslora, config.lora_alpha = 2 * config.r, False, scaling * 2 * config.r
+    for name, layer in layers.items():
+        a, b = factors_of(layer)
+        down, up = difference_factors(a, b, *start_of(layer), a.dtype)
+        state[f"{name}.lora_A.{ADAPTER}.weight"], state[f"{name}.lora_B.{ADAPTER}.weight"] = down, up
+    return config, state
+
+
+def set_capture(layer: Any, capture: Capture | None) -> None:
+    """What runs instead of the layer, until it is None again."""
+    setattr(layer, _CAPTURE, capture)
+
+
+def capture_of(layer: Any) -> Capture | None:
+    found: Capture | None = getattr(layer, _CAPTURE, None)
+    return found
