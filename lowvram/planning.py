@@ -88,6 +88,13 @@ def needs_on_disk(planned: Planned) -> tuple[int | None, int]:
 
 
 def run_bytes(plan: Plan) -> int:
-    """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files."""
-    adapter = 4 * plan.n_trainable
-    return 3 * adapter * (_CHECKPOINTS_KEPT + 1) + adapter + RUN_FILES_BYTES
+    """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files.
+
+    An adapter that subtracts its start keeps that in the compute dtype in each checkpoint, and is saved at
+    twice its rank.
+    """
+    adapter, start = 4 * plan.n_trainable, 0
+    if plan.subtracts_start:
+        start = (4 if plan.compute_dtype == "fp32" else 2) * plan.n_trainable
+    saved = 2 * adapter if start else adapter
+    return (3 * adapter + start) * (_CHECKPOINTS_KEPT + 1) + saved + RUN_FILES_BYTES

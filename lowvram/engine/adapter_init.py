@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from lowvram.engine.gradient_init import Backward, groups_within, lora_ga, lora_
 from lowvram.engine.host import Host
 from lowvram.engine.loss import exact
 from lowvram.engine.singular import largest, seed_of
-from lowvram.engine.weight_init import Factors, Original, loftq, olora, pissa, weight_of
+from lowvram.engine.weight_init import Factors, Original, is_turned, loftq, olora, pissa, weight_of
 from lowvram.errors import ConfigError
 
 _MORE = 4  # times the rank is decomposed: LoRA-GA's q
@@ -126,8 +126,9 @@ def _require_finite(name: str, gradient: torch.Tensor) -> None:
     """Not finite in fp16 means an overflow; zero, that the layer has no part in the loss."""
     low, high = (float(value) for value in gradient.aminmax())
     if not low < high < float("inf") or low == float("-inf"):
+        what = "zero" if low == high == 0 else "not finite"
         raise ConfigError(
-            f"The gradient of {name} is {'zero' if low == high == 0 else 'not finite'}: it tells no direction.",
+            f"The gradient of {name} is {what}: it tells no direction.",
             "Use --init default, or other data.",
         )
 
@@ -150,7 +151,7 @@ def _from_inputs(
     found = principal_directions(loss_of, layers, batches, step.rank, means.seed, device)
     for name, layer in layers.items():
         means.enter(name)
-        directions = found.pop(name)  # [r, in]
+        directions = found.pop(name).found()  # [r, in]
         if directions is None:
             raise ConfigError(
                 f"init=eva at rank {step.rank}: no micro-batch has that many trained tokens.",
@@ -170,12 +171,14 @@ def _from_weights(layers: dict[str, Any], step: StepConfig, means: Means) -> Non
 
 
 def _of_weight(name: str, layer: Any, step: StepConfig, means: Means) -> Factors:
-    weight = weight_of(layer.base_layer)  # [out, in]
-    weight, seed = weight.to(exact(weight)), seed_of(means.seed, name)
+    held = weight_of(layer.base_layer)  # [out, in]
+    weight, seed = held.to(exact(held)), seed_of(means.seed, name)
     if step.init == "olora":
         return olora(weight, step.rank)
     if step.init == "pissa":
         return pissa(weight, step.rank, step.scaling, seed)
-    lost = means.host.to_device(means.original(name))
-    lost = (lost if lost.shape == weight.shape else lost.t()).to(weight.dtype) - weight
+    original = means.host.to_device(means.original(name).to(held.dtype))  # as it was when it was quantised
+    del held
+    lost = weight.neg_().add_(original.t() if is_turned(layer.base_layer) else original)
+    del original
     return loftq(lost, step.rank, step.scaling, seed)

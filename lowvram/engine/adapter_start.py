@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
-
-from lowvram.engine.config import StepConfig
 
 ADAPTER = "default"  # peft's name of the one that trains
 _START = ("start_a", "start_b")
@@ -52,7 +51,7 @@ def start_of(layer: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
 
 @torch.no_grad()
 def set_factors(layer: Any, a: torch.Tensor, b: torch.Tensor) -> None:  # [r, in], [out, r]
-    """A and B; where the layer subtracts its start, that too, rounded alike, so that their difference is 0."""
+    """A and B; where the layer subtracts its start, that too, rounded alike: their difference is 0."""
     for factor, start, value in zip(factors_of(layer), start_of(layer), (a, b), strict=True):
         factor.copy_(value if start is None else value.to(start.dtype))
         if start is not None:
@@ -84,21 +83,36 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state | {n: buffer for n, buffer in model.named_buffers() if is_start(n)}
 
 
-def plain_adapter(model: Any, state: dict[str, torch.Tensor]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """An adapter that subtracts its start as one of plain peft, of rank 2r and the same scaling.
+@contextmanager
+def saved_as_plain(model: Any) -> Iterator[dict[str, torch.Tensor] | None]:
+    """While it lasts, peft's save_pretrained writes the adapter as one that subtracts nothing.
 
-    Args:
-        state: the adapter's own tensors by name.
+    Of rank 2r and the same scaling: its A is [A; A - A0] and its B is [B - B0, B0]. None: as it is.
     """
-    config: LoraConfig = copy.deepcopy(model.peft_config[ADAPTER])
     layers = lora_layers(model)
-    scaling = next(iter(layers.values())).scaling[ADAPTER]
-    config.r, config.use_rslora, config.lora_alpha = 2 * config.r, False, scaling * 2 * config.r
+    first = next(iter(layers.values()))
+    if start_of(first)[0] is None:
+        yield None
+        return
+    own: LoraConfig = model.peft_config[ADAPTER]
+    plain = copy.deepcopy(own)
+    plain.r, plain.use_rslora, plain.lora_alpha = 2 * own.r, False, 2 * own.r * first.scaling[ADAPTER]
+    model.peft_config[ADAPTER] = plain
+    try:
+        yield _plain_tensors(model, layers)
+    finally:
+        model.peft_config[ADAPTER] = own
+
+
+def _plain_tensors(model: nn.Module, layers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What peft looks for by name: LoRA weights, and biases."""
+    tensors: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
     for name, layer in layers.items():
         a, b = factors_of(layer)
-        down, up = difference_factors(a, b, *start_of(layer), a.dtype)
-        state[f"{name}.lora_A.{ADAPTER}.weight"], state[f"{name}.lora_B.{ADAPTER}.weight"] = down, up
-    return config, state
+        factors = difference_factors(a, b, *start_of(layer), a.dtype)
+        for side, factor in zip("AB", factors, strict=True):
+            tensors[f"{name}.lora_{side}.{ADAPTER}.weight"] = factor.detach()
+    return tensors
 
 
 def set_capture(layer: Any, capture: Capture | None) -> None:

@@ -66,8 +66,8 @@ def principal_directions(
     rank: int,
     seed: int,
     device: torch.device,
-) -> dict[str, torch.Tensor | None]:  # -> [r, in]
-    """Of every adapted layer's inputs at the trained positions, in an evaluation pass of each batch.
+) -> dict[str, Directions]:
+    """Of every adapted layer's inputs at the trained positions, from an evaluation pass of each batch.
 
     Neighbours that read the same tensor, such as q, k and v, share their directions.
     """
@@ -86,7 +86,7 @@ def principal_directions(
         for layer in layers.values():
             set_capture(layer, None)
         loss_of.train(was_training)
-    return {name: reader.of(name).found() for name in layers}
+    return {name: reader.of(name) for name in layers}
 
 
 class _Reader:

@@ -23,7 +23,7 @@ from lowvram.engine.host import Host
 from lowvram.engine.loss import exact
 from lowvram.engine.singular import Singular
 
-GA_GAMMA = 16  # LoRA-GA's: arXiv 2407.05000, section 4.1 and the authors' stable_gamma
+GA_GAMMA = 16  # LoRA-GA's: the authors' stable_gamma
 ONE_GAMMA = 128  # LoRA-One's: the authors' conf/init/gradient.yaml
 _AT_ONCE = 512  # tokens whose X and dY are in float32 at one time: 46 MB of a layer of Qwen2-7B
 
@@ -34,8 +34,9 @@ Backward = Callable[[torch.Tensor], None]
 def lora_ga(found: Singular, rank: int) -> tuple[torch.Tensor, torch.Tensor]:  # -> [r, in], [out, r]
     """A = V[:, :r]^T and B = U[:, r:2r] of the gradient, both times out^(1/4) / sqrt(16).
 
-    LoRA-GA's equations for A and B and its scale for a stable output (arXiv 2407.05000, sections 3.2 and
-    3.3), with eta = alpha/sqrt(r). No singular values: peft 0.21 multiplies B with them, and leaves A unscaled.
+    LoRA-GA's directions and its scale for a stable output (arXiv 2407.05000, theorems 3.1 and 3.2; ArB2r and
+    stable in the authors' reproduce/run_exp.py), for eta = alpha/sqrt(r). No singular values: peft 0.21
+    multiplies B with them, and leaves A unscaled.
     """
     size = found.u.shape[0] ** 0.25 / GA_GAMMA**0.5
     return found.v[:, :rank].t() * size, found.u[:, rank : 2 * rank] * size

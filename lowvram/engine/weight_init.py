@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from lowvram.engine.int8 import Int8Linear
 from lowvram.engine.nf4 import nf4_values
 from lowvram.engine.singular import largest
-from lowvram.engine.source import ModelSource, local_shards
+from lowvram.engine.source import ModelSource, local_shards, read_safetensors_header
 from lowvram.errors import ConfigError
 
-_ROUNDS = 16  # PiSSA's own for its fast decomposition: arXiv 2404.02948, table 4
+_ROUNDS = 16  # of power iteration, as in PiSSA's own fast decomposition, peft's pissa_niter_16
 _MORE = 4  # times the rank is decomposed, so that the first r are right
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # A [r, in] and B [out, r]
@@ -33,6 +34,11 @@ def weight_of(base_layer: Any) -> torch.Tensor:  # -> [out, in]
     return weight.t() if isinstance(base_layer, Conv1D) else weight
 
 
+def is_turned(base_layer: Any) -> bool:
+    """Whether its weight is [in, out] on disk, as GPT-2's."""
+    return Conv1D in (type(base_layer), getattr(base_layer, "source_cls", None))
+
+
 def pissa(weight: torch.Tensor, rank: int, scaling: float, seed: int) -> Factors:  # [out, in]
     """s B A = the best rank-r approximation of W, shared evenly (PiSSA, arXiv 2404.02948, equations 2 and 3).
 
@@ -47,8 +53,8 @@ def pissa(weight: torch.Tensor, rank: int, scaling: float, seed: int) -> Factors
 def olora(weight: torch.Tensor, rank: int) -> Factors:  # [out, in]
     """B = the first r columns of Q and A = the first r rows of R, W = Q R (OLoRA, arXiv 2406.01775).
 
-    Householder's first r columns of Q are those of W's first r columns alone, and R = Q^T W: in place of Q and
-    R, as large as W, this makes r columns.
+    Householder's first r columns of Q are those of W's first r columns alone, and R = Q^T W: in place of Q
+    and R, as large as W, this makes r columns and r rows.
     """
     q = torch.linalg.qr(weight[:, :rank])[0]  # [out, r]
     return q.t() @ weight, q
@@ -67,11 +73,13 @@ class OriginalWeights:
     """A model's 16-bit weights on disk, one at a time."""
 
     def __init__(self, source: ModelSource) -> None:
-        self._files: dict[str, Path] = {}
-        for shard in local_shards(_folder(source)):
-            with safe_open(shard, framework="pt") as tensors:
-                self._files |= dict.fromkeys(tensors.keys(), shard)
-        self._model = source.name
+        self._source = source
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """Name of a tensor -> the file that has it."""
+        shards = local_shards(_folder(self._source))
+        return {name: shard for shard in shards for name in read_safetensors_header(shard)}
 
     def __call__(self, name: str) -> torch.Tensor:  # -> [out, in] as the file has it
         """Of a layer named as in the adapted model.
@@ -86,7 +94,7 @@ class OriginalWeights:
                     weight: torch.Tensor = tensors.get_tensor(known)
                 return weight
         raise ConfigError(
-            f"LoftQ needs the weights before they were quantised, and the files of '{self._model}' have no "
+            f"LoftQ needs the weights before they were quantised, and the files of '{self._source.name}' have no "
             f"'{own}'.",
             "Use another --init: lora_ga and pissa need the quantised weights only.",
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowvram.engine.adapter_start import is_start
 from lowvram.engine.head import Nf4Head, TiledHead
 from lowvram.engine.int8 import Int8Linear
 from lowvram.engine.vocabulary import HostEmbedding, fill_embedding, fill_head
@@ -46,7 +47,7 @@ def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
     place_ends(recorder, base, ends)
     for name, buffer in model.named_buffers():
         recorder.at(name)
-        recorder.label(buffer, "base_weights")
+        recorder.label(buffer, "adapters" if is_start(name) else "base_weights")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             recorder.at(name)
