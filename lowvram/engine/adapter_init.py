@@ -11,7 +11,7 @@ from torch import nn
 
 from lowvram.engine.adapter_start import factors_of, lora_layers, set_factors
 from lowvram.engine.batch import Batch
-from lowvram.engine.config import GRADIENT_INITS, StepConfig
+from lowvram.engine.config import GRADIENT_INITS, RANKS_TAKEN, StepConfig
 from lowvram.engine.eva_init import principal_directions
 from lowvram.engine.gradient_init import Backward, groups_within, lora_ga, lora_one, summed_gradients
 from lowvram.engine.host import Host
@@ -65,14 +65,9 @@ def initialise(
             _from_weights(layers, step, means)
 
 
-def least_width(init: str, rank: int) -> int:
-    """Of a layer, for it to have the directions that a method takes: LoRA-GA's A and B take r each."""
-    return 2 * rank if init == "lora_ga" else rank
-
-
 def require_rank(step: StepConfig, layers: dict[str, Any]) -> None:
     """Raises: ConfigError, where a layer is too narrow."""
-    needed = least_width(step.init, step.rank)
+    needed = RANKS_TAKEN[step.init] * step.rank
     for name, layer in layers.items():
         a, b = factors_of(layer)
         width = min(a.shape[1], b.shape[0])
@@ -80,7 +75,7 @@ def require_rank(step: StepConfig, layers: dict[str, Any]) -> None:
             most = width * step.rank // needed
             raise ConfigError(
                 f"init={step.init} at rank {step.rank} takes {needed} directions, and {name} has {width}.",
-                f"Use --rank {most} or less.",
+                f"Use --rank {most} or less." if most else "Use --init default, or other --targets.",
             )
 
 

@@ -18,6 +18,10 @@ AdapterInit = Literal["default", "pissa", "olora", "loftq", "eva", "lora_ga", "l
 QUANTIZED = ("int8", "nf4")  # of a base and of a head
 GRADIENT_INITS = ("lora_ga", "lora_one")  # made from the gradient of the whole weight
 DATA_INITS = (*GRADIENT_INITS, "eva")  # look at the first micro-batches
+RANKS_TAKEN: dict[AdapterInit, int] = {  # of a layer's directions, times r; none: A is random, B zero
+    **dict.fromkeys(("pissa", "olora", "loftq", "eva", "lora_one"), 1),
+    "lora_ga": 2,  # A takes the first r, B the next
+}
 DIFFERENCE_INITS = ("pissa", "olora", "lora_ga")  # start at B A != 0, which is subtracted again
 TILE_ROWS = 8192  # of a head read in tiles: 59 MB of Qwen2-7B's in bf16, whose 152,064 rows take 1.09 GB
 

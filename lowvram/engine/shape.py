@@ -83,6 +83,10 @@ class ModelShape(Frozen):
         """Of the largest target layer: above it an adapter adds parameters and no freedom."""
         return max(min(linear.n_in, linear.n_out) for linear in self._adapted(targets))
 
+    def narrowest(self, targets: Sequence[str]) -> int:
+        """The least width of any target layer: so many directions they all have."""
+        return min(min(linear.n_in, linear.n_out) for linear in self._adapted(targets))
+
     def n_trainable(self, targets: Sequence[str], rank: int) -> int:
         """r * (in + out) for every targeted linear layer."""
         return sum(rank * (linear.n_in + linear.n_out) * linear.count for linear in self._adapted(targets))

@@ -94,8 +94,8 @@ class OriginalWeights:
                     weight: torch.Tensor = tensors.get_tensor(known)
                 return weight
         raise ConfigError(
-            f"LoftQ needs the weights before they were quantised, and the files of '{self._source.name}' have no "
-            f"'{own}'.",
+            f"LoftQ needs '{own}' as it was before it was quantised, and the files of "
+            f"'{self._source.name}' do not have it.",
             "Use another --init: lora_ga and pissa need the quantised weights only.",
         )
 
