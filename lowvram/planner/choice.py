@@ -80,7 +80,7 @@ def _of_higher_rank(
     profile, wishes = request.profile, request.wishes
     if wishes.rank is not None:
         return
-    most = min(profile.largest_rank, largest_rank(wishes, search.model.shape, base.target_modules))
+    most = min(profile.largest_rank, largest_rank(base.init, search.model.shape, base.target_modules))
     doublings = itertools.takewhile(lambda rank: rank <= most, (profile.rank << n for n in range(1, 20)))
     for rank in reversed(list(doublings)):
         raised = with_adapter(base, rank, profile, wishes)

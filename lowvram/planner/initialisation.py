@@ -23,18 +23,14 @@ _WHY = {
 }
 
 
-def init_of(wishes: Wishes) -> AdapterInit:
-    return wishes.init or "default"
-
-
 def scales_as_in_paper(wishes: Wishes) -> bool:
-    """LoRA-GA's and LoRA-One's scale of A and B is derived for alpha/sqrt(r), and they run with alpha = 16."""
+    """LoRA-GA's and LoRA-One's scale of A and B is for alpha/sqrt(r), and they run with alpha = 16."""
     return wishes.init in GRADIENT_INITS and wishes.rslora is not False
 
 
-def largest_rank(wishes: Wishes, shape: ModelShape, targets: Sequence[str]) -> int:
+def largest_rank(init: AdapterInit, shape: ModelShape, targets: Sequence[str]) -> int:
     """Above it an adapter adds no freedom, or its initialisation has no directions left."""
-    taken = RANKS_TAKEN.get(init_of(wishes))
+    taken = RANKS_TAKEN.get(init)
     return shape.full_rank(targets) if taken is None else shape.narrowest(targets) // taken
 
 
@@ -42,11 +38,11 @@ def refusals(
     wishes: Wishes, rank: int, shape: ModelShape, targets: Sequence[str], pinned: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """What an initialisation cannot go with: (message, remedy)."""
-    init = init_of(wishes)
+    init = wishes.init or "default"
     if init == "default":
         return
-    most = largest_rank(wishes, shape, targets)
-    if rank > most:
+    most = largest_rank(init, shape, targets)
+    if most < rank <= shape.full_rank(targets):  # above that it is refused whatever the initialisation
         directions = f"{RANKS_TAKEN[init] * rank} directions of every target layer"
         yield (
             f"--init {init} at rank {rank} takes {directions}, and the narrowest has "
@@ -55,7 +51,7 @@ def refusals(
         )
     if wishes.dora:
         yield (
-            f"--init {init} and --dora contradict each other: DoRA's magnitudes are those of the base itself.",
+            f"--init {init} and --dora contradict each other: DoRA's magnitudes are of the base itself.",
             "Leave one of them out.",
         )
     if wishes.inference_mode:
@@ -81,9 +77,9 @@ def _eva(shape: ModelShape, pinned: dict[str, Any]) -> Iterator[tuple[str, str]]
 
 def allows(step: StepConfig, base_precision: str, tiles: bool) -> bool:
     """Whether a candidate of the search suits the initialisation."""
-    return not (step.init == "loftq" and base_precision not in QUANTIZED) and not (
-        step.init == "eva" and tiles
-    )
+    if step.init == "loftq":
+        return base_precision in QUANTIZED
+    return not (step.init == "eva" and tiles)
 
 
 def seconds(step: StepConfig, step_seconds: float, passes: float) -> float:

@@ -19,7 +19,8 @@ from lowvram.planner.variants import with_kept
 from lowvram.units import GiB
 
 if TYPE_CHECKING:
-    from lowvram.planner.plan import Plan
+    from lowvram.planner.initialisation import largest_rank
+from lowvram.planner.plan import Plan
 
 CARDS_GIB = (8, 10, 11, 12, 16, 24)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -181,7 +182,7 @@ def _largest_seq_len(needs: list[LengthNeed], room_bytes: int) -> int:
 
 def _largest_rank(plan: Plan, search: Search) -> int:
     """The plan's rank doubled as often as it fits, all else as planned but that all layers recompute."""
-    limit = min(search.model.shape.full_rank(plan.target_modules), _LARGEST_RANK)
+    limit = min(largest_rank(plan.init, search.model.shape, plan.target_modules), _LARGEST_RANK)
 
     def fits(rank: int) -> bool:
         step = with_kept(plan.step, 0).model_copy(update={"rank": rank})
