@@ -117,9 +117,9 @@ def _plain_tensors(model: nn.Module, layers: dict[str, Any]) -> dict[str, torch.
 
 def set_capture(layer: Any, capture: Capture | None) -> None:
     """What runs instead of the layer, until it is None again."""
-    setattr(layer, _CAPTURE, capture)
+    vars(layer)[_CAPTURE] = capture  # past nn.Module, which would make a child of a base layer
 
 
 def capture_of(layer: Any) -> Capture | None:
-    found: Capture | None = getattr(layer, _CAPTURE, None)
+    found: Capture | None = vars(layer).get(_CAPTURE)
     return found
