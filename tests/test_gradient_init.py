@@ -294,11 +294,7 @@ def test_traced_initialisation_equals_the_executed_one(init: str, tmp_path: Path
     step = StepConfig(init=init, rank=4, seq_len=256, target_modules=_TARGETS, levers=levers)
     source = ModelSource(str(tmp_path))
     trace = trace_step(source.config, step, "cpu")
-    held = sum(
-        a.n_bytes
-        for a in trace.allocations
-        if a.component in LOSS_WEIGHTS and a.component != "optimizer_state"
-    )
+    held = sum(a.n_bytes for a in trace.allocations if a.component in RESIDENT)
     predicted = estimate_of(trace, step, "cpu").phases_bytes["initialisation"]
     model = add_adapters(load(source, step, "cpu"), step).train()
     loss_of = SummedLoss(model, step)
