@@ -41,7 +41,12 @@ def _stops_after(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_report", stopped)
 
 
-@pytest.mark.parametrize("init", RANKS_TAKEN)
+_QUICK = ("lora_ga", "loftq")  # the others take 20 seconds each as well
+
+
+@pytest.mark.parametrize(
+    "init", [i if i in _QUICK else pytest.param(i, marks=pytest.mark.slow) for i in RANKS_TAKEN]
+)
 def test_a_run_is_initialised_once_resumed_and_saved(
     init: str, tiny_home: Path, tmp_path: Path, command: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,9 +64,8 @@ def test_a_run_is_initialised_once_resumed_and_saved(
     monkeypatch.setattr(start, "initialise", lambda *_: pytest.fail("initialised again"))
     assert command("resume", tmp_path / "parted")[0] == 0
     assert _losses(tmp_path / "parted") == losses
-    ours, theirs = (
-        load_file(tmp_path / n / "adapter/adapter_model.safetensors") for n in ("whole", "parted")
-    )
+    saved = (tmp_path / name / "adapter/adapter_model.safetensors" for name in ("whole", "parted"))
+    ours, theirs = map(load_file, saved)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert {t.shape[0] for n, t in ours.items() if "lora_A" in n} == {4 if init in DIFFERENCE_INITS else 2}
 

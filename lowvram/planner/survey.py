@@ -12,6 +12,7 @@ from lowvram.frozen import Frozen
 from lowvram.hardware import Hardware, card_of_size
 from lowvram.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT
 from lowvram.planner.host_memory import longest_on_host
+from lowvram.planner.initialisation import largest_rank
 from lowvram.planner.levers import LEVERS
 from lowvram.planner.profiles import budget, profile_for
 from lowvram.planner.search import Freedom, Search
@@ -19,8 +20,7 @@ from lowvram.planner.variants import with_kept
 from lowvram.units import GiB
 
 if TYPE_CHECKING:
-    from lowvram.planner.initialisation import largest_rank
-from lowvram.planner.plan import Plan
+    from lowvram.planner.plan import Plan
 
 CARDS_GIB = (8, 10, 11, 12, 16, 24)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
