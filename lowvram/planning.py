@@ -90,8 +90,13 @@ def needs_on_disk(planned: Planned) -> tuple[int | None, int]:
 def run_bytes(plan: Plan) -> int:
     """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files.
 
-    A frozen A is about as large as B, and has no moments.
+    A frozen A is about as large as B, and has no moments. An adapter that subtracts its start keeps that in
+    the compute dtype in each checkpoint, and is saved at twice its rank.
     """
     adapter = 4 * plan.n_trainable
     moments, files = 2 * adapter, adapter * (2 if plan.freeze_a else 1)
-    return (moments + files) * (_CHECKPOINTS_KEPT + 1) + files + RUN_FILES_BYTES
+    start = 0
+    if plan.subtracts_start:
+        start = files if plan.compute_dtype == "fp32" else files // 2
+    saved = 2 * files if start else files
+    return (moments + files + start) * (_CHECKPOINTS_KEPT + 1) + saved + RUN_FILES_BYTES

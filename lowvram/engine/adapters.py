@@ -14,10 +14,12 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lowvram.engine.adapter_start import add_start
 from lowvram.engine.biases import train_biases, why_not_all
 from lowvram.engine.config import StepConfig
 from lowvram.engine.dora import Dora, dora_linear, is_dora, start_magnitudes
 from lowvram.engine.lora import lora_linear
+from lowvram.engine.model import DTYPES
 from lowvram.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,6 +96,8 @@ def add_adapters(model: PreTrainedModel, step: StepConfig) -> PeftModel:
         if step.inference_mode or (step.freeze_a and ".lora_A." in name):
             parameter.requires_grad_(False)
     train_biases(peft_model)
+    if step.subtracts_start:
+        add_start(peft_model, DTYPES[step.compute_dtype])
     if not any(parameter.is_meta for parameter in peft_model.parameters()):
         start_magnitudes(peft_model)
     if step.levers.gradient_checkpointing and not step.levers.tiles:

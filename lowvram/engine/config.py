@@ -16,6 +16,13 @@ OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
 Bias = Literal["none", "all", "lora_only"]
 AdapterInit = Literal["default", "pissa", "olora", "loftq", "eva", "lora_ga", "lora_one"]
 QUANTIZED = ("int8", "nf4")  # of a base and of a head
+GRADIENT_INITS = ("lora_ga", "lora_one")  # made from the gradient of the whole weight
+DATA_INITS = (*GRADIENT_INITS, "eva")  # look at the first micro-batches
+RANKS_TAKEN: dict[AdapterInit, int] = {  # of a layer's directions, times r; none: A is random, B zero
+    **dict.fromkeys(("pissa", "olora", "loftq", "eva", "lora_one"), 1),
+    "lora_ga": 2,  # A takes the first r, B the next
+}
+DIFFERENCE_INITS = ("pissa", "olora", "lora_ga")  # start at B A != 0, which is subtracted again
 TILE_ROWS = 8192  # of a head read in tiles: 59 MB of Qwen2-7B's in bf16, whose 152,064 rows take 1.09 GB
 
 
@@ -137,10 +144,25 @@ class StepConfig(Frozen):
             raise ValueError("lora_plus_ratio is B's learning rate over A's: freeze_a leaves A none")
         return self
 
+    @model_validator(mode="after")
+    def _initialises_as_it_can(self) -> StepConfig:
+        if self.init != "default" and self.use_dora:
+            raise ValueError(f"init={self.init} and use_dora: DoRA's magnitudes are those of the base itself")
+        if self.init == "loftq" and self.base_precision not in QUANTIZED:
+            raise ValueError(f"init=loftq repairs a quantised base; {self.base_precision} has lost nothing")
+        if self.init == "eva" and (self.levers.tiles or self.task_type == "SEQ2SEQ_LM"):
+            raise ValueError("init=eva looks at whole sequences of decoder-only models: use no tiles, no T5")
+        return self
+
     @property
     def effective_batch(self) -> int:
         """Sequences in one optimizer step."""
         return self.micro_batch * self.accumulation
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Whether the adapter adds B A - B0 A0 instead of B A."""
+        return self.init in DIFFERENCE_INITS
 
     @property
     def scaling(self) -> float:

@@ -86,6 +86,10 @@ class ModelShape(Frozen):
         """Of the largest target layer: above it an adapter adds parameters and no freedom."""
         return max(min(linear.n_in, linear.n_out) for linear in self._adapted(targets))
 
+    def narrowest(self, targets: Sequence[str]) -> int:
+        """The least width of any target layer: so many directions they all have."""
+        return min(min(linear.n_in, linear.n_out) for linear in self._adapted(targets))
+
     def n_trainable(self, step: StepConfig) -> int:
         """r * in of A, r * out of B, of DoRA out more, and out of a bias, for every targeted linear layer."""
         if step.inference_mode:

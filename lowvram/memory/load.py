@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowvram.engine.adapter_start import is_start
 from lowvram.engine.adapters import adapter_parameters
 from lowvram.engine.dora import start_magnitudes
 from lowvram.engine.head import Nf4Head, TiledHead
@@ -48,7 +49,7 @@ def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
     place_ends(recorder, base, ends)
     for name, buffer in model.named_buffers():
         recorder.at(name)
-        recorder.label(buffer, "base_weights")
+        recorder.label(buffer, "adapters" if is_start(name) else "base_weights")
     for name, parameter in adapter_parameters(model).items():
         recorder.at(name)
         recorder.label(parameter, "adapters")

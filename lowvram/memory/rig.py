@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _MOST_KEPT = 8  # a search goes to and fro between precisions and heads; a rig has no bytes of weights
 _OF_OPTIMIZER = {"optimizer", "weight_decay", "lora_plus_ratio"}
 # What a trace may change without building anew; the rest of a StepConfig decides modules.
-_FREE = {"seq_len", "target_len", "micro_batch", "accumulation", "packing", "max_grad_norm"}
+_FREE = {"seq_len", "target_len", "micro_batch", "accumulation", "packing", "max_grad_norm", "init_batches"}
 _FREE_LEVERS = {"loss_chunk_tokens", "kept_layers", "expandable_segments", "empty_cache"}
 
 

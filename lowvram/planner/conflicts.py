@@ -11,6 +11,7 @@ from lowvram.engine.shape import ModelShape
 from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware
 from lowvram.planner.first_step import Request, effective_batch
+from lowvram.planner.initialisation import refusals
 from lowvram.planner.levers import LEVERS, sixteen_bit
 from lowvram.planner.optional import require_liger_on
 from lowvram.planner.variants import said
@@ -68,6 +69,9 @@ def _adapter(request: Request, shape: ModelShape) -> Iterator[Conflict]:
             f"--rank {rank} is above the full rank {full} of the largest target layer.",
             f"Use --rank {full} or less; 4 to 64 are usual.",
         )
+    pinned = request.wishes.pinned_levers()
+    for message, remedy in refusals(request.wishes, rank, shape, targets, pinned):
+        yield Conflict(message, remedy)
 
 
 _NOT_WITH_DORA = ("pissa", "olora", "loftq", "lora_ga", "lora_one")

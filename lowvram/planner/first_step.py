@@ -12,6 +12,7 @@ from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
 from lowvram.hardware import Hardware
+from lowvram.planner.initialisation import PAPERS_ALPHA, scales_as_in_paper
 from lowvram.planner.levers import compute_dtype, sixteen_bit
 from lowvram.planner.optional import picks_liger
 from lowvram.planner.profiles import Profile
@@ -33,7 +34,8 @@ class Request:
 def first_step(request: Request, shape: ModelShape) -> StepConfig:
     """With every lever at rest."""
     profile, wishes, hardware = request.profile, request.wishes, request.hardware
-    precision: BasePrecision = wishes.precision or sixteen_bit(hardware)
+    own: BasePrecision = "nf4" if wishes.init == "loftq" else sixteen_bit(hardware)
+    precision = wishes.precision or own
     linux_gpu = hardware.backend in ("cuda", "rocm") and platform.system() == "Linux"
     liger = "liger" in profile.ladder and picks_liger(request.source, hardware)
     step = StepConfig(
@@ -62,8 +64,11 @@ def with_adapter(step: StepConfig, rank: int, profile: Profile, wishes: Wishes) 
 
     Up to the profile's rank the update is scaled by alpha/r, as in its reference. Above it alpha/r would
     shrink it; rsLoRA's alpha/sqrt(r) (arXiv 2312.03732) goes on from the same scaling at the profile's rank,
-    so that its learning rate holds.
+    so that its learning rate holds. LoRA-GA and LoRA-One are scaled as in their papers.
     """
+    if scales_as_in_paper(wishes):
+        papers = {"rank": rank, "use_rslora": True, "alpha": wishes.alpha or PAPERS_ALPHA}
+        return step.model_copy(update=papers)
     above = rank > profile.rank and wishes.alpha is None
     by_rule = {"never": False, "always": True, "above_rank": above}[profile.use_rslora]
     use_rslora = by_rule if wishes.rslora is None else wishes.rslora

@@ -8,6 +8,7 @@ from lowvram.data.stats import DataStats
 from lowvram.engine.config import QUANTIZED, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
+from lowvram.planner import initialisation
 from lowvram.planner.arithmetic import resident_bytes
 from lowvram.planner.first_step import Request
 from lowvram.planner.levers import sixteen_bit
@@ -40,6 +41,7 @@ def explain(request: Request, search: Search, step: StepConfig) -> tuple[str, ..
         _precision(step, search, wishes, prefer),
         _adapter(step, profile, wishes),
         *adapter_reasons(step, shape),
+        *initialisation.reason(step),
         _length(step, profile, wishes, stats, shape),
         _batch(step, wishes, prefer),
         *_packing(step, search, wishes, stats),
@@ -92,6 +94,8 @@ def _adapter(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
     alpha_of = _ASKED if wishes.alpha else f"profile {profile.name}"
     if step.use_rslora and not wishes.alpha:
         alpha_of = f"as strong as the profile's at its r={profile.rank}"
+        if initialisation.scales_as_in_paper(wishes):
+            alpha_of = f"as in the paper of {step.init}"
     rs = ", scaled by alpha/sqrt(r)" if step.use_rslora else ""
     targets = ", ".join(step.target_modules)
     return f"LoRA r={step.rank} ({rank_of}), alpha={step.alpha:g} ({alpha_of}){rs} on {targets}"

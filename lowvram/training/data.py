@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,6 +75,11 @@ class TrainingData:
             if at == 0 or number == step:
                 order = self.steps_of_epoch(epoch)
             yield epoch, [[self.train[i] for i in micro_batch] for micro_batch in order[at]]
+
+    def first_micro_batches(self, n: int) -> list[list[Example]]:
+        """Of the first epoch, in the order in which they will be trained; all where there are fewer."""
+        order = (micro_batch for step in self.steps_of_epoch(0) for micro_batch in step)
+        return [[self.train[i] for i in micro_batch] for micro_batch in itertools.islice(order, n)]
 
     def collate(self, examples: list[Example]) -> Batch:
         return collate_packed(examples) if self.plan.packing else collate(examples, self.pad_token_id)

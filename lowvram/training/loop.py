@@ -14,7 +14,8 @@ from accelerate.utils import AutocastKwargs, set_seed
 from torch import nn
 from transformers import get_scheduler
 
-from lowvram.engine.adapters import adapter_parameters, add_adapters, trainable
+from lowvram.engine.adapter_start import adapter_state
+from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.model import load
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
@@ -30,6 +31,7 @@ from lowvram.training.monitor import MemoryMonitor, watched
 from lowvram.training.result import RunResult
 from lowvram.training.run_folder import RunFolder
 from lowvram.training.signals import Interrupted, StopRequest, stop_on_signal
+from lowvram.training.start import initialise_adapter
 from lowvram.units import format_bytes
 
 
@@ -95,6 +97,7 @@ def train(
             _resume(run)
             before(run)
             run.loss_before = held_out_before(run)
+            initialise_adapter(run)
             with stop.deferred():
                 _steps(run, stop)
             result = finish(run)
@@ -190,10 +193,10 @@ def _resume(run: Run) -> None:
         raise ConfigError(
             f"{newest} was written under another plan.", "Restore plan.yaml, or start a new run elsewhere."
         )
-    parameters = adapter_parameters(run.model)
+    tensors = adapter_state(run.model)
     with torch.no_grad():
         for name, value in state.adapter.items():
-            parameters[name].copy_(value)
+            tensors[name].copy_(value)
     run.optimizer.load_state_dict(state.optimizer)
     run.scheduler.load_state_dict(state.scheduler)
     checkpoint.restore_rng(state.rng)
@@ -302,7 +305,7 @@ def _save(run: Run, epoch: int) -> None:
             epoch=epoch,
             step_in_epoch=run.step % run.data.steps_per_epoch,
             plan_sha256=run.plan.sha256,
-            adapter={name: p.detach() for name, p in adapter_parameters(run.model).items()},
+            adapter={name: tensor.detach() for name, tensor in adapter_state(run.model).items()},
             optimizer=run.optimizer.state_dict(),
             scheduler=run.scheduler.state_dict(),
             rng=checkpoint.collect_rng(),
