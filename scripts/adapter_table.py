@@ -16,14 +16,14 @@ _HEAD = (
 Row = dict[str, Any]
 
 
-def write_table(rows: list[Row], readme: Path) -> None:
+def write_table(rows: list[Row], times: list[Row], readme: Path) -> None:
     """Only what is between the markers."""
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(START)
-    readme.write_text(before + START + block(rows) + END + rest.split(END)[1], encoding="utf-8")
+    readme.write_text(before + START + block(rows, times) + END + rest.split(END)[1], encoding="utf-8")
 
 
-def block(rows: list[Row]) -> str:
+def block(rows: list[Row], times: list[Row]) -> str:
     """Of the rows with the largest token budget, best first."""
     most = max(int(row["tokens"]) for row in rows)
     by_method: defaultdict[str, list[Row]] = defaultdict(list)
@@ -31,7 +31,10 @@ def block(rows: list[Row]) -> str:
         if int(row["tokens"]) == most:
             by_method[row["method"]].append(row)
     finals = {method: final_rows(found) for method, found in by_method.items()}
-    lines = [_line(method, found, _reference(method, finals)) for method, found in finals.items()]
+    ratio = {row["method"]: float(row["ratio"]) for row in times}
+    lines = [
+        _line(method, found, finals[reference_of(method)], ratio[method]) for method, found in finals.items()
+    ]
     lines.sort(key=lambda line: line[0])
     first = rows[0]
     return "\n".join(
@@ -52,12 +55,12 @@ def final_rows(found: list[Row]) -> dict[int, Row]:
     return {int(r["seed"]): r for r in found if float(r["learning_rate"]) == float(best["learning_rate"])}
 
 
-def _reference(method: str, finals: dict[str, dict[int, Row]]) -> dict[int, Row]:
+def reference_of(method: str) -> str:
     """Plain LoRA on the same base."""
-    return finals.get("lora, 16 bits" if "16 bits" in method else "lora", {})
+    return "lora, 16 bits" if "16 bits" in method else "lora"
 
 
-def _line(method: str, found: dict[int, Row], reference: dict[int, Row]) -> tuple[float, str]:
+def _line(method: str, found: dict[int, Row], reference: dict[int, Row], ratio: float) -> tuple[float, str]:
     losses = [float(row["test_loss"]) for row in found.values()]
     less = [float(reference[s]["test_loss"]) - float(found[s]["test_loss"]) for s in found if s in reference]
     some = next(iter(found.values()))
@@ -68,7 +71,7 @@ def _line(method: str, found: dict[int, Row], reference: dict[int, Row]) -> tupl
         f"{float(some['learning_rate']):g}",
         _spread(losses, "{:.4f}"),
         _spread(less, "{:+.4f}"),
-        f"{statistics.median(float(row['seconds']) for row in found.values()):.0f} s",
+        f"{ratio:.2f}",
         f"{statistics.median(float(row['init_seconds']) for row in found.values()):.0f} s",
         f"{int(peak) / 2**20:,.0f} MiB" if peak else "",
     )

@@ -5,7 +5,8 @@
 Every method reads the same examples in the same order for the same number of tokens, at rank 8 on all linear
 layers with alpha 16 and dropout 0.05, 8 examples a step, AdamW, a tenth of the steps to warm up, then cosine.
 Its learning rate is the one of a small grid, the same for all, with the least loss on a validation split at
-seed 0; with that rate it is trained from each seed, and the loss on a test split counts. Rows that are in
+seed 0 (the grid is longer where the least is at its end); with that rate it is trained from each seed, and
+the loss on a test split counts. Rows that are in
 benchmarks/adapters.csv already are not made again, so it may be stopped at any time. --refresh only writes
 the README's table of the rows that are there.
 
@@ -18,20 +19,23 @@ from __future__ import annotations
 import argparse
 import csv
 import random
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_table import write_table
-from bench_rows import LIBRARIES, here, write
-from lowvram.engine.adapter_init import Means, initialise
+from adapter_table import reference_of, write_table
+from bench_rows import LIBRARIES, here, ratios, write
 from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
 from lowvram.data.tokens import Example
 from lowvram.demo.model import demo_model
+from lowvram.engine.adapter_init import Means, initialise
 from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.batch import Batch, collate
 from lowvram.engine.config import Levers, StepConfig
@@ -40,15 +44,17 @@ from lowvram.engine.model import load
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss, evaluate, train_step
+from lowvram.engine.weight_init import OriginalWeights
 from lowvram.memory.estimate import estimate
 from lowvram.training.data import prepare
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data" / "gsm8k-test.jsonl"
-OUT = ROOT / "benchmarks" / "adapters.csv"
+OUT, TIMES = ROOT / "benchmarks" / "adapters.csv", ROOT / "benchmarks" / "adapter_steps.csv"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-N_VALIDATION, N_TEST = 48, 64
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # half a decade apart; tried from the middle outwards
+FIRST_RATES = (3e-4, 1e-3, 3e-3)
+N_VALIDATION, N_TEST = 32, 64
 MICRO_BATCH, EFFECTIVE_BATCH = 4, 8
 INIT_BATCHES = 8  # micro-batches, 32 examples: LoRA-GA's own default
 A100 = (8, 0)  # for whose kernels the memory is traced
@@ -147,7 +153,7 @@ def prepare_trial(method: str, source: ModelSource, steps: list[list[Batch]], se
     else:
         model = add_adapters(base, step)
         loss_of = SummedLoss(model.train(), step)
-        means = Means(Host(torch.device("cpu")), seed, source.tensor)
+        means = Means(Host(torch.device("cpu")), seed, OriginalWeights(source))
         initialise(model, loss_of, step, first, means)
     return Trial(model.train(), loss_of, step, time.perf_counter() - started)
 
@@ -186,7 +192,7 @@ def run(
         "steps": len(steps),
         "validation_loss": round(evaluate(trial.loss_of, batches(data.validation), "cpu"), 5),
         "test_loss": round(evaluate(trial.loss_of, batches(data.test), "cpu"), 5),
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 1),  # with whatever else the machine did: times are another table's
         "init_seconds": round(trial.init_seconds, 1),
         "trainable": sum(p.numel() for p in trainable(trial.model).values()),
         "predicted_peak_bytes": traced_bytes(method, source) or "",
@@ -208,20 +214,71 @@ class Table:
         wanted = (method, float(rate), int(seed), int(n_tokens))
         return next((row for row in self.rows if _key(row) == wanted), None)
 
-    def row(self, *wanted: Any, source: ModelSource, data: Split) -> dict[str, Any]:
-        found = self.find(*wanted)
+    def row(
+        self, method: str, rate: float, *, seed: int, n_tokens: int, source: ModelSource, data: Split
+    ) -> dict[str, Any]:
+        found = self.find(method, rate, seed, n_tokens)
         if found is None:
-            found = run(*wanted, source=source, data=data)
+            found = run(method, rate, seed, n_tokens, source, data)
             self.rows.append(found)
             write(self.rows, OUT)
             print({k: found[k] for k in ("method", "learning_rate", "seed", "validation_loss", "test_loss")})
         return found
 
 
+def tuned_rate(row_at: Callable[[float], dict[str, Any]]) -> float:
+    """The rate with the least validation loss, which has a worse neighbour on either side."""
+    losses = {rate: float(row_at(rate)["validation_loss"]) for rate in FIRST_RATES}
+    while True:
+        best = min(losses, key=lambda rate: losses[rate])
+        at = RATES.index(best)
+        untried = [rate for rate in RATES[max(at - 1, 0) : at + 2] if rate not in losses]
+        if not untried:
+            return best
+        losses |= {rate: float(row_at(rate)["validation_loss"]) for rate in untried}
+
+
+def times(methods: list[str], rounds: int, source: ModelSource, data: Split) -> None:
+    """Seconds of one step of each method, in turns: the machine's other work slows all of them alike."""
+    step = steps_of(data.train, 1, seed=0)[0]
+    running = {method: train_one(prepare_trial(method, source, [step], 0), step) for method in methods}
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    for number in range(rounds + 1):
+        for method, one_step in running.items():
+            taken = one_step()
+            if number:  # the first round makes the optimizers' states
+                seconds[method].append(taken)
+    rows = [
+        {
+            "method": method,
+            "rounds": rounds,
+            "tokens": sum(batch.input_ids.numel() for batch in step),
+            "seconds": round(statistics.median(seconds[method]), 3),
+            "ratio": ratios(list(zip(seconds[reference_of(method)], taken, strict=True)))["ratio"],
+            **here(*LIBRARIES),
+        }
+        for method, taken in seconds.items()
+    ]
+    write(rows, TIMES)
+
+
+def train_one(trial: Trial, step: list[Batch]) -> Callable[[], float]:
+    """Runs one step and says its seconds."""
+    optimizer = make_optimizer(trainable(trial.model), trial.step, 1e-4)
+
+    def one_step() -> float:
+        started = time.perf_counter()
+        train_step(trial.loss_of, optimizer, step, max_grad_norm=1.0)
+        return time.perf_counter() - started
+
+    return one_step
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=24_000, help="that each training reads")
+    parser.add_argument("--tokens", type=int, default=16_000, help="that each training reads")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5, help="of one step of each method, for the times")
     parser.add_argument("--only", nargs="*", default=list(METHODS))
     parser.add_argument("--refresh", action="store_true")
     options = parser.parse_args()
@@ -231,11 +288,11 @@ def main() -> None:
         source = ModelSource(demo_model(print))
         made = {"source": source, "data": split(source)}
         for method in options.only:
-            tuned = [table.row(method, rate, 0, options.tokens, **made) for rate in RATES]
-            best = float(min(tuned, key=lambda row: float(row["validation_loss"]))["learning_rate"])
+            best = tuned_rate(partial(table.row, method, n_tokens=options.tokens, seed=0, **made))
             for seed in range(1, options.seeds):
-                table.row(method, best, seed, options.tokens, **made)
-    write_table(table.rows, ROOT / "README.md")
+                table.row(method, best, n_tokens=options.tokens, seed=seed, **made)
+        times(options.only, options.rounds, **made)
+    write_table(table.rows, list(csv.DictReader(TIMES.open())), ROOT / "README.md")
 
 
 if __name__ == "__main__":
