@@ -12,6 +12,7 @@ from random import Random
 WINDOW_STEPS = 64  # packed together: enough examples that rows fill to 99 %
 _WINDOW_EXAMPLES = 8192  # at most, however large the steps: the time of a window grows no further
 _OVERFULL = 0.02  # of a row: a further row in a few steps is cheaper than a further row in each
+_LONGER = 1.01  # rows, where rows as long as a step needs came out a few too many
 _CLOSING = 3  # a row takes examples at random until it has no room for three of the longest
 _PAIRS = 8  # looked at before a row is closed: 16 fill no more
 
@@ -126,8 +127,11 @@ def _window(
 ) -> list[list[Row]]:
     """The steps of one window, in no order."""
     n_rows, target = _target(indices, lengths, n_steps, row_tokens, micro_batch)
-    rows = pack(indices, lengths, target, micro_batch)
-    rows = _spread(rows, n_rows * n_steps, lengths, row_tokens, micro_batch)
+    for longer in (1.0, _LONGER):
+        rows = pack(indices, lengths, min(row_tokens, int(longer * target)), micro_batch)
+        rows = _spread(rows, n_rows * n_steps, lengths, row_tokens, micro_batch)
+        if len(rows) <= n_rows * n_steps:
+            break
     while len(rows) < n_steps:  # a few examples of very different lengths
         rows.append([max(rows, key=len).pop()])
     for row in rows:
