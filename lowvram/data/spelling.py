@@ -72,31 +72,33 @@ class Speller:
         trained = bytearray()
         places = [0, *(place for span in rendered.spans for place in span)]
         behind = ""  # what stands before the next part: nothing, "text" or "control"
+        swallowed = False  # whether that is a control token that takes the white space to its right
         for number, (first, end) in enumerate(pairwise(places)):
-            for part, control in self._parts(rendered.text[first:end]):
-                if control is None:
+            is_trained = number % 2 == 1
+            for part, control in self._parts(rendered.text[first:end], swallowed and not is_trained):
+                if control is not None:
+                    found, behind = [control], "control"
+                    swallowed = part in self.controls.swallowing[1]
+                elif part:
                     found = self._plain(self.controls.unescape(part, rendered.escaped), behind, where)
+                    behind, swallowed = "text", False
                 else:
-                    found = [control]
-                behind = "control" if control is not None else "text" if part else behind
+                    continue
                 ids += found
-                trained += bytes([number % 2]) * len(found)
+                trained += bytes([is_trained]) * len(found)
         return ids, trained
 
-    def _parts(self, text: str) -> Iterator[tuple[str, int | None]]:
+    def _parts(self, text: str, swallowed: bool) -> Iterator[tuple[str, int | None]]:
         """Text between control tokens (None), and these with their ids."""
         at = 0
         left, right = self.controls.swallowing
-        for match in self.controls.pattern.finditer(text):
-            if match.start() < at:
-                continue
-            before = text[at : match.start()]
-            yield (before.rstrip() if match[0] in left else before), None
-            yield match[0], self.controls.ids[match[0]]
-            at = match.end()
-            if match[0] in right:
-                at += len(text[at:]) - len(text[at:].lstrip())
-        yield text[at:], None
+        for match in [*self.controls.pattern.finditer(text), None]:
+            before = text[at : match.start() if match else len(text)]
+            before = before.lstrip() if swallowed else before
+            yield (before.rstrip() if match and match[0] in left else before), None
+            if match:
+                yield match[0], self.controls.ids[match[0]]
+                at, swallowed = match.end(), match[0] in right
 
     def _plain(self, text: str, behind: str, where: str) -> list[int]:
         if not text:

@@ -171,11 +171,11 @@ def _moved_to(template: _Template, turn: int, full: str, through: str) -> int | 
 
 def _marked(message: dict[str, Any], mark: str) -> dict[str, Any] | None:
     """With the mark before the first letter of what it says, or of the function that it calls."""
-    content = message["content"]
-    if said := content.lstrip():
+    content, calls = message["content"], message.get("tool_calls")
+    said = content.lstrip()
+    if said or not calls:
         return {**message, "content": content[: len(content) - len(said)] + mark + said}
-    calls = message.get("tool_calls")
-    if not isinstance(calls, Sequence) or not calls or not isinstance(calls[0], dict):
+    if not isinstance(calls, Sequence) or not isinstance(calls[0], dict):
         return None
     function = calls[0].get("function", calls[0])
     if not isinstance(function, dict) or "name" not in function:
