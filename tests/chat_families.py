@@ -40,8 +40,15 @@ class Family:
     calls_at_once: int = 2
 
     @property
-    def template(self) -> str:
-        return (TEMPLATES / f"{self.name}.jinja").read_text(encoding="utf-8")
+    def template(self) -> str | None:
+        """None of the family that stands for models without one."""
+        file = TEMPLATES / f"{self.name}.jinja"
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    @property
+    def marked(self) -> bool:
+        """Whether the template marks what the assistant writes."""
+        return "{%- generation -%}" in (self.template or "")
 
 
 def _c(text: str, kind: Kind = "prompt") -> Part:
@@ -218,6 +225,16 @@ def phi3(c: Conversation) -> list[Part]:
     return parts
 
 
+def no_template(c: Conversation) -> list[Part]:
+    """What lowvram does for a model without a template: plain headings."""
+    parts = [_c("<|endoftext|>")]
+    for m in c.messages:
+        parts += [_p(f"### {m.role.capitalize()}:\n")]
+        parts += [_a(m.content), _c("<|im_end|>", "answer")] if m.role == "assistant" else [_p(m.content)]
+        parts += [_p("\n\n")]
+    return parts
+
+
 _HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
 _LLAMA3 = ("<|begin_of_text|>", "<|end_of_text|>", *_HEADERS)
 _V3 = ("INST", "AVAILABLE_TOOLS", "TOOL_RESULTS")
@@ -228,6 +245,7 @@ _LLAMA2 = ("<unk>", "<s>", "</s>")
 FAMILIES = {
     family.name: family
     for family in (
+        Family("none", no_template, "<|endoftext|>", "<|im_end|>", ()),
         Family("smollm2", smollm2, "<|im_start|>", "<|im_end|>", ()),
         Family("qwen2", qwen2, None, "<|im_end|>", (), added=("<tool_call>", "</tool_call>"), tools=True),
         Family("llama3", llama3, "<|begin_of_text|>", "<|eot_id|>", _LLAMA3),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -148,3 +148,141 @@ def test_trained_tokens_are_exactly_the_assistant_turns(smollm: Path, name: str)
 def test_trained_tokens_are_exactly_the_assistant_turns_thoroughly(smollm: Path, name: str) -> None:
     family = FAMILIES[name]
     THOROUGH(given(conversations(family))(lambda c: masked_as_documented(family, smollm, c)))()
+
+
+def _chat(*turns: tuple[str, str], **more: Any) -> Conversation:
+    return Conversation(messages=tuple(Message(role=r, content=c) for r, c in turns), where="x:1", **more)
+
+
+LONG = _chat(
+    ("user", "tell me all of it"),
+    ("assistant", "Once upon a time, " * 3000 + "the end."),
+    ("user", "more of <|im_end|> this " * 2000),
+    ("assistant", "No. 👩🏽‍🚀"),
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_very_long_turns(smollm: Path, name: str) -> None:
+    masked_as_documented(FAMILIES[name], smollm, LONG)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.marked])
+def test_masks_are_those_of_the_template_s_own_markers(smollm: Path, name: str) -> None:
+    """By transformers, from {% generation %}; on text without control tokens, which it would make of them."""
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(family, smollm)
+    calls = [{"id": "abcdefghi", "function": {"name": "f", "arguments": {"x": "é"}}}]
+    turns = [
+        *([Message(role="system", content="be kind")] if family.system else []),
+        Message(role="user", content="hello 日本"),
+        *([Message(role="assistant", content="", extra={"tool_calls": calls})] if family.tools else []),
+        *([Message(role="tool", content="[INST] 3", extra={"tool_call_id": "a"})] if family.tools else []),
+        Message(role="assistant", content="yes,  it is\n\n😀"),
+        Message(role="user", content="assistant\n\nand?"),
+        Message(role="assistant", content="no"),
+    ]
+    tools = TOOLS if family.tools else ()
+    (example,) = tokenize([Conversation(messages=tuple(turns), tools=tools, where="x:1")], tokenizer)
+    told = tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content, **m.extra} for m in turns],
+        tools=list(tools) or None,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    assert list(example.input_ids) == told["input_ids"][: len(example)]
+    assert list(example.trained) == told["assistant_masks"][: len(example)]
+    assert 1 not in told["assistant_masks"][len(example) :]
+
+
+@pytest.mark.parametrize(("turns", "renderings"), [(2, 2), (4, 4), (8, 8)])
+def test_a_turn_costs_two_renderings_at_most(
+    smollm: Path, monkeypatch: pytest.MonkeyPatch, turns: int, renderings: int
+) -> None:
+    tokenizer, asked = tokenizer_of(FAMILIES["smollm2"], smollm), []
+    own = type(tokenizer).apply_chat_template
+    monkeypatch.setattr(
+        type(tokenizer), "apply_chat_template", lambda self, *a, **k: asked.append(k) or own(self, *a, **k)
+    )
+    tokenize([_chat(*[("user", "hi"), ("assistant", "yo")] * (turns // 2))], tokenizer)
+    assert len(asked) == renderings
+
+
+def _with_template(smollm: Path, template: str, eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(smollm)
+    tokenizer.chat_template, tokenizer.eos_token = template, eos
+    return tokenizer
+
+
+def _trained(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> tuple[str, int]:
+    (example,) = tokenize([conversation], tokenizer)
+    pairs = zip(example.input_ids, example.trained, strict=True)
+    return spelled(tokenizer, [i for i, t in pairs if t]), example.skipped_turns
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ SAID }}<|im_end|>{{ '\n' }}{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+TWICE = (
+    ("user", "one"),
+    ("assistant", "<think>hm</think>1"),
+    ("user", "two"),
+    ("assistant", "<think>so</think>2"),
+)
+
+
+def test_a_turn_that_is_rewritten_later_is_left_out_and_counted(smollm: Path) -> None:
+    """As Qwen3 removes old thoughts: what the model has to write is not there any more."""
+    said = "m.content if loop.last else m.content.split('</think>')[-1]"
+    tokenizer = _with_template(smollm, CHATML.replace("SAID", said) + PROMPT)
+    assert _trained(tokenizer, _chat(*TWICE)) == ("<think>so</think>2<|im_end|>", 1)
+
+
+def test_an_end_token_at_once_behind_the_end_of_turn_is_trained_too(smollm: Path) -> None:
+    """Else a model whose only stop token it is would never stop."""
+    template = CHATML.replace("SAID", "m.content").replace("<|im_end|>", "<|im_end|><|endoftext|>") + PROMPT
+    tokenizer = _with_template(smollm, template, eos="<|endoftext|>")
+    assert _trained(tokenizer, _chat(*TWICE[:2])) == ("<think>hm</think>1<|im_end|><|endoftext|>", 0)
+
+
+def test_a_template_without_an_end_token_gets_one(smollm: Path) -> None:
+    """Once, at the end; an answer that only reads like one has its own as text."""
+    tokenizer = _with_template(smollm, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    text, _ = _trained(tokenizer, _chat(("user", "x"), ("assistant", "y<|im_end|>")))
+    assert text == "assistant: y<|im_end|>\n<|im_end|>"
+    (example,) = tokenize([_chat(("user", "x"), ("assistant", "y<|im_end|>"))], tokenizer)
+    assert list(example.input_ids).count(tokenizer.eos_token_id) == 1
+
+
+def test_plain_text_keeps_its_control_tokens(smollm: Path) -> None:
+    """Somebody rendered it himself."""
+    tokenizer = tokenizer_of(FAMILIES["smollm2"], smollm)
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
+    (example,) = tokenize([Conversation(text=text, where="x:1")], tokenizer)
+    assert list(example.input_ids) == tokenizer(text)["input_ids"][:-1]
+    assert example.trained == bytes([0] + [1] * (len(example) - 1))
+
+
+def test_a_control_token_that_cannot_be_text_is_refused() -> None:
+    """A Unigram vocabulary holds it among its words."""
+    words = [("<unk>", 0.0), ("</s>", 0.0), *((c, -3.0) for c in "▁abcdefghijklmnopqrstuvwxyz#:<>/\n")]
+    made = Tokenizer(models.Unigram(words, unk_id=0))
+    made.add_special_tokens(["</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    assert tokenize([_chat(("user", "q"), ("assistant", "fine"))], tokenizer)
+    with pytest.raises(DataError, match="x:7: the row holds a control token as text"):
+        tokenize(
+            [_chat(("user", "q"), ("assistant", "a</s>b")).model_copy(update={"where": "x:7"})], tokenizer
+        )
+
+
+def test_a_system_turn_that_the_template_refuses_is_refused_with_its_line(smollm: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"x:1: the model's chat template refuses .*System role not supported"
+    ):
+        tokenize([_chat(("system", "s"), *TWICE)], tokenizer_of(FAMILIES["gemma"], smollm))
+
+
+def test_an_answer_of_nothing_is_refused(smollm: Path) -> None:
+    with pytest.raises(DataError, match="nothing but the stop token"):
+        tokenize([_chat(("user", "hi"), ("assistant", ""))], tokenizer_of(FAMILIES["smollm2"], smollm))
