@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lowvram.data.conversations import Conversation, Message
@@ -286,3 +287,41 @@ def test_a_system_turn_that_the_template_refuses_is_refused_with_its_line(smollm
 def test_an_answer_of_nothing_is_refused(smollm: Path) -> None:
     with pytest.raises(DataError, match="nothing but the stop token"):
         tokenize([_chat(("user", "hi"), ("assistant", ""))], tokenizer_of(FAMILIES["smollm2"], smollm))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["gemma", "mistral_v3", "phi3"])
+def test_a_model_learns_to_stop_from_the_mask(smollm: Path, name: str) -> None:
+    """A tiny one, trained on the masked tokens alone, greedy; without the ends in the mask it goes on."""
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(family, smollm)
+    chats = [_chat(("user", q), ("assistant", a)) for q, a in (("one", "the dog"), ("two", "a fox jumps"))]
+    made = tokenize(chats, tokenizer)
+    stops = {example.input_ids[-1] for example in made}
+    assert len(stops) == 1
+    for ends in (True, False):
+        model = _learnt(made, len(tokenizer), ends)
+        for example in made:
+            start = example.trained.index(1)
+            prompt = torch.tensor([list(example.input_ids[:start])])
+            (output,) = model.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=list(stops))
+            answer = output[start:].tolist()
+            assert answer[:-1][: len(example) - start - 1] == list(example.input_ids[start:-1])
+            assert (answer == list(example.input_ids[start:])) == ends
+
+
+def _learnt(made: list[Example], vocab_size: int, ends: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        for example in made:
+            ids = torch.tensor([list(example.input_ids)])
+            trained = torch.tensor([list(example.trained)], dtype=torch.bool)
+            labels = torch.where(trained, ids, -100)
+            labels[0, -1] = ids[0, -1] if ends else -100
+            model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
