@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowvram.data.conversations import Conversation
-from lowvram.data.tokens import Example, render
+from lowvram.data.spelling import Speller, speller
+from lowvram.data.tokens import Example
+from lowvram.data.turns import Rendered, Template
 from lowvram.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,47 +33,45 @@ def tokenize_pairs(
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError("the tokenizer has no end token, so nothing would teach the model to stop.", _OTHER)
-    sources = _ids([_source(conversation, tokenizer) for conversation in conversations], tokenizer)
-    targets = _ids([conversation.messages[-1].content for conversation in conversations], tokenizer)
-    rows = zip(conversations, sources, targets, strict=True)
-    return [_example(conversation.where, source, target, eos) for conversation, source, target in rows]
+    spell, where = speller(tokenizer), [conversation.where for conversation in conversations]
+    pairs = [_pair(conversation, tokenizer, spell) for conversation in conversations]
+    sources = spell.spell([source for source, _ in pairs], where)
+    targets = spell.spell([target for _, target in pairs], where)
+    rows = zip(where, sources, targets, strict=True)
+    return [_example(place, source, target, eos) for place, (source, _), (target, _) in rows]
 
 
 _OTHER = "Use a model such as google/flan-t5-base."
 
 
-def _source(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
+def _pair(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, spell: Speller
+) -> tuple[Rendered, Rendered]:
+    """Source and target; what reads like a control token in them is text (data/control.py)."""
     if conversation.text is not None:
         raise DataError(
             f"{conversation.where}: plain text has no question for the encoder to read.",
             "Give rows with a question and an answer, or use a decoder-only model.",
         )
+    shown, escaped = spell.controls.escape(conversation)
+    texts = _source(shown, tokenizer), shown.messages[-1].content
+    source, target = (Rendered(text, ((0, len(text)),), False, escaped) for text in texts)
+    return source, target
+
+
+def _source(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
     before = conversation.messages[:-1]
     roles = [message.role for message in before]
     if not tokenizer.chat_template and not conversation.tools and roles in (["user"], ["system", "user"]):
         return "\n\n".join(message.content for message in before)
-    return render(conversation, len(before), tokenizer, prompt=True)
-
-
-def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # longer than the model's context is the planner's business
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+    return Template(conversation, tokenizer).text(len(before), prompt=True)
 
 
 def _example(where: str, source: list[int], target: list[int], eos: int) -> Example:
     if not target:
         raise DataError(f"{where}: nothing but the end token would be trained.", "Remove the row.")
-    wanted = _ended(target, eos)
-    return Example(
-        array("i", wanted), b"\x01" * len(wanted), where, source_ids=array("i", _ended(source, eos))
-    )
+    wanted = array("i", _ended(target, eos))
+    return Example(wanted, b"\x01" * len(wanted), where, source_ids=array("i", _ended(source, eos)))
 
 
 def _ended(ids: list[int], eos: int) -> list[int]:

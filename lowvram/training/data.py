@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from lowvram.data.conversations import load_conversations
-from lowvram.data.order import batches_of_epoch, pack
+from lowvram.data.order import batches_of_epoch, steps_per_epoch
+from lowvram.data.packed_order import pack
 from lowvram.data.split import split_held_out
 from lowvram.data.stats import DataStats, data_stats
 from lowvram.data.tokens import Example, cut, template_name, tokenize
@@ -64,9 +64,9 @@ class TrainingData:
     def _row_tokens(self) -> int:
         return self.plan.micro_batch * self.plan.seq_len
 
-    @cached_property
+    @property
     def steps_per_epoch(self) -> int:
-        return len(self.steps_of_epoch(0))
+        return steps_per_epoch(len(self.train), self.plan.micro_batch * self.plan.accumulation)
 
     def steps_from(self, step: int) -> Iterator[tuple[int, list[list[Example]]]]:
         """(epoch, micro-batches of examples) of every optimizer step after `step`, to the plan's last."""
