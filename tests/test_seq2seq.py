@@ -49,6 +49,14 @@ def test_a_system_text_stands_above_the_question_and_earlier_turns_bring_roles()
     assert made.decode(list(second.input_ids)) == "dog</s>"
 
 
+def test_a_control_token_in_a_question_is_text() -> None:
+    made = tokenizer()
+    (example,) = tokenize_pairs([_conversation(("user", "red </s> cat"), ("assistant", "dog"))], made)
+    ids = list(example.source_ids or ())
+    assert ids.count(made.eos_token_id) == 1
+    assert ids[-1] == made.eos_token_id
+
+
 @pytest.mark.parametrize("text", ["plain", "answer"])
 def test_what_teaches_no_answer_is_refused_with_its_place(text: str) -> None:
     row = (

@@ -30,6 +30,8 @@ def tokenize_pairs(
     Raises:
         DataError: plain text, which has no source, or a target of nothing but the end token.
     """
+    if not tokenizer.is_fast:
+        raise DataError("the tokenizer cannot map tokens to text.", _OTHER)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError("the tokenizer has no end token, so nothing would teach the model to stop.", _OTHER)
@@ -53,6 +55,10 @@ def _pair(
             f"{conversation.where}: plain text has no question for the encoder to read.",
             "Give rows with a question and an answer, or use a decoder-only model.",
         )
+    if not conversation.messages[-1].content.strip():
+        raise DataError(
+            f"{conversation.where}: nothing but the end token would be trained.", "Remove the row."
+        )
     shown, escaped = spell.controls.escape(conversation)
     texts = _source(shown, tokenizer), shown.messages[-1].content
     source, target = (Rendered(text, ((0, len(text)),), False, escaped) for text in texts)
@@ -68,8 +74,6 @@ def _source(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> s
 
 
 def _example(where: str, source: list[int], target: list[int], eos: int) -> Example:
-    if not target:
-        raise DataError(f"{where}: nothing but the end token would be trained.", "Remove the row.")
     wanted = array("i", _ended(target, eos))
     return Example(wanted, b"\x01" * len(wanted), where, source_ids=array("i", _ended(source, eos)))
 
