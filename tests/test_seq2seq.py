@@ -49,12 +49,10 @@ def test_a_system_text_stands_above_the_question_and_earlier_turns_bring_roles()
     assert made.decode(list(second.input_ids)) == "dog</s>"
 
 
-def test_a_control_token_in_a_question_is_text() -> None:
-    made = tokenizer()
-    (example,) = tokenize_pairs([_conversation(("user", "red </s> cat"), ("assistant", "dog"))], made)
-    ids = list(example.source_ids or ())
-    assert ids.count(made.eos_token_id) == 1
-    assert ids[-1] == made.eos_token_id
+def test_a_control_token_in_a_question_does_not_end_it() -> None:
+    """A Unigram has no other way to write it: the row is refused, as its end token would cut the question."""
+    with pytest.raises(DataError, match="d:1: .*control token"):
+        tokenize_pairs([_conversation(("user", "red </s> cat"), ("assistant", "dog"))], tokenizer())
 
 
 @pytest.mark.parametrize("text", ["plain", "answer"])
