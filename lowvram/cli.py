@@ -182,7 +182,7 @@ def auto(
             _hardware(vram),
             "Add --dry-run to see the plan only, or leave --vram out to plan for this machine.",
         )
-    pipeline.preflight(ModelSource(model, trust_remote_code), folder, log_with or ())
+    pipeline.preflight(ModelSource(model, trust_remote_code), folder, log_with or (), inference_mode)
     planned = _planned(flags)
     console = _console(stderr=as_json)  # with --json, stdout holds the one object and nothing else
     _show(planned, False, console)

@@ -14,10 +14,21 @@ Models = Annotated[
 Data = Annotated[str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet or a hub data set id.")]
 MaybeData = Annotated[str | None, typer.Option("--data", "-d", help="Plan for this data's lengths.")]
 Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, such as 8GB.")]
-Rank = Annotated[int | None, typer.Option(help="LoRA rank r.")]
-Alpha = Annotated[float | None, typer.Option(help="LoRA alpha.")]
-Dropout = Annotated[float | None, typer.Option(help="Dropout on the adapter's input.")]
-Targets = Annotated[str | None, typer.Option(help="qv, attention, all-linear, or layer names a,b,c.")]
+Rank = Annotated[int | None, typer.Option(help="LoRA rank r (default: the profile's).")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="LoRA alpha, over r or its root the update's factor (default: the profile's)."),
+]
+Dropout = Annotated[
+    float | None, typer.Option(help="Dropout on the adapter's input (default: the profile's).")
+]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        help="Adapted layers: qv (q_proj and v_proj, the smallest set), attention, all-linear, or a list a,b "
+        "(default: the profile's)."
+    ),
+]
 SeqLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens.")]
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Examples in one optimizer step.")]
 Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, int8, bf16, fp16 or fp32.")]
@@ -26,21 +37,38 @@ MicroBatch = Annotated[int | None, typer.Option(help="Examples in one forward pa
 Packing = Annotated[
     bool | None, typer.Option("--packing/--no-packing", help="Examples in one row instead of padding.")
 ]
-RsLora = Annotated[bool | None, typer.Option("--rslora/--no-rslora", help="Scale by alpha/sqrt(r).")]
+RsLora = Annotated[
+    bool | None,
+    typer.Option(
+        "--rslora/--no-rslora",
+        help="Scale by alpha/sqrt(r) instead of alpha/r (default: the profile's rule, above its rank).",
+    ),
+]
 Bias = Annotated[
-    str | None, typer.Option(help="Biases that train: none, all, or lora_only (adapted layers').")
+    str | None,
+    typer.Option(help="Biases that train: none, all, or lora_only, the adapted layers' (default: none)."),
 ]
 Init = Annotated[
     str | None,
-    typer.Option(help="Adapter's start: default, pissa, olora, loftq, eva, lora_ga or lora_one."),
+    typer.Option(
+        help="Adapter's start: default (A random, B zero), pissa, olora, loftq, eva, lora_ga or lora_one "
+        "(default: default)."
+    ),
 ]
 Dora = Annotated[
-    bool | None, typer.Option("--dora/--no-dora", help="DoRA: magnitude and direction train apart.")
+    bool | None,
+    typer.Option("--dora/--no-dora", help="DoRA: magnitude and direction train apart (default: off)."),
 ]
-LoraPlus = Annotated[float | None, typer.Option(help="LoRA+: learning rate of B over that of A, such as 16.")]
-LoraFa = Annotated[bool | None, typer.Option("--lora-fa/--no-lora-fa", help="LoRA-FA: only B trains.")]
+LoraPlus = Annotated[
+    float | None, typer.Option(help="LoRA+: learning rate of B over that of A, such as 16 (default: 1).")
+]
+LoraFa = Annotated[
+    bool | None,
+    typer.Option("--lora-fa/--no-lora-fa", help="LoRA-FA: A stays random, only B trains (default: off)."),
+]
 InferenceMode = Annotated[
-    bool, typer.Option("--inference-mode", help="Plan for using an adapter: nothing trains.")
+    bool,
+    typer.Option("--inference-mode", help="Plan for using an adapter: nothing trains (default: off)."),
 ]
 NoOffload = Annotated[bool, typer.Option("--no-offload", help="Keep nothing of the step in host memory.")]
 Preference = Annotated[

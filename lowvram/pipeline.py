@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 Hook = Callable[[Run], None]
 
 
-def preflight(source: ModelSource, output: Path, log_with: Iterable[str] = ()) -> None:
+def preflight(
+    source: ModelSource, output: Path, log_with: Iterable[str] = (), inference_mode: bool = False
+) -> None:
     """Refuse before the search what would be refused after it, as far as that needs no plan.
 
     Raises:
-        ConfigError: the model is not whole, the output is in use or unwritable, or a tracker is missing.
+        ConfigError: nothing is to train, the model is not whole, the output is in use or unwritable, or a
+            tracker is missing.
         DoesNotFitError: too little disk for the download or for any run.
     """
+    _require_training(inference_mode)
     require_trackers(log_with)
     _require_decoder_only(source)
     source.require_weights()
@@ -69,6 +73,7 @@ def from_saved(plan: Plan, again: str) -> Planned:
         ConfigError: no data, another device, or a model that is not there or not whole.
         DataError: the data cannot be used.
     """
+    _require_training(plan.inference_mode)
     if plan.data is None:
         raise ConfigError(
             "The plan names no data.", "Restore its data: line, or make a plan with --data FILE."
@@ -113,13 +118,21 @@ def start(
         ConfigError: the folder holds a run already.
         DoesNotFitError: too little disk.
     """
-    preflight(planned.source, output, log_with)
+    preflight(planned.source, output, log_with, planned.plan.inference_mode)
     planned = replace(planned, plan=anywhere(planned.plan, planned.source))
     require_disk(output, run_bytes(planned.plan))
     folder = RunFolder.create(output)
     with refusals_of_the_system(f"{folder.plan_file} cannot be written", "Give another --output."):
         write_atomically(folder.plan_file, planned.plan.to_yaml())
     return _train(planned, folder, console, log_with, before, after)
+
+
+def _require_training(inference_mode: bool) -> None:
+    if inference_mode:
+        raise ConfigError(
+            "Inference mode: the adapter is only used, so there is nothing to train.",
+            "See the plan with lowvram plan, or leave --inference-mode (in a plan: inference_mode) out.",
+        )
 
 
 def _require_decoder_only(source: ModelSource) -> None:

@@ -90,11 +90,12 @@ def needs_on_disk(planned: Planned) -> tuple[int | None, int]:
 def run_bytes(plan: Plan) -> int:
     """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files.
 
-    An adapter that subtracts its start keeps that in the compute dtype in each checkpoint, and is saved at
-    twice its rank.
+    A frozen A is about as large as B, and has no moments. An adapter that subtracts its start keeps that in
+    the compute dtype in each checkpoint, and is saved at twice its rank.
     """
-    adapter, start = 4 * plan.n_trainable, 0
+    moments, start = 2 * 4 * plan.n_trainable, 0
+    files = 4 * plan.n_trainable * (2 if plan.freeze_a else 1)
     if plan.subtracts_start:
-        start = (4 if plan.compute_dtype == "fp32" else 2) * plan.n_trainable
-    saved = 2 * adapter if start else adapter
-    return (3 * adapter + start) * (_CHECKPOINTS_KEPT + 1) + saved + RUN_FILES_BYTES
+        start = files if plan.compute_dtype == "fp32" else files // 2
+    saved = 2 * files if start else files
+    return (moments + files + start) * (_CHECKPOINTS_KEPT + 1) + saved + RUN_FILES_BYTES

@@ -38,6 +38,8 @@ def trace_step(
 
     All at the plan's full shape; the optimizer's state is already there.
 
+    In inference mode that is all but the optimizer step.
+
     Under accumulation the last micro-batch is traced: it is the worst, since the gradients of those before
     it live through its forward; they are put there first.
     """
@@ -61,7 +63,16 @@ def _trace_on(
         recorder.keep(n_bytes, "cublas workspace")
     with recorder, recorder.during("evaluation"):
         _evaluate(loss_of, batches)
-    _initialise(recorder, loss_of, rig, step, batches, host)
+    if not step.inference_mode:
+        _initialise(recorder, loss_of, rig, step, batches, host)
+        _record_training(recorder, loss_of, rig, step, batches)
+    recorder.let_go()
+    return recorder.trace
+
+
+def _record_training(
+    recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig, batches: list[Batch]
+) -> None:
     label_gradients(recorder, rig.parameters)
     with recorder.during("optimizer"):
         rig.optimizer(step).record_state(recorder)
@@ -71,8 +82,6 @@ def _trace_on(
         create_gradients(recorder, rig.parameters)
     with recorder, recorder.during("forward"):
         _run(recorder, loss_of, rig, step, batches)
-    recorder.let_go()
-    return recorder.trace
 
 
 class TracedHost(Host):

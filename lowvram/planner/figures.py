@@ -25,5 +25,5 @@ def figures(search: Search, step: StepConfig, schedule: Schedule, stats: DataSta
         "seconds_per_step": round(seconds, 3),
         "seconds_in_all": round(run + initialisation.seconds(step, seconds, passes), 1),
         "n_parameters": shape.n_parameters,
-        "n_trainable": shape.n_trainable(step.target_modules, step.rank),
+        "n_trainable": shape.n_trainable(step),
     }

@@ -41,6 +41,7 @@ def explain(request: Request, search: Search, step: StepConfig) -> tuple[str, ..
         _precision(step, search, wishes, prefer),
         _adapter(step, profile, wishes),
         *initialisation.reason(step),
+        *adapter_reasons(step, shape),
         _length(step, profile, wishes, stats, shape),
         _batch(step, wishes, prefer),
         *_packing(step, search, wishes, stats),
@@ -98,6 +99,27 @@ def _adapter(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
     rs = ", scaled by alpha/sqrt(r)" if step.use_rslora else ""
     targets = ", ".join(step.target_modules)
     return f"LoRA r={step.rank} ({rank_of}), alpha={step.alpha:g} ({alpha_of}){rs} on {targets}"
+
+
+def adapter_reasons(step: StepConfig, shape: ModelShape) -> Iterator[str]:
+    """Of each way in which the adapter is not plain LoRA."""
+    if step.inference_mode:
+        yield f"inference mode, {_ASKED}: loading and a forward pass are counted, nothing trains"
+    if step.bias != "none":
+        yield f"bias: {step.bias}, {_ASKED}; {_biases(step, shape)}"
+    if step.use_dora:
+        yield f"DoRA, {_ASKED}: each row's magnitude trains beside its direction, for more products a layer"
+    if step.lora_plus_ratio != 1:
+        yield f"LoRA+, {_ASKED}: B learns at {step.lora_plus_ratio:g} times the learning rate of A"
+    if step.freeze_a:
+        yield f"LoRA-FA, {_ASKED}: A stays as it was drawn, so an adapted layer's input is not kept for it"
+
+
+def _biases(step: StepConfig, shape: ModelShape) -> str:
+    if shape.trains_no_bias(step):
+        which = "this model has none" if step.bias == "all" else "the adapted layers have none"
+        return f"{which}, so nothing is added"
+    return "they train in float32, and no weight decay draws them to 0"
 
 
 def _length(
@@ -197,6 +219,8 @@ def lever_reasons(step: StepConfig, wishes: Wishes, prefer: str) -> Iterator[str
 
 
 def _why_checkpointing(step: StepConfig, pinned: bool, prefer: str) -> str:
+    if step.inference_mode and not step.levers.gradient_checkpointing:
+        return "off, there is no backward pass to keep anything for"
     if not step.levers.gradient_checkpointing:
         return "off, all activations fit, so nothing is computed twice"
     if step.levers.tiles and pinned:

@@ -66,6 +66,8 @@ def _require_possible(plan: Plan, shape: ModelShape, source: ModelSource) -> Non
         wrong = "compute_dtype fp16 is for GPUs, its loss scaling needs one: use bf16 or fp32"
     elif plan.packing and shape.unpacked:
         wrong = f"packing is not for this model, {shape.unpacked}"
+    elif plan.bias == "all" and shape.untrained_biases:
+        wrong = f"bias all is not for this model, {shape.untrained_biases}"
     if wrong:
         raise ConfigError(f"{wrong}.", "Edit the plan.")
     if plan.levers.liger:

@@ -35,6 +35,7 @@ _ALL_ON: dict[str, Any] = {  # but liger, which is on where it is installed
     "head": "nf4",
     "empty_cache": True,
 }
+_WITHOUT_TRAINING = {"gradient_checkpointing": False, "optimizer": "adamw"}  # what is not there to choose
 
 
 class Wishes(Frozen):
@@ -74,7 +75,8 @@ class Wishes(Frozen):
             "micro_batch": self.micro_batch,
             "packing": self.packing,
         }
-        return self.pinned_levers() | {name: value for name, value in wished.items() if value is not None}
+        given = self.pinned_levers() | {name: value for name, value in wished.items() if value is not None}
+        return _WITHOUT_TRAINING | given if self.inference_mode else given
 
     def pinned_levers(self) -> dict[str, Any]:
         """Levers that the user fixed: `none`, `all`, or `name=value,name=value`.

@@ -139,7 +139,7 @@ def _set_up(
     view.note(f"Loading {plan.model} in {plan.base_precision} on {accelerator.device}")
     model = add_adapters(load(source, plan, str(accelerator.device)), plan).train()
     loss_of = SummedLoss(model, plan)
-    optimizer = make_optimizer(trainable(model).values(), plan, plan.learning_rate)
+    optimizer = make_optimizer(trainable(model), plan, plan.learning_rate)
     name = "constant_with_warmup" if plan.schedule == "constant" else plan.schedule
     scheduler = get_scheduler(name, optimizer, plan.warmup_steps, plan.total_steps)
     loss_of, optimizer = accelerator.prepare(loss_of, optimizer)
