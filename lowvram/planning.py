@@ -93,9 +93,8 @@ def run_bytes(plan: Plan) -> int:
     A frozen A is about as large as B, and has no moments. An adapter that subtracts its start keeps that in
     the compute dtype in each checkpoint, and is saved at twice its rank.
     """
-    adapter = 4 * plan.n_trainable
-    moments, files = 2 * adapter, adapter * (2 if plan.freeze_a else 1)
-    start = 0
+    moments, start = 2 * 4 * plan.n_trainable, 0
+    files = 4 * plan.n_trainable * (2 if plan.freeze_a else 1)
     if plan.subtracts_start:
         start = files if plan.compute_dtype == "fp32" else files // 2
     saved = 2 * files if start else files

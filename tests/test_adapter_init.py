@@ -130,9 +130,10 @@ def test_a_short_step_from_a_large_start_is_not_rounded_away() -> None:
     assert float((found - exact).abs().max()) < 0.02 * float(exact.abs().max())
 
 
-def test_gradients_are_those_of_peft_s_formula() -> None:
+@pytest.mark.parametrize("freeze_a", [False, True])
+def test_gradients_are_those_of_the_formula(freeze_a: bool) -> None:
     """Of A, B and x in float64, against autograd of W x + s (B A - B0 A0) x written out."""
-    step = exact_step("llama", init="pissa")
+    step = exact_step("llama", init="pissa", freeze_a=freeze_a)
     model = _initialised(_double(), step, torch.float64)
     _trained(model, step)
     layer = next(iter(lora_layers(model).values()))
@@ -141,8 +142,9 @@ def test_gradients_are_those_of_peft_s_formula() -> None:
     a0, b0 = (start for start in start_of(layer) if start is not None)
     weight = torch.linspace(-1, 1, 2 * 5 * 32, dtype=torch.float64).view(2, 5, 32)
     written = layer.base_layer(x) + step.scaling * (x @ a.t() @ b.t() - x @ a0.t() @ b0.t())
-    expected = torch.autograd.grad((written * weight).sum(), (x, a, b))
-    found = torch.autograd.grad((layer(x) * weight).sum(), (x, a, b))
+    wanted = (x, b) if freeze_a else (x, b, a)
+    expected = torch.autograd.grad((written * weight).sum(), wanted)
+    found = torch.autograd.grad((layer(x) * weight).sum(), wanted)
     for one, true in zip(found, expected, strict=True):
         torch.testing.assert_close(one, true, rtol=1e-10, atol=1e-12)
 
@@ -272,6 +274,20 @@ def test_eva_finds_peft_s_directions() -> None:
         assert not b.any()
         torch.testing.assert_close(a @ a.t(), torch.eye(2), rtol=0, atol=1e-5)
         assert float((a * true).sum(dim=1).min()) > 0.98, name
+
+
+def test_eva_goes_with_dora() -> None:
+    """A is EVA's, B is zero, and the magnitudes are those of the base: step 0 is the base."""
+    base = _double()
+    with torch.no_grad():
+        expected = copy.deepcopy(base).eval()(input_ids=IDS).logits
+    models = [
+        _initialised(copy.deepcopy(base), exact_step("llama", init="eva", use_dora=dora), torch.float64)
+        for dora in (False, True)
+    ]
+    torch.testing.assert_close(models[1].eval()(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
+    for plain, dora in zip(*(lora_layers(model).values() for model in models), strict=True):
+        torch.testing.assert_close(factors_of(dora)[0], factors_of(plain)[0], rtol=1e-6, atol=1e-9)
 
 
 def test_directions_from_batches_are_those_of_all_rows() -> None:

@@ -10,14 +10,21 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lowvram import hardware
 from lowvram.engine.config import DATA_INITS, DIFFERENCE_INITS, RANKS_TAKEN, StepConfig
+from lowvram.engine.source import ModelSource
+from lowvram.planner.build import make_plan
 from lowvram.planner.initialisation import seconds
+from lowvram.planner.plan import Plan
+from lowvram.planner.profiles import profile_for
+from lowvram.planner.wishes import Wishes
+from lowvram.planning import run_bytes
 from lowvram.training import loop, start
+from lowvram.units import GiB
 from tests import test_pipeline
 
 Cli = test_pipeline.Run
@@ -97,7 +104,7 @@ def test_first_loss_of_a_difference_is_the_base_s_and_a_merge_knows_it(
     [
         (("--init", "lora_ga", "--rank", "17"), "takes 34 directions", "--rank 16 or less"),
         (("--init", "pissa", "--rank", "33", "--targets", "all-linear"), "narrowest has 32", "--rank 32"),
-        (("--init", "lora_ga", "--dora"), "contradict each other", "Leave one of them out"),
+        (("--init", "lora_ga", "--dora"), "DoRA's magnitudes", "--init default or eva"),
         (("--init", "pissa", "--inference-mode"), "contradict each other", "Leave one of them out"),
         (("--init", "loftq", "--precision", "fp32"), "has lost nothing", "--precision nf4 or int8"),
         (("--init", "eva", "--levers", "tile_tokens=16"), "looks at whole sequences", "another --init"),
@@ -113,29 +120,31 @@ def test_what_cannot_be_is_refused(
     assert remedy in err
 
 
-def test_plans_of_initialisations(tiny_home: Path, tmp_path: Path, command: Cli) -> None:
+def test_plans_of_initialisations(tiny_home: Path) -> None:
     """LoRA-GA is scaled as in its paper unless asked otherwise; LoftQ gets a quantised base unasked."""
+    card = hardware.card_of_size(8 * GiB, hardware.probe())
+    profile = profile_for(card)
 
-    def plan(*asked: str) -> dict[str, Any]:
-        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
-        code, _, err = command("plan", "--model", tiny_home / "tiny", "--rank", "4", *asked, "-o", file)
-        assert code == 0, err
-        found: dict[str, Any] = yaml.safe_load(file.read_text())
-        return found
+    def plan(**wishes: Any) -> Plan:
+        asked = Wishes(**{"rank": 8, "seq_len": 64, "precision": "nf4", "levers": "none", **wishes})
+        return make_plan(ModelSource(str(tiny_home / "tiny")), card, profile, asked)
 
-    def scaling(found: dict[str, Any]) -> tuple[bool, float]:
-        return found["use_rslora"], found["alpha"]
-
-    default = plan()
-    ga = plan("--init", "lora_ga")
-    assert scaling(ga) == (True, 16)
-    assert scaling(plan("--init", "lora_ga", "--alpha", "5")) == (True, 5)
-    assert scaling(plan("--init", "lora_ga", "--no-rslora")) == (False, default["alpha"])
-    assert scaling(plan("--init", "pissa")) == scaling(default)
-    assert ga["n_trainable"] == default["n_trainable"]
-    assert ga["estimate"]["phases_bytes"]["initialisation"] > 0
-    assert ga["seconds_in_all"] > default["seconds_in_all"]
-    assert plan("--init", "loftq")["base_precision"] in ("nf4", "int8")
+    default, ga = plan(), plan(init="lora_ga")
+    assert (ga.use_rslora, ga.alpha) == (True, 16)
+    assert plan(init="lora_ga", alpha=5.0).alpha == 5
+    without = plan(init="lora_ga", rslora=False)
+    assert (without.use_rslora, without.alpha) == (False, profile.alpha)
+    pissa = plan(init="pissa")
+    assert (pissa.use_rslora, pissa.alpha) == (default.use_rslora, default.alpha)
+    assert ga.n_trainable == pissa.n_trainable == default.n_trainable
+    assert ga.estimate.phases_bytes["initialisation"] > 0
+    assert "initialisation" not in default.estimate.phases_bytes
+    assert ga.seconds_in_all > default.seconds_in_all
+    assert ga.host_ram_bytes > default.host_ram_bytes
+    assert run_bytes(ga) > run_bytes(default)
+    assert any("as in the paper of lora_ga" in reason for reason in ga.reasons)
+    assert any("from 8 micro-batches" in reason for reason in ga.reasons)
+    assert plan(init="loftq", precision=None).base_precision in ("nf4", "int8")
 
 
 def test_only_what_looks_at_data_takes_time_for_it() -> None:

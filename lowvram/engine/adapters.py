@@ -14,7 +14,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lowvram.engine.adapter_start import add_start
+from lowvram.engine.adapter_start import add_start, capture_of
 from lowvram.engine.biases import train_biases, why_not_all
 from lowvram.engine.config import StepConfig
 from lowvram.engine.dora import Dora, dora_linear, is_dora, start_magnitudes
@@ -33,6 +33,8 @@ _IN_FILE = ".lora_"  # in the name of what belongs to an adapter and to nothing 
 
 def _formula(layer: LoraLayer) -> Callable[[LoraLayer, torch.Tensor], torch.Tensor] | None:
     """Ours; None with merged weights, switched-off adapters and the like, which peft knows how to run."""
+    if capture_of(layer) is not None:  # an initialisation looks at the base, which lora_linear lets it
+        return lora_linear
     if is_dora(layer):
         return dora_linear
     return None if layer.merged or layer.disable_adapters or layer.lora_variant else lora_linear

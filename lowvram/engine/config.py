@@ -139,19 +139,19 @@ class StepConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _has_two_rates_for_two_factors(self) -> StepConfig:
-        if self.freeze_a and self.lora_plus_ratio != 1:
-            raise ValueError("lora_plus_ratio is B's learning rate over A's: freeze_a leaves A none")
-        return self
-
-    @model_validator(mode="after")
     def _initialises_as_it_can(self) -> StepConfig:
-        if self.init != "default" and self.use_dora:
+        if self.use_dora and self.init not in ("default", "eva"):
             raise ValueError(f"init={self.init} and use_dora: DoRA's magnitudes are those of the base itself")
         if self.init == "loftq" and self.base_precision not in QUANTIZED:
             raise ValueError(f"init=loftq repairs a quantised base; {self.base_precision} has lost nothing")
         if self.init == "eva" and (self.levers.tiles or self.task_type == "SEQ2SEQ_LM"):
             raise ValueError("init=eva looks at whole sequences of decoder-only models: use no tiles, no T5")
+        return self
+
+    @model_validator(mode="after")
+    def _has_two_rates_for_two_factors(self) -> StepConfig:
+        if self.freeze_a and self.lora_plus_ratio != 1:
+            raise ValueError("lora_plus_ratio is B's learning rate over A's: freeze_a leaves A none")
         return self
 
     @property

@@ -61,7 +61,7 @@ class _LoraAdd(torch.autograd.Function):
 
     No base layer keeps its own output for backward, so changing it harms nobody. Where A is frozen (LoRA-FA,
     arXiv 2308.03303) its input is not kept either, only x A^T: r numbers a token instead of thousands. With a
-    start (A0, B0) it is B A - B0 A0 that is multiplied with, one product of rank 2r (`difference_factors`).
+    start (A0, B0) it is B A - B0 A0 that is multiplied with, as a product of rank 2r (`difference_factors`).
     """
 
     @staticmethod
@@ -84,8 +84,9 @@ class _LoraAdd(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
         dropped, memory = drop(rows, p, redraws)
         down, up = difference_factors(a, b, a0, b0, dtype)  # [r or 2r, in], [out, r or 2r]
-        hidden = (dropped @ down.t()).to(dtype)  # [T, r or 2r]
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else hidden, a, b, memory, a0, b0)
+        hidden = (dropped @ down.t()).to(dtype)  # [T, r or 2r], of which the first r are x A^T
+        kept = x if ctx.needs_input_grad[2] else hidden[:, : a.shape[0]]
+        ctx.save_for_backward(kept, a, b, memory, a0, b0)
         del dropped
         result.view(-1, b.shape[0]).addmm_(hidden, up.t(), alpha=ctx.scaling)
         return result
@@ -99,7 +100,7 @@ class _LoraAdd(torch.autograd.Function):
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         down, up = difference_factors(a, b, a0, b0, grad.dtype)
         narrow = grad @ up * ctx.scaling  # [T, r or 2r]
-        r = a.shape[0]  # of the first r rows and columns are A and B, or B - B0 with B0 behind it
+        r = a.shape[0]  # A is the first r rows of `down`; B is the sum of both halves of `up`
         grad_a = None
         if needs_a:
             dropped, which = drop_again(kept.reshape(-1, a.shape[1]).to(grad.dtype), ctx.p, memory)  # [T, in]
@@ -109,7 +110,7 @@ class _LoraAdd(torch.autograd.Function):
             del dropped, of_b
             grad_x = _input_gradient(narrow, down, which, ctx.p) if needs_x else None
         else:
-            hidden = kept[:, :r]
+            hidden = kept
             grad_x = _gradient_dropped_again(narrow @ down, ctx.p, memory) if needs_x else None
         grad_b = (grad.t() @ (hidden * ctx.scaling)).to(b.dtype) if needs_b else None
         if grad_x is not None:

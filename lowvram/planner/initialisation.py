@@ -49,11 +49,6 @@ def refusals(
             f"{shape.narrowest(targets)}.",
             f"Use --rank {most} or less, or leave out the narrow layers with --targets.",
         )
-    if wishes.dora:
-        yield (
-            f"--init {init} and --dora contradict each other: DoRA's magnitudes are of the base itself.",
-            "Leave one of them out.",
-        )
     if wishes.inference_mode:
         yield f"--init {init} and --inference-mode contradict each other.", "Leave one of them out."
     if init == "loftq" and wishes.precision not in (None, *QUANTIZED):
