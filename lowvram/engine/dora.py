@@ -23,7 +23,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lowvram.engine.biases import plus_bias, product_of
+from lowvram.engine.biases import plus_bias, product_of, summed
 from lowvram.engine.lora import drop, drop_again, how_dropped, through_dropout
 
 _UNITS_AT_ONCE = 256  # columns of a weight that are read at one time for its rows' norms
@@ -187,4 +187,4 @@ def _through_base(
     grad_dropped = torch.autograd.grad(again, leaf, grad * extra)[0] if again.requires_grad else None
     again = again.detach()
     again.addmm_(hidden, b.to(grad.dtype).t(), alpha=ctx.scaling)
-    return grad_dropped, again.mul_(grad).sum(0).to(b.dtype)
+    return grad_dropped, summed(again.mul_(grad), b.dtype)
