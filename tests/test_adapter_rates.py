@@ -13,16 +13,21 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel, Qwen2Config, get_scheduler
 
-from lowvram.engine.adapters import add_adapters, trainable
+from lowvram.engine.adapters import LoraLinear, adapter_parameters, add_adapters, trainable
+from lowvram.engine.batch import collate
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.model import load
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.shape import shape_of
 from lowvram.engine.source import ModelSource
-from lowvram.memory.estimate import estimate, peak_of
+from lowvram.engine.step import SummedLoss, train_step
+from lowvram.memory.estimate import estimate, peak_of, trace_all_layers
+from lowvram.memory.layers import blocks_of
 from lowvram.memory.profiled import executed_step_bytes, profiled_peak_bytes
 from lowvram.memory.run import trace_step
+from lowvram.training import checkpoint
 from tests.test_memory import ALL, WEIGHTS, _batch
+from tests.tiny import examples
 from tests.tiny_models import MODELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,16 +179,13 @@ def test_dora_takes_about_lora_s_memory_and_a_frozen_a_takes_less() -> None:
     assert frozen < lora - 2 * inputs
 
 
-def test_dora_of_a_layer_takes_a_fraction_of_peft_s(tmp_path: Path) -> None:
+def test_dora_of_a_layer_takes_a_fraction_of_peft_s() -> None:
     """Forward and backward of 64 tokens through one layer of 1,024 x 4,096 over an fp32 base, profiled."""
-    assert tmp_path.exists()
     peaks = []
     for ours in (True, False):
         base = nn.Linear(1024, 4096, bias=False).requires_grad_(False)
         config = LoraConfig(r=8, use_dora=True, target_modules=["0"])
         if ours:
-            from lowvram.engine.adapters import LoraLinear
-
             config._register_custom_module({nn.Linear: LoraLinear})
         layer = get_peft_model(nn.Sequential(base), config)
         x = torch.randn(1, 64, 1024, requires_grad=True)
@@ -204,3 +206,54 @@ def test_inference_mode_prices_loading_and_a_forward_pass() -> None:
     assert used.phases_bytes["evaluation"] <= trained.phases_bytes["evaluation"]
     assert used.peak_allocated_bytes < trained.peak_allocated_bytes
     assert shape_of(config).n_trainable(step.model_copy(update={"inference_mode": True})) == 0
+
+
+class _Trainer:
+    """A model and its optimizer; A is drawn from `seed`."""
+
+    def __init__(self, step: StepConfig, seed: int) -> None:
+        torch.manual_seed(0)
+        base = MODELS["opt"]()
+        torch.manual_seed(seed)
+        self.model = add_adapters(base, step).train()
+        self.loss_of = SummedLoss(self.model, step)
+        self.optimizer = make_optimizer(trainable(self.model), step, 1e-2)
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in adapter_parameters(self.model).items()}
+
+    def step(self) -> float:
+        batch = collate(examples((40, 33), first_id=3), 1)
+        return float(train_step(self.loss_of, self.optimizer, [batch], max_grad_norm=1.0).loss)
+
+
+def test_a_checkpoint_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Biases, magnitudes, two rates and a frozen A: a process that drew another A takes the same steps."""
+    step = _step(target_modules=("q_proj", "fc1"), freeze_a=True, **BIASED)
+    straight, resumed = _Trainer(step, seed=0), _Trainer(step, seed=9)
+    for _ in range(2):
+        straight.step()
+    rest = {"epoch": 0, "step_in_epoch": 2, "plan_sha256": "", "scheduler": {}, "rng": {}, "extra": {}}
+    state = checkpoint.CheckpointState(
+        step=2, adapter=straight.adapter(), optimizer=straight.optimizer.state_dict(), **rest
+    )
+    loaded = checkpoint.load(checkpoint.save(tmp_path, state))
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(resumed.model).items():
+            parameter.copy_(loaded.adapter[name])
+    resumed.optimizer.load_state_dict(loaded.optimizer)
+    losses = [(straight.step(), resumed.step()) for _ in range(3)]
+    assert all(mine == other for mine, other in losses)
+    assert losses[0][0] > losses[-1][0]
+
+
+def test_a_few_layers_trace_stands_for_all() -> None:
+    """The search's short cut: DoRA and all biases, the last norm's among them, over nine layers."""
+    config = copy.deepcopy(SHAPES["opt"][0])
+    config.num_hidden_layers = 9
+    step = StepConfig(target_modules=("q_proj", "fc1"), seq_len=128, **BIASED)
+    assert blocks_of(config) is not None
+    short, whole = trace_all_layers(config, step, "cuda"), trace_step(config, step, "cuda")
+    assert peak_of(short)[0] == peak_of(whole)[0]
+    sizes = [[a.n_bytes for a in t.allocations if a.phase != "clip"] for t in (short, whole)]
+    assert sizes[0] == sizes[1]  # of clipping's norms, 512 bytes each, a few are left out

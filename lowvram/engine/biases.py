@@ -98,7 +98,7 @@ def plus_bias(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 
 
 class _Plus(torch.autograd.Function):
-    """product + bias; summed over [T, out] in float32, however few bits its result has.
+    """product + bias, in place.
 
     bitsandbytes' own gradient of a bias sums the first dimension only and hands autograd [T, out].
     """
@@ -115,4 +115,13 @@ class _Plus(torch.autograd.Function):
         grad = grad_outputs[0]
         if not ctx.needs_input_grad[1]:
             return grad, None
-        return grad, grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.dtype)
+        return grad, summed(grad.reshape(-1, grad.shape[-1]), ctx.dtype)
+
+
+def summed(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # [T, n] -> [n]
+    """Over the tokens, in float32 inside; only a CPU rounds it to the rows' dtype on the way out.
+
+    A GPU's kernel writes float32 itself (fp16 under a scaled loss would overflow), a CPU's would first make a
+    cast copy of all rows.
+    """
+    return rows.sum(0, dtype=dtype) if rows.is_cuda else rows.sum(0).to(dtype)

@@ -13,7 +13,7 @@ again for B A. Its semantics are kept: where there is dropout, the base's produc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from lowvram.engine.biases import plus_bias, product_of
+from lowvram.engine.biases import plus_bias, product_of, summed
 from lowvram.engine.lora import drop, drop_again, how_dropped, through_dropout
 
 _UNITS_AT_ONCE = 256  # columns of a weight that are read at one time for its rows' norms
@@ -51,18 +51,21 @@ def is_dora(layer: LoraLayer) -> bool:
 
 
 @torch.no_grad()
-def start_magnitudes(model: nn.Module) -> None:
-    """m = || W + s B A || of each row, so that the first step's output is the one without DoRA."""
-    for layer, name in _dora_layers(model):
-        magnitude = layer.lora_magnitude_vector[name]
-        magnitude.row_squares.copy_(row_squares(layer.base_layer, magnitude.weight.dtype))
-        magnitude.weight.copy_(row_norms(layer, name))
+def start_magnitudes(model: nn.Module, at: Callable[[str], None] = lambda _: None) -> None:
+    """m = || W + s B A || of each row, so that the first step's output is the one without DoRA.
 
-
-def _dora_layers(model: nn.Module) -> Iterator[tuple[Any, str]]:
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            yield from ((module, name) for name, kind in module.lora_variant.items() if type(kind) is Dora)
+    Args:
+        at: hears each layer's name before its turn, "" at the end.
+    """
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for name in (name for name, kind in layer.lora_variant.items() if type(kind) is Dora):
+            at(path)
+            magnitude = layer.lora_magnitude_vector[name]
+            magnitude.row_squares.copy_(row_squares(layer.base_layer, magnitude.weight.dtype))
+            magnitude.weight.copy_(row_norms(layer, name))
+    at("")
 
 
 def row_squares(linear: Any, dtype: torch.dtype) -> torch.Tensor:  # -> [out]
@@ -187,4 +190,4 @@ def _through_base(
     grad_dropped = torch.autograd.grad(again, leaf, grad * extra)[0] if again.requires_grad else None
     again = again.detach()
     again.addmm_(hidden, b.to(grad.dtype).t(), alpha=ctx.scaling)
-    return grad_dropped, again.mul_(grad).sum(0).to(b.dtype)
+    return grad_dropped, summed(again.mul_(grad), b.dtype)

@@ -55,8 +55,7 @@ def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
         recorder.label(parameter, "adapters")
     recorder.at("")
     with recorder:
-        start_magnitudes(model)
-    recorder.at("")
+        start_magnitudes(model, recorder.at)
 
 
 def _loaded(model: PeftModel, ends: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
