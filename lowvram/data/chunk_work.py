@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,6 @@ class ChunkWork:
 
     def in_worker(self, index: pa.Table) -> pa.Table:
         """As `datasets` calls it: one row of (at, start, size, number)."""
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
         row = index.to_pylist()[0]
         folder = Path(self.folder)
         if self.stops_at_bad and any(int(f.name[len(_BAD) :]) < row["at"] for f in folder.glob(f"{_BAD}*")):

@@ -28,6 +28,7 @@ _ROLES: dict[str, Role] = {
     "developer": "system",
 }
 
+
 class Message(Frozen):
     """One turn; `extra` holds what only the chat template understands, such as tool_calls."""
 
@@ -67,7 +68,10 @@ class LoadedData(Frozen):
 
 
 def load_conversations(
-    name: str, reading: Reading = Reading(), *, limit: int | None = None  # noqa: B008  # frozen
+    name: str,
+    reading: Reading = Reading(),  # noqa: B008  # frozen
+    *,
+    limit: int | None = None,
 ) -> LoadedData:
     """All rows of a small source (the first `limit` of them), as benchmarks and tests look at them.
 

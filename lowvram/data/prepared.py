@@ -84,7 +84,7 @@ def _code() -> str:
 
 
 def _found(folder: Path, name: str) -> RowStore | None:
-    """What is remembered there, if it is whole. A bad row's message names its file: not under another name."""
+    """What is remembered there, if it is whole; a bad row's message names its file, so not of another."""
     with suppress(OSError, ValueError):
         entry = Entry.model_validate_json((folder / _ENTRY).read_bytes())
         same = {file.name: file_sha256(file) for file in folder.glob("*.arrow")} == entry.files
@@ -172,4 +172,3 @@ def _forget_oldest(root: Path) -> None:
             kept += folder_bytes(entry)
             if number and kept > _MOST_KEPT_BYTES and not entry.name.startswith("."):
                 shutil.rmtree(entry, ignore_errors=True)
-

@@ -50,7 +50,8 @@ class RowStore:
 
     @cached_property
     def _is_bad(self) -> npt.NDArray[np.bool_]:
-        return ~self._table["problem"].is_null().to_numpy()
+        is_bad: npt.NDArray[np.bool_] = ~self._table["problem"].is_null().to_numpy()
+        return is_bad
 
     @cached_property
     def _rows(self) -> Numbers:
@@ -77,7 +78,8 @@ class RowStore:
         return len(self._rows)
 
     def _column(self, name: str) -> Numbers:
-        return self._table[name].to_numpy()[self._rows]
+        values: Numbers = self._table[name].to_numpy()
+        return values[self._rows]
 
     @cached_property
     def lengths(self) -> Numbers:
@@ -93,6 +95,11 @@ class RowStore:
     def answer_starts(self) -> Numbers:
         """Tokens before the first trained one, of each good row."""
         return self._column("answer_start")
+
+    @cached_property
+    def skipped_turns(self) -> Numbers:
+        """Earlier assistant turns of each good row that the template rewrites, so left untrained."""
+        return self._column("skipped_turns")
 
     @cached_property
     def characters(self) -> Numbers:
@@ -174,6 +181,11 @@ class Examples(Sequence[Example]):
     def answer_starts(self) -> Numbers:
         """Tokens of each before the first trained one."""
         return self.store.answer_starts[self.indices]
+
+    @property
+    def skipped_turns(self) -> Numbers:
+        """Of each, assistant turns that are left untrained."""
+        return self.store.skipped_turns[self.indices]
 
     def cut(self, seq_len: int) -> Examples:
         """The first `seq_len` tokens of each that has a trained token among them."""

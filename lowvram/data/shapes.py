@@ -83,9 +83,10 @@ def reading_from(shape: str | None, fields: str | None, split: str | None, skip_
 
 
 def _parse_fields(text: str | None) -> dict[str, str]:
-    parts = [tuple(side.strip() for side in part.partition("=")[::2]) for part in (text or "").split(",")]
     if text is None:
         return {}
+    sides = [part.partition("=") for part in text.split(",")]
+    parts = [(ours.strip(), theirs.strip()) for ours, _, theirs in sides]
     if not all(ours and theirs for ours, theirs in parts) or len(dict(parts)) < len(parts):
         raise ConfigError(
             f"--fields '{text}' is no list of different OURS=THEIRS.",

@@ -116,7 +116,9 @@ def rows_of(source: Source) -> Iterator[tuple[int, Found]]:
         for number, row in source.rows(chunk):
             yield number, row
     if not number:
-        raise DataError(f"{source.name}:1: the file has no rows.", "Write one example a line, then try again.")
+        raise DataError(
+            f"{source.name}:1: the file has no rows.", "Write one example a line, then try again."
+        )
 
 
 def read_rows(name: str, split: str | None = None) -> Iterator[Row]:
@@ -241,7 +243,9 @@ def _from_disk(name: str, split: str | None) -> Any:
     if wanted not in splits:
         raise DataError(
             f"{name}: has no split '{wanted or 'train'}'.",
-            f"Give --split {' or '.join(s for s in splits if s)}." if None not in splits else "Leave --split out.",
+            f"Give --split {' or '.join(s for s in splits if s)}."
+            if None not in splits
+            else "Leave --split out.",
         )
     return splits[wanted]
 

@@ -18,6 +18,7 @@ class DataStats(Frozen):
 
     source: str = Field(description="the file or hub id, as given")
     shape: str
+    shape_found: bool = Field(True, description="by the fields of the first row; false: told by the user")
     reading: Reading = Field(Reading(), description="how to read it again the same way")
     unread_fields: tuple[str, ...] = Field((), description="of the first row, of which nothing is made")
     n_skipped: int = Field(0, ge=0, description="rows left out that cannot be used")
@@ -71,6 +72,7 @@ def data_stats(train: Examples, held_out: Examples, reading: Reading, template: 
     return DataStats(
         source=store.entry.name,
         shape=known.shape,
+        shape_found=bool(known.first),
         reading=reading.model_copy(update={"shape": known.shape}),
         unread_fields=store.entry.unread,
         n_skipped=len(store.bad_rows),

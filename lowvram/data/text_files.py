@@ -335,9 +335,12 @@ def _csv_rows(file: TextFile, chunk: Chunk) -> Iterator[tuple[int, Found]]:
         if not cells or number == header_line:
             continue
         if len(cells) != len(header):
-            yield number, DataError(
-                f"{file.place(number)}: {len(cells)} cells where the header has {len(header)}.",
-                'Put quotes around a cell that holds a comma: "like, this".',
+            yield (
+                number,
+                DataError(
+                    f"{file.place(number)}: {len(cells)} cells where the header has {len(header)}.",
+                    'Put quotes around a cell that holds a comma: "like, this".',
+                ),
             )
         else:
             yield number, dict(zip(header, cells, strict=True))

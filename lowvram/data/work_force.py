@@ -13,12 +13,21 @@ import pyarrow as pa
 
 from lowvram.data.chunk_work import SCHEMA, ChunkWork, chunks_done, clear_marks
 from lowvram.data.text_files import Chunk
+from lowvram.units import format_seconds
 
 Progress = Callable[[float, float], None]  # share done, seconds left
 
+_BAR_SIGNS = 24
 _TRIAL_S = 1.0  # of work before it is judged
 _WORTH_S = 4.0  # left for one process: starting others takes 1 to 2 s, of which half the work must be saved
 _LOOK_S = 0.3
+
+
+def progress_line(name: str, done: float, seconds_left: float) -> str:
+    """A bar of text with what is left, for a status line."""
+    full = round(_BAR_SIGNS * done)
+    bar = "━" * full + "╌" * (_BAR_SIGNS - full)
+    return f"preparing {name} {bar} {100 * done:.0f} %, {format_seconds(seconds_left)} left"
 
 
 def do_all(work: ChunkWork, progress: Progress) -> None:
@@ -58,15 +67,13 @@ def _cores() -> int:
     return len(count(0)) if count else os.cpu_count() or 1
 
 
-def _together(
-    work: ChunkWork, numbered: Sequence[tuple[int, Chunk]], file: Path, progress: Progress
-) -> None:
+def _together(work: ChunkWork, numbered: Sequence[tuple[int, Chunk]], file: Path, progress: Progress) -> None:
     import datasets
 
     columns = {"at": [at for at, _ in numbered]}
     columns |= {name: [getattr(chunk, name) for _, chunk in numbered] for name in Chunk._fields}
     index = datasets.Dataset.from_dict(columns).with_format("arrow")
-    with _told(file.parent, len(numbered), progress), _without_bars():
+    with _told(file.parent, len(numbered), progress), _without_bars(), _one_thread_each():
         index.map(
             work.in_worker,
             batched=True,
@@ -92,6 +99,20 @@ def _without_bars() -> Iterator[None]:
     finally:
         if not were_disabled:
             enable_progress_bars()
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """For there is a process for each core; datasets would set it as well, say so, and not undo it."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 @contextmanager

@@ -47,7 +47,9 @@ def prepare(
     """
     store = prepare_rows(name, reading, source.tokenizer, progress)
     train, held_out = (store.select(side) for side in split_held_out(store.digests, held_out_share, name))
-    return PreparedData(train, held_out, data_stats(train, held_out, reading, template_name(source.tokenizer)))
+    return PreparedData(
+        train, held_out, data_stats(train, held_out, reading, template_name(source.tokenizer))
+    )
 
 
 @dataclass(frozen=True)
