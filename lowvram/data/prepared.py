@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "pyarrow")
-_MOST_KEPT_BYTES = 20 << 30  # the newest entry is kept, however large
+_MOST_KEPT_BYTES = 20 << 30  # before one is added, however large
+_ABANDONED_S = 24 * 3600  # what was being made longer ago was killed before it could clear up
 _ENTRY = "entry.json"
 
 
@@ -165,10 +167,11 @@ def folder_bytes(folder: Path) -> int:
 
 def _forget_oldest(root: Path) -> None:
     """The entries that were not used for longest, until the rest is small enough."""
-    entries = sorted((f for f in root.iterdir() if f.is_dir()), key=os.path.getmtime, reverse=True)
+    folders = sorted((f for f in root.iterdir() if f.is_dir()), key=os.path.getmtime, reverse=True)
     kept = 0
-    for number, entry in enumerate(entries):
-        with suppress(OSError):
-            kept += folder_bytes(entry)
-            if number and kept > _MOST_KEPT_BYTES and not entry.name.startswith("."):
-                shutil.rmtree(entry, ignore_errors=True)
+    for folder in folders:
+        with suppress(OSError):  # another process forgets as well
+            in_use = folder.name.startswith(".") and time.time() - folder.stat().st_mtime < _ABANDONED_S
+            kept += folder_bytes(folder)
+            if not in_use and (kept > _MOST_KEPT_BYTES or folder.name.startswith(".")):
+                shutil.rmtree(folder, ignore_errors=True)
