@@ -23,7 +23,9 @@ from lowvram.data.text_files import Chunk, TextFile
 from lowvram.errors import ConfigError, DataError
 
 CELLS = st.text(
-    st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from('",\n\t[]{}:\\é😀'), min_size=1, max_size=30
+    st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from('",\n\t[]{}:\\é😀'),
+    min_size=1,
+    max_size=30,
 )
 ROWS = st.lists(st.fixed_dictionaries({"a": CELLS, "b": CELLS}), min_size=1, max_size=40)
 SMALL = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
