@@ -23,7 +23,7 @@ from lowvram.data.shapes import Reading
 from lowvram.data.split import split_held_out
 from lowvram.data.tokens import Example, tokenize
 from lowvram.engine.source import ModelSource
-from lowvram.errors import DataError
+from lowvram.errors import DataError, DoesNotFitError
 from lowvram.training.data import prepare
 from tests.conftest import GSM8K
 
@@ -134,6 +134,28 @@ def test_many_processes_make_the_same(
     assert told == sorted(told)
     (entry,) = cache.iterdir()
     assert {file.suffix for file in entry.iterdir()} == {".arrow", ".json"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only a forked process sees the patch")
+def test_a_killed_worker_is_no_traceback(
+    words: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    cache: Path,
+    many: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parent, table = os.getpid(), chunk_work.ChunkWork.table
+
+    def killed(self: Any, chunk: Any) -> Any:
+        if os.getpid() != parent:
+            os._exit(9)
+        return table(self, chunk)
+
+    monkeypatch.setattr(chunk_work.ChunkWork, "table", killed)
+    with pytest.raises(DoesNotFitError, match="was killed"):
+        prepare_rows(_file(tmp_path, 900), Reading(), words)
+    assert many
+    assert list(cache.iterdir()) == []
 
 
 @pytest.mark.parametrize("together", [False, True])

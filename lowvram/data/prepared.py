@@ -128,8 +128,12 @@ def _made(
             write_atomically(work_folder / _ENTRY, entry.model_dump_json())
             store.close()
             shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # another process made it meanwhile
+            try:
                 work_folder.rename(folder)
+            except OSError:
+                if found := _found(folder, name):  # another process made it meanwhile
+                    return found
+                raise
             return RowStore(folder, entry)
         finally:
             shutil.rmtree(work_folder, ignore_errors=True)

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from lowvram.data.chunk_work import SCHEMA, ChunkWork, chunks_done, clear_marks
 from lowvram.data.text_files import Chunk
+from lowvram.errors import DoesNotFitError
 from lowvram.units import format_seconds
 
 Progress = Callable[[float, float], None]  # share done, seconds left
@@ -73,7 +74,12 @@ def _together(work: ChunkWork, numbered: Sequence[tuple[int, Chunk]], file: Path
     columns = {"at": [at for at, _ in numbered]}
     columns |= {name: [getattr(chunk, name) for _, chunk in numbered] for name in Chunk._fields}
     index = datasets.Dataset.from_dict(columns).with_format("arrow")
-    with _told(file.parent, len(numbered), progress), _without_bars(), _one_thread_each():
+    with (
+        _told(file.parent, len(numbered), progress),
+        _without_bars(),
+        _one_thread_each(),
+        _deaths_refused(),
+    ):
         index.map(
             work.in_worker,
             batched=True,
@@ -85,6 +91,20 @@ def _together(work: ChunkWork, numbered: Sequence[tuple[int, Chunk]], file: Path
             load_from_cache_file=False,
             new_fingerprint="lowvram",
         )
+
+
+@contextmanager
+def _deaths_refused() -> Iterator[None]:
+    """Raises: DoesNotFitError when a worker was killed; datasets knows no more than that it is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        raise DoesNotFitError(
+            "A process that prepared the data was killed, as happens when host memory runs out.",
+            "Close other programs, then try again.",
+        ) from error
 
 
 @contextmanager
