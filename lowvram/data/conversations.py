@@ -54,7 +54,8 @@ class Conversation(Frozen):
 
 def content_sha256(conversation: Conversation) -> str:
     """Hex digest of what is trained on; where it came from does not count."""
-    content = conversation.model_dump(exclude={"where"})
+    turns = [{"role": m.role, "content": m.content, "extra": m.extra} for m in conversation.messages]
+    content = {"messages": turns, "text": conversation.text, "tools": conversation.tools}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
