@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Preparing data, lowvram against TRL: the same rows, tokenizer and processes: benchmarks/data.csv
 
-    python scripts/bench_data.py MODEL [--rows N] [--rounds N] [--processes N] [--work FOLDER]
+    python scripts/bench_data.py MODEL [--rows N] [--rounds N] [--processes N] [--shape NAME] [--work FOLDER]
 
 MODEL is a folder with a fast tokenizer. GSM8K's rows (shared/data) are repeated with a number in front, as
 chat messages and as prompt and completion. Both read the same JSON lines and stop when token ids and mask of
@@ -13,6 +13,7 @@ split. Rounds are interleaved, each with empty caches. Needs PyPI, no GPU, no we
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import statistics
@@ -27,6 +28,8 @@ from compare_estimators import BENCH, ROOT, environment, version_of
 from estimator_tools import TORCH
 
 TRL = "trl==1.16.0"
+FILE = BENCH / "data.csv"
+SHAPES = ("messages", "prompt-completion")
 SOURCE = ROOT.parent / "shared" / "data" / "gsm8k-test.jsonl"
 
 
@@ -78,7 +81,7 @@ def compare(shape: str, options: argparse.Namespace, venv: Path) -> dict[str, An
                 name: timed(python, name, file, options.model, options.processes)
                 for name, python in (sides if number % 2 == 0 else reversed(sides))
             }
-            print(shape, found)
+            print(shape, found, flush=True)
             rounds.append(found)
     seconds = [[r["lowvram"]["seconds"], r["trl"]["seconds"]] for r in rounds]
     ours, theirs = (statistics.median(column) for column in zip(*seconds, strict=True))
@@ -112,15 +115,24 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lowvram-bench-data")
     options = parser.parse_args()
     options.model = str(Path(options.model).resolve())
     venv = environment("trl", [TORCH, TRL, str(ROOT)], options.work)
-    records = []
-    for shape in ("messages", "prompt-completion"):
-        records.append(compare(shape, options, venv))
-        write(records, BENCH / "data.csv")
+    records = {row["shape"]: row for row in _known()}
+    for shape in [options.shape] if options.shape else SHAPES:
+        records[shape] = compare(shape, options, venv)
+        write([records[name] for name in SHAPES if name in records], FILE)
+
+
+def _known() -> list[dict[str, Any]]:
+    """The rows of the table as it is; a run replaces those of its shapes."""
+    if not FILE.exists():
+        return []
+    with FILE.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -200,6 +200,11 @@ def test_what_the_template_refuses_is_a_bad_row(words: PreTrainedTokenizerFast, 
         prepare_rows(name, Reading(), strict)
 
 
+def test_a_line_tells_how_far_it_is() -> None:
+    line = work_force.progress_line("/some/where/train.jsonl", 0.25, 75)
+    assert line == "preparing train.jsonl " + "━" * 6 + "╌" * 18 + " 25 %, 1 min 15 s left"
+
+
 def _counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often a chunk was worked on."""
     calls: list[int] = []

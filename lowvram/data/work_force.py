@@ -28,7 +28,7 @@ def progress_line(name: str, done: float, seconds_left: float) -> str:
     """A bar of text with what is left, for a status line."""
     full = round(_BAR_SIGNS * done)
     bar = "━" * full + "╌" * (_BAR_SIGNS - full)
-    return f"preparing {name} {bar} {100 * done:.0f} %, {format_seconds(seconds_left)} left"
+    return f"preparing {Path(name).name} {bar} {100 * done:.0f} %, {format_seconds(seconds_left)} left"
 
 
 def do_all(work: ChunkWork, progress: Progress) -> None:
