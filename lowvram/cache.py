@@ -24,3 +24,8 @@ def traces_folder() -> Path:
 def rates_folder() -> Path:
     """Where the measured rates of this machine's devices are remembered."""
     return cache_folder() / "rates"
+
+
+def data_folder() -> Path:
+    """Where tokenised data is remembered."""
+    return cache_folder() / "data"

@@ -11,8 +11,19 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id, suc
 Models = Annotated[
     list[str], typer.Option("--model", "-m", help="Folder or hub id; up to four are compared.")
 ]
-Data = Annotated[str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet or a hub data set id.")]
+Data = Annotated[
+    str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet, or a data set's id or folder.")
+]
 MaybeData = Annotated[str | None, typer.Option("--data", "-d", help="Plan for this data's lengths.")]
+DataFormat = Annotated[
+    str | None,
+    typer.Option("--data-format", help="Shape of the rows: messages, alpaca, text ... (default: found)."),
+]
+Fields = Annotated[
+    str | None, typer.Option("--fields", help="Their names, such as question=ask,answer=reply.")
+]
+Split = Annotated[str | None, typer.Option("--split", help="Of a data set, such as train[:10%].")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")]
 Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, such as 8GB.")]
 Rank = Annotated[int | None, typer.Option(help="LoRA rank r (default: the profile's).")]
 Alpha = Annotated[

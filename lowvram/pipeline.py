@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
 from lowvram import hardware as machine
+from lowvram.data.work_force import progress_line
 from lowvram.device_rates import known_rates
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, refusals_of_the_system
@@ -18,7 +20,7 @@ from lowvram.hardware import Hardware
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.recheck import checked as check_plan
 from lowvram.planning import RUN_FILES_BYTES, Planned, anywhere, run_bytes
-from lowvram.training.data import prepare
+from lowvram.training.data import PreparedData, prepare
 from lowvram.training.live import make_view
 from lowvram.training.loop import Run, train
 from lowvram.training.result import RunResult
@@ -90,7 +92,29 @@ def from_saved(plan: Plan, again: str) -> Planned:
         )
     _require_decoder_only(source)
     source.require_weights()
-    return Planned(source, plan, prepare(plan.data, source, plan.held_out_share))
+    return Planned(source, plan, _prepared(plan, plan.data, source))
+
+
+def _prepared(plan: Plan, data: str, source: ModelSource) -> PreparedData:
+    """As the plan says that it is read."""
+    with Console(stderr=True).status("reading the data") as status:
+        return prepare(
+            data,
+            source,
+            plan.held_out_share,
+            plan.reading,
+            lambda done, left: status.update(escape(progress_line(data, done, left))),
+        )
+
+
+def _tell_skipped(prepared: PreparedData | None, folder: Path, console: Console) -> None:
+    """The whole list into the run's folder, as long as it may be; how many, on the screen."""
+    if prepared is None or not prepared.stats.n_skipped:
+        return
+    file = folder / "skipped_rows.txt"
+    with refusals_of_the_system(f"{file} cannot be written", "Give another --output."):
+        write_atomically(file, "".join(f"{line}\n" for line in prepared.skipped()))
+    console.print(f"{prepared.stats.n_skipped} rows are skipped; which and why: {escape(str(file))}")
 
 
 def checked(planned: Planned) -> Planned:
@@ -124,6 +148,7 @@ def start(
     folder = RunFolder.create(output)
     with refusals_of_the_system(f"{folder.plan_file} cannot be written", "Give another --output."):
         write_atomically(folder.plan_file, planned.plan.to_yaml())
+    _tell_skipped(planned.prepared, folder.path, console)
     return _train(planned, folder, console, log_with, before, after)
 
 

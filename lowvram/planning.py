@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram.data.shapes import Reading
+from lowvram.data.work_force import progress_line
 from lowvram.device_rates import known_rates
 from lowvram.engine.source import ModelSource, absolute
 from lowvram.hardware import Hardware
@@ -48,14 +50,16 @@ def plan_for(
     say: Say,
     with_survey: bool = False,
     with_why: bool = False,
+    reading: Reading = Reading(),  # noqa: B008  # frozen
 ) -> Planned:
     """Read the config and the data, then plan. No weights are read.
 
     Args:
+        reading: how the data is read, where it does not speak for itself.
         with_survey: also what else would fit; with_why: also each lever beside its next setting.
     """
     _ = RememberedModel(source).shape  # a wrong model is refused before the data is read
-    prepared = _prepared(data, source, say) if data is not None else None
+    prepared = _prepared(data, reading, source, say) if data is not None else None
     stats = prepared.stats if prepared else None
     experience = experience_on(hardware)
     device = with_experience(hardware, experience)
@@ -68,17 +72,22 @@ def plan_for(
     return Planned(source, plan, prepared, around, levers)
 
 
-def _prepared(data: str, source: ModelSource, say: Say) -> PreparedData:
+def _prepared(data: str, reading: Reading, source: ModelSource, say: Say) -> PreparedData:
     from lowvram.training.data import prepare
 
     say(f"reading {data}")
-    return prepare(data, source)
+    return prepare(
+        data,
+        source,
+        reading=reading,
+        progress=lambda done, left: say(progress_line(data, done, left)),
+    )
 
 
 def anywhere(plan: Plan, source: ModelSource) -> Plan:
     """The plan with absolute names of a local model and data file, so that it runs from every directory."""
-    is_file = plan.data is not None and Path(plan.data).is_file()
-    data = absolute(str(plan.data)) if is_file else plan.data
+    is_here = plan.data is not None and Path(plan.data).exists()  # a file, or a folder of datasets
+    data = absolute(str(plan.data)) if is_here else plan.data
     return plan.model_copy(update={"model": source.name, "data": data})
 
 

@@ -51,7 +51,7 @@ def test_a_system_text_stands_above_the_question_and_earlier_turns_bring_roles()
 
 def test_a_control_token_in_a_question_does_not_end_it() -> None:
     """A Unigram has no other way to write it: the row is refused, as its end token would cut the question."""
-    with pytest.raises(DataError, match="d:1: .*control token"):
+    with pytest.raises(DataError, match=r"d:1: .*control token"):
         tokenize_pairs([_conversation(("user", "red </s> cat"), ("assistant", "dog"))], tokenizer())
 
 

@@ -38,6 +38,7 @@ def explain(request: Request, search: Search, step: StepConfig) -> tuple[str, ..
     prefer = wishes.prefer or profile.prefer
     return (
         *_origin(request.source),
+        *([_data(stats)] if stats else []),
         _precision(step, search, wishes, prefer),
         _adapter(step, profile, wishes),
         *initialisation.reason(step),
@@ -56,6 +57,15 @@ def _origin(source: ModelSource) -> list[str]:
     if source.config_origin != "shipped table":
         return []
     return [f"config from the shipped table ({source.refusal and source.refusal.reason})"]
+
+
+def _data(stats: DataStats) -> str:
+    """What the rows were taken for, and what of them is left out."""
+    how = "found by its fields" if stats.shape_found else _ASKED
+    said = f"data of the shape {stats.shape} ({how})"
+    if stats.unread_fields:
+        said += f", fields not read: {', '.join(stats.unread_fields)}"
+    return said + (f", {stats.n_skipped} rows skipped that cannot be used" if stats.n_skipped else "")
 
 
 def _precision(step: StepConfig, search: Search, wishes: Wishes, prefer: str) -> str:
