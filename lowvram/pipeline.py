@@ -44,7 +44,6 @@ def preflight(
     """
     _require_training(inference_mode)
     require_trackers(log_with)
-    _require_decoder_only(source)
     source.require_weights()
     RunFolder.refuse_used(output)
     require_disk(output, RUN_FILES_BYTES)
@@ -90,7 +89,6 @@ def from_saved(plan: Plan, again: str) -> Planned:
         raise ConfigError(
             f"The model's folder '{plan.model}' is gone.", f"Move it back or link to it, then: {again}"
         )
-    _require_decoder_only(source)
     source.require_weights()
     return Planned(source, plan, _prepared(plan, plan.data, source))
 
@@ -157,15 +155,6 @@ def _require_training(inference_mode: bool) -> None:
         raise ConfigError(
             "Inference mode: the adapter is only used, so there is nothing to train.",
             "See the plan with lowvram plan, or leave --inference-mode (in a plan: inference_mode) out.",
-        )
-
-
-def _require_decoder_only(source: ModelSource) -> None:
-    """T5-type models are planned and their step is tested; data for them is not prepared yet."""
-    if source.config.is_encoder_decoder:
-        raise ConfigError(
-            f"'{source.name}' is an encoder-decoder: lowvram plans its memory and does not train it yet.",
-            "See its plan with --dry-run, or train a decoder-only model.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from lowvram.data.conversations import Conversation, content_sha256, conversation_of
+from lowvram.data.seq2seq import tokenize_pairs
 from lowvram.data.shapes import Known
 from lowvram.data.sources import Source
 from lowvram.data.text_files import Chunk, Found
@@ -27,11 +29,12 @@ SCHEMA = pa.schema(
         ("remedy", pa.string()),
         ("digest", pa.binary()),  # of the content, 32 bytes
         ("characters", pa.int64()),
-        ("n_tokens", pa.int32()),
+        ("n_tokens", pa.int32()),  # that a sequence length limits: of a pair those of its source
         ("n_trained", pa.int32()),
         ("answer_start", pa.int32()),  # tokens before the first trained one
         ("skipped_turns", pa.int32()),
         ("input_ids", pa.list_(pa.int32())),
+        ("source_ids", pa.list_(pa.int32())),  # of a pair; else empty
         ("trained", pa.binary()),  # one byte a token, 0 or 1
     ]
 )
@@ -46,6 +49,7 @@ class ChunkWork:
     source: Source
     known: Known
     tokenizer: PreTrainedTokenizerBase | None  # None: rows are only read and checked
+    pairs: bool  # a source and a target for an encoder-decoder
     stops_at_bad: bool
     folder: str  # where processes tell each other how far they are
 
@@ -96,7 +100,8 @@ class ChunkWork:
         """Halved where one of them cannot be tokenised, until it stands alone."""
         assert self.tokenizer is not None
         try:
-            yield from tokenize(conversations, self.tokenizer)
+            make = tokenize_pairs if self.pairs else tokenize
+            yield from make(conversations, self.tokenizer)
         except DataError as error:
             if len(conversations) == 1:
                 yield error
@@ -121,25 +126,29 @@ def clear_marks(folder: Path) -> None:
 def _table(numbers: list[int], found: Sequence[Any], rows: Sequence[Any]) -> pa.Table:
     good = [None if isinstance(row, DataError) else f for f, row in zip(found, rows, strict=False)]
     examples = [row if isinstance(row, Example) else None for row in rows]
-    ids = [np.frombuffer(e.input_ids, dtype=np.int32) for e in examples if e and len(e)]
-    lengths = [len(e) if e else 0 for e in examples]
     columns = {
         "number": numbers,
         "problem": [row.message if isinstance(row, DataError) else None for row in rows],
         "remedy": [row.remedy if isinstance(row, DataError) else None for row in rows],
         "digest": [bytes.fromhex(content_sha256(c)) if c else None for c in good],
         "characters": [_characters(c) if c else 0 for c in good],
-        "n_tokens": lengths,
+        "n_tokens": [len(e) if e else 0 for e in examples],
         "n_trained": [e.n_trained if e else 0 for e in examples],
         "answer_start": [e.trained.index(1) if e else 0 for e in examples],
         "skipped_turns": [e.skipped_turns if e else 0 for e in examples],
-        "input_ids": pa.ListArray.from_arrays(
-            pa.array(np.cumsum([0, *lengths]), pa.int32()),
-            pa.array(np.concatenate(ids) if ids else [], pa.int32()),
-        ),
+        "input_ids": _lists([e.input_ids if e else None for e in examples]),
+        "source_ids": _lists([e.source_ids if e else None for e in examples]),
         "trained": [e.trained if e else b"" for e in examples],
     }
     return pa.table(columns, schema=SCHEMA)
+
+
+def _lists(ids: Sequence[array[int] | None]) -> pa.ListArray:
+    whole = [np.frombuffer(some, dtype=np.int32) for some in ids if some]
+    return pa.ListArray.from_arrays(
+        pa.array(np.cumsum([0, *(len(some or ()) for some in ids)]), pa.int32()),
+        pa.array(np.concatenate(whole) if whole else [], pa.int32()),
+    )
 
 
 def _characters(conversation: Conversation) -> int:

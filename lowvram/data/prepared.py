@@ -38,6 +38,7 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerBase | None,
     progress: Progress = lambda _done, _left: None,
     *,
+    pairs: bool = False,
     keep_bad: bool | None = None,
 ) -> RowStore:
     """Every row of the source called `name`, checked, and tokenised unless `tokenizer` is None.
@@ -47,6 +48,7 @@ def prepare_rows(
 
     Args:
         progress: hears (share done, seconds left), and nothing when it is a matter of a second.
+        pairs: make a source and a target of each row, for an encoder-decoder.
         keep_bad: record rows that cannot be used, instead of stopping at the first; None: `reading.skip_bad`.
 
     Raises:
@@ -54,16 +56,16 @@ def prepare_rows(
         ConfigError, DoesNotFitError: the cache folder cannot be written.
     """
     keeps = reading.skip_bad if keep_bad is None else keep_bad
-    folder = data_folder() / _key(name, reading, tokenizer)
-    store = _found(folder, name) or _made(folder, name, reading, tokenizer, progress, keeps)
+    folder = data_folder() / _key(name, reading, tokenizer, pairs)
+    store = _found(folder, name) or _made(folder, name, reading, tokenizer, pairs, progress, keeps)
     if not keeps:
         store.require_good()
     return store
 
 
-def _key(name: str, reading: Reading, tokenizer: PreTrainedTokenizerBase | None) -> str:
+def _key(name: str, reading: Reading, tokenizer: PreTrainedTokenizerBase | None, pairs: bool) -> str:
     asked = reading.model_dump_json(exclude={"skip_bad"})
-    parts = (content_key(name, reading.split), asked, _tokenizer_key(tokenizer), _code())
+    parts = (content_key(name, reading.split), asked, _tokenizer_key(tokenizer), str(pairs), _code())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
 
 
@@ -101,6 +103,7 @@ def _made(
     name: str,
     reading: Reading,
     tokenizer: PreTrainedTokenizerBase | None,
+    pairs: bool,
     progress: Progress,
     keeps: bool,
 ) -> RowStore:
@@ -113,11 +116,12 @@ def _made(
         try:
             with opened(name, reading.split) as source:
                 known, unread = _first_of(source, reading, keeps)
-                do_all(ChunkWork(source, known, tokenizer, not keeps, str(work_folder)), progress)
+                do_all(ChunkWork(source, known, tokenizer, pairs, not keeps, str(work_folder)), progress)
                 entry = Entry(
                     name=name,
                     known=known,
                     unread=unread,
+                    pairs=pairs,
                     in_rows=isinstance(source, Table),
                     files={f.name: _sealed(f) for f in work_folder.glob("*.arrow")},
                 )

@@ -29,6 +29,7 @@ class Entry(Frozen):
     name: str
     known: Known
     unread: tuple[str, ...] = Field(description="fields of the first row that nothing is made of")
+    pairs: bool = Field(description="rows are a source and a target, of which the target is trained")
     in_rows: bool = Field(description="places are numbers of rows, not lines")
     files: dict[str, str] = Field(description="name: sha256")
     n_bad: int = 0
@@ -133,10 +134,14 @@ class RowStore:
         row = int(self._rows[index])
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
         at = row - int(self._starts[chunk])
-        ids = array("i", self._column_chunk("input_ids", chunk)[at].values.to_numpy().tobytes())
+        ids = self._ids("input_ids", chunk, at)
         trained = self._column_chunk("trained", chunk)[at].as_py()
         skipped = self._column_chunk("skipped_turns", chunk)[at].as_py()
-        return Example(ids, trained, self.place(index), skipped)
+        source_ids = self._ids("source_ids", chunk, at) if self.entry.pairs else None
+        return Example(ids, trained, self.place(index), skipped, source_ids)
+
+    def _ids(self, column: str, chunk: int, at: int) -> array[int]:
+        return array("i", self._column_chunk(column, chunk)[at].values.to_numpy().tobytes())
 
     def _column_chunk(self, name: str, chunk: int) -> Any:
         return self._table[name].chunk(chunk)
@@ -146,10 +151,15 @@ class RowStore:
 
 
 class Examples(Sequence[Example]):
-    """Some rows of a store, cut to `seq_len` tokens; each is read when it is asked for."""
+    """Some rows of a store, cut to `seq_len` tokens; each is read when it is asked for.
 
-    def __init__(self, store: RowStore, indices: Numbers, seq_len: int | None = None) -> None:
-        self.store, self.indices, self.seq_len = store, indices, seq_len
+    Of pairs, sources are cut to `seq_len` and targets to `target_len` tokens.
+    """
+
+    def __init__(
+        self, store: RowStore, indices: Numbers, seq_len: int | None = None, target_len: int | None = None
+    ) -> None:
+        self.store, self.indices, self.seq_len, self.target_len = store, indices, seq_len, target_len
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -160,9 +170,9 @@ class Examples(Sequence[Example]):
     def __getitem__(self, at: slice) -> Examples: ...
     def __getitem__(self, at: int | slice) -> Example | Examples:
         if isinstance(at, slice):
-            return Examples(self.store, self.indices[at], self.seq_len)
+            return Examples(self.store, self.indices[at], self.seq_len, self.target_len)
         example = self.store.example(int(self.indices[at]))
-        short = example if self.seq_len is None else cut(example, self.seq_len)
+        short = example if self.seq_len is None else cut(example, self.seq_len, self.target_len)
         assert short is not None  # `cut` left out what has no trained token
         return short
 
@@ -187,6 +197,6 @@ class Examples(Sequence[Example]):
         """Of each, assistant turns that are left untrained."""
         return self.store.skipped_turns[self.indices]
 
-    def cut(self, seq_len: int) -> Examples:
+    def cut(self, seq_len: int, target_len: int | None = None) -> Examples:
         """The first `seq_len` tokens of each that has a trained token among them."""
-        return Examples(self.store, self.indices[self.answer_starts < seq_len], seq_len)
+        return Examples(self.store, self.indices[self.answer_starts < seq_len], seq_len, target_len)

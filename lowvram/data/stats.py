@@ -36,6 +36,10 @@ class DataStats(Frozen):
         min_length=101, max_length=101, description="tokens before the first trained one, at 0, 1, ... 100 %"
     )
 
+    target_quantiles: tuple[int, ...] | None = Field(
+        None, description="for an encoder-decoder, whose lengths are its sources': of its targets"
+    )
+
     @property
     def mean_tokens(self) -> float:
         """Tokens of an average example."""
@@ -68,7 +72,7 @@ class DataStats(Frozen):
 def data_stats(train: Examples, held_out: Examples, reading: Reading, template: str) -> DataStats:
     """The statistics of a prepared source, split; `template` as `template_name` says it."""
     store, lengths = train.store, train.lengths
-    known = store.entry.known
+    known, pairs = store.entry.known, store.entry.pairs
     return DataStats(
         source=store.entry.name,
         shape=known.shape,
@@ -80,11 +84,12 @@ def data_stats(train: Examples, held_out: Examples, reading: Reading, template: 
         template=template,
         n_examples=len(train),
         n_held_out=len(held_out),
-        n_tokens=int(lengths.sum()),
+        n_tokens=int(lengths.sum()) + (int(train.n_trained.sum()) if pairs else 0),
         n_trained_tokens=int(train.n_trained.sum()),
         longest_tokens=int(lengths.max()),
         length_quantiles=quantiles(lengths),
         answer_start_quantiles=quantiles(train.answer_starts),
+        target_quantiles=quantiles(train.n_trained) if pairs else None,
     )
 
 

@@ -29,7 +29,13 @@ class Example:
     source_ids: array[int] | None = None  # what an encoder reads; then input_ids is the target, all trained
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        """Tokens that a sequence length limits."""
+        return len(self.input_ids if self.source_ids is None else self.source_ids)
+
+    @property
+    def n_tokens(self) -> int:
+        """All tokens that the model reads, source and target."""
+        return len(self.input_ids) + len(self.source_ids or ())
 
     @property
     def n_trained(self) -> int:
@@ -74,8 +80,14 @@ def tokenize(
     return examples
 
 
-def cut(example: Example, seq_len: int) -> Example | None:
-    """The first `seq_len` tokens; None when none of them is trained."""
+def cut(example: Example, seq_len: int, target_len: int | None = None) -> Example | None:
+    """The first `seq_len` tokens; None when none of them is trained.
+
+    Of a pair the first `seq_len` of its source and `target_len` of its target.
+    """
+    if example.source_ids is not None:
+        target, trained = example.input_ids[:target_len], example.trained[:target_len]
+        return Example(target, trained, example.where, source_ids=example.source_ids[:seq_len])
     if len(example) <= seq_len:
         return example
     trained = example.trained[:seq_len]

@@ -34,6 +34,11 @@ class Batch:
     def trained_tokens(self) -> int:
         return int(self.targets.shape[0])
 
+    @property
+    def limited_tokens(self) -> int:
+        """Padding included, what the plan's sequence length limits: an encoder's tokens, else all."""
+        return (self.input_ids if self.source_ids is None else self.source_ids).numel()
+
     def to(self, device: torch.device | str) -> Batch:
         moved = [None if t is None else t.to(device, non_blocking=True) for t in self.tensors]
         return Batch(*moved, lengths=self.lengths)  # type: ignore[arg-type]  # the first three are tensors

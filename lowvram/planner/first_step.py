@@ -40,7 +40,7 @@ def first_step(request: Request, shape: ModelShape) -> StepConfig:
     liger = "liger" in profile.ladder and picks_liger(request.source, hardware)
     step = StepConfig(
         task_type=shape.task_type,
-        target_len=_target_len(shape, profile),
+        target_len=_target_len(shape, profile, request.stats),
         base_precision=precision,
         compute_dtype=compute_dtype(precision, hardware),
         dropout=profile.dropout if wishes.dropout is None else wishes.dropout,
@@ -79,11 +79,13 @@ def with_adapter(step: StepConfig, rank: int, profile: Profile, wishes: Wishes) 
     return step.model_copy(update=changes)
 
 
-def _target_len(shape: ModelShape, profile: Profile) -> int | None:
-    """T5-type models read the longest example and write a quarter of it: T5's own 512 and 114 tokens."""
+def _target_len(shape: ModelShape, profile: Profile, stats: DataStats | None) -> int | None:
+    """The longest target; without data a quarter of the source: T5's own 512 and 114 tokens."""
     if shape.task_type == "CAUSAL_LM":
         return None
-    return max(profile.default_seq_len // 4, 8)
+    if stats is None or stats.target_quantiles is None:
+        return max(profile.default_seq_len // 4, 8)
+    return math.ceil(stats.target_quantiles[100] / 8) * 8
 
 
 def _seq_len(request: Request, shape: ModelShape) -> int:

@@ -15,7 +15,7 @@ from lowvram.data.split import split_held_out
 from lowvram.data.stats import DataStats, data_stats
 from lowvram.data.tokens import Example, template_name
 from lowvram.data.work_force import Progress
-from lowvram.engine.batch import Batch, collate, collate_packed
+from lowvram.engine.batch import Batch, collate, collate_packed, collate_pairs
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DataError
 from lowvram.planner.plan import Plan
@@ -46,7 +46,8 @@ def prepare(
     Raises:
         DataError: names the file and line.
     """
-    store = prepare_rows(name, reading, source.tokenizer, progress)
+    pairs = bool(source.config.is_encoder_decoder)
+    store = prepare_rows(name, reading, source.tokenizer, progress, pairs=pairs)
     train, held_out = (store.select(side) for side in split_held_out(store.digests, held_out_share, name))
     return PreparedData(
         train, held_out, data_stats(train, held_out, reading, template_name(source.tokenizer))
@@ -61,6 +62,7 @@ class TrainingData:
     train: Examples
     held_out: Examples
     pad_token_id: int
+    start_token_id: int | None = None  # what an encoder-decoder's decoder reads first
 
     def steps_of_epoch(self, epoch: int) -> list[list[list[int]]]:
         return batches_of_epoch(
@@ -94,6 +96,8 @@ class TrainingData:
         return [[self.train[i] for i in micro_batch] for micro_batch in itertools.islice(order, n)]
 
     def collate(self, examples: list[Example]) -> Batch:
+        if self.start_token_id is not None:
+            return collate_pairs(examples, self.pad_token_id, self.start_token_id)
         return collate_packed(examples) if self.plan.packing else collate(examples, self.pad_token_id)
 
     def held_out_batches(self) -> Iterator[Batch]:
@@ -109,7 +113,9 @@ class TrainingData:
             yield self.collate([self.held_out[index] for index in batch])
 
 
-def training_data(plan: Plan, prepared: PreparedData, pad_token_id: int) -> TrainingData:
+def training_data(
+    plan: Plan, prepared: PreparedData, pad_token_id: int, start_token_id: int | None = None
+) -> TrainingData:
     """Cut to the plan's length and refuse data that is not what was planned.
 
     Raises:
@@ -121,9 +127,9 @@ def training_data(plan: Plan, prepared: PreparedData, pad_token_id: int) -> Trai
             f"'{plan.data}' is not the data that this plan was made for: its content hash differs.",
             "Restore the file, or make a new plan with lowvram auto.",
         )
-    sides = [side.cut(plan.seq_len) for side in (prepared.train, prepared.held_out)]
+    sides = [side.cut(plan.seq_len, plan.target_len) for side in (prepared.train, prepared.held_out)]
     if not all(sides):
         raise DataError(
             f"{plan.data}: no trained token is left within {plan.seq_len} tokens.", "Raise --seq-len."
         )
-    return TrainingData(plan, sides[0], sides[1], pad_token_id)
+    return TrainingData(plan, sides[0], sides[1], pad_token_id, start_token_id)

@@ -135,7 +135,7 @@ def _set_up(
     set_seed(plan.seed)
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    data = training_data(plan, prepared, pad)
+    data = training_data(plan, prepared, pad, source.config.decoder_start_token_id)
     view.note(f"Loading {plan.model} in {plan.base_precision} on {accelerator.device}")
     model = add_adapters(load(source, plan, str(accelerator.device)), plan).train()
     loss_of = SummedLoss(model, plan)
@@ -219,7 +219,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
         seconds = time.perf_counter() - started
         run.step += 1
         run.seconds += seconds
-        run.tokens += sum(len(e.input_ids) for examples in micro_batches for e in examples)
+        run.tokens += sum(e.n_tokens for examples in micro_batches for e in examples)
         run.trained_tokens += result.trained_tokens
         _report(run, result, learning_rate, seconds, micro_batches)
         if stop or run.step % run.plan.save_every == 0 or run.step == run.plan.total_steps:
@@ -237,7 +237,7 @@ def _step(run: Run, micro_batches: list[list[Any]]) -> StepResult:
     """One optimizer step, its memory measured phase by phase."""
     with run.monitor.during("forward"):
         batches = [run.data.collate(examples) for examples in micro_batches]
-        run.largest_batch_tokens = max(run.largest_batch_tokens, *(b.input_ids.numel() for b in batches))
+        run.largest_batch_tokens = max(run.largest_batch_tokens, *(b.limited_tokens for b in batches))
         result = train_step(
             run.loss_of,
             run.optimizer,
@@ -282,7 +282,7 @@ def _report(
         learning_rate=learning_rate,
         grad_norm=float(result.grad_norm),
         trained_tokens=result.trained_tokens,
-        tokens=sum(len(e.input_ids) for examples in micro_batches for e in examples),
+        tokens=sum(e.n_tokens for examples in micro_batches for e in examples),
         seconds=seconds,
         tokens_per_second=run.tokens / run.seconds,
         eta_seconds=left * run.seconds / run.step,
