@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from lowvram.data.conversations import Conversation, Message, load_conversations
+from lowvram.data.conversations import Conversation, Message, content_sha256, load_conversations
 from lowvram.data.seq2seq import tokenize_pairs
+from lowvram.data.split import split_held_out
 from lowvram.engine.batch import collate_pairs
 from lowvram.errors import DataError
 from tests.seq2seq_model import rows, save_t5, tokenizer, write_rows
@@ -112,10 +114,9 @@ def test_t5_trains_end_to_end_and_its_adapter_loads_in_plain_peft(
 
 def _held_out_loss(model: Any, t5: Path, data: Path) -> float:
     """By transformers' own loss, one example at a time."""
-    from lowvram.data.split import split_held_out
-
     made = AutoTokenizer.from_pretrained(t5)
-    _, held_out = split_held_out(load_conversations(str(data)).conversations)
+    digests = [bytes.fromhex(content_sha256(c)) for c in load_conversations(str(data)).conversations]
+    _, held_out = split_held_out(np.array(digests, dtype="S32"), 0.05, str(data))
     total, count = 0.0, 0
     for index in held_out:
         row = rows()[index]
