@@ -438,7 +438,7 @@ def _config(kind: str, n_layers: int = 2) -> Any:
 
 
 def _segments(generator: random.Random, step: StepConfig, shortest: int, longest: int) -> list[int]:
-    """Lengths that data/order.py might put in one row, which they fill."""
+    """Lengths that data/packed_order.py might put in one row, which they fill."""
     room, found = step.micro_batch * step.seq_len, [step.seq_len] * generator.randint(0, step.micro_batch - 1)
     room -= sum(found)
     while room >= 2:
