@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +36,11 @@ from lowvram.memory.estimate import estimate, peak_of, trace_all_layers
 from lowvram.memory.profiled import executed_step_bytes
 from lowvram.memory.run import trace_step
 from lowvram.memory.weights import meta_batch
-from tests.tiny import examples
+from lowvram.planner.profiles import load_profile
+from lowvram.planner.schedule import schedule_for
+from lowvram.planner.wishes import Wishes
+from lowvram.training.data import TrainingData
+from tests.tiny import examples, stats_of
 from tests.tiny_models import (
     LLAMA_LIKE,
     MODELS,
@@ -311,6 +316,52 @@ def test_expected_padding_and_rows_are_the_order_s(
     assert rows_per_step(quantiles, **given_) == pytest.approx(sum(map(len, whole)) / len(whole), rel=0.02)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("effective_batch", [1, 7, 16, 512, 5000])
+def test_the_schedule_s_epoch_is_the_order_s(packing: bool, effective_batch: int) -> None:
+    lengths = GSM8K_LENGTHS if effective_batch > 1 else GSM8K_LENGTHS[:150]
+    ascending = sorted(lengths)
+    quantiles = tuple(ascending[round((len(ascending) - 1) * p / 100)] for p in range(101))
+    stats = stats_of(quantiles, len(lengths), 0.5, n_held_out=5, starts=(0,) * 101)
+    schedule = schedule_for(load_profile("8gb"), Wishes(epochs=2.0), stats, effective_batch, 2048)
+    order = batches_of_epoch(
+        lengths,
+        micro_batch=1,
+        accumulation=effective_batch,
+        seed=0,
+        epoch=1,
+        packed_tokens=2048 if packing else None,
+    )
+    assert schedule.total_steps == 2 * len(order)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_steps_go_on_from_any_step(packing: bool) -> None:
+    """Two epochs and a half of 6 steps each; every epoch has every example once."""
+    data = _rows((9, 5, 7, 16, 3, 12, 8, 6, 14, 4, 10))
+    shape = SimpleNamespace(
+        micro_batch=1, accumulation=2, seq_len=32, seed=4, total_steps=15, packing=packing
+    )
+    made = TrainingData(shape, data, data, 0)  # type: ignore[arg-type]
+    whole = list(made.steps_from(0))
+    assert [epoch for epoch, _ in whole] == [0] * 6 + [1] * 6 + [2] * 3
+    for at in range(16):
+        assert list(made.steps_from(at)) == whole[at:]
+    for epoch in (0, 1):
+        seen = [e for n, step in whole for row in step for e in row if n == epoch]
+        assert sorted(map(id, seen)) == sorted(map(id, data))
+    assert whole[:6] != [(0, step) for _, step in whole[6:12]]
+
+
+def test_a_small_data_set_s_rows_differ_from_epoch_to_epoch() -> None:
+    """Though one window holds it all."""
+    order = partial(
+        batches_of_epoch, GSM8K_LENGTHS[:264], micro_batch=1, accumulation=16, seed=0, packed_tokens=2048
+    )
+    rows = [{frozenset(row) for step in order(epoch=epoch) for row in step} for epoch in (1, 2)]
+    assert len(rows[0] & rows[1]) < 0.1 * len(rows[0])
+
+
 def test_worked_examples_of_padding() -> None:
     assert padded_share(range(1, 102), micro_batch=2, effective_batch=2, seq_len=1000) == pytest.approx(
         0.0577, abs=1e-4
@@ -387,7 +438,7 @@ def _config(kind: str, n_layers: int = 2) -> Any:
 
 
 def _segments(generator: random.Random, step: StepConfig, shortest: int, longest: int) -> list[int]:
-    """Lengths that data/order.py might put in one row, which they fill."""
+    """Lengths that data/packed_order.py might put in one row, which they fill."""
     room, found = step.micro_batch * step.seq_len, [step.seq_len] * generator.randint(0, step.micro_batch - 1)
     room -= sum(found)
     while room >= 2:

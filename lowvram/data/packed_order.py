@@ -10,7 +10,7 @@ from itertools import pairwise
 from random import Random
 
 WINDOW_STEPS = 64  # packed together: enough examples that rows fill to 99 %
-_WINDOW_EXAMPLES = 8192  # at most, however large the steps: the time of a window grows no further
+_WINDOW_EXAMPLES = 4096  # at most, however large the steps: the time of a window grows no further
 _OVERFULL = 0.02  # of a row: a further row in a few steps is cheaper than a further row in each
 _LONGER = 1.01  # rows, where rows as long as a step needs came out a few too many
 _CLOSING = 3  # a row takes examples at random until it has no room for three of the longest
@@ -53,7 +53,13 @@ def packed_steps(
     return ordered
 
 
-def pack(indices: Iterable[int], lengths: Sequence[int], row_tokens: int, micro_batch: int) -> list[Row]:
+def pack(
+    indices: Iterable[int],
+    lengths: Sequence[int],
+    row_tokens: int,
+    micro_batch: int,
+    random: Random | None = None,
+) -> list[Row]:
     """Rows of at most `row_tokens` tokens, each begun by the longest example left and closed by a best fit.
 
     Between them come examples at random, so that the last rows have short and long ones to choose from like
@@ -62,14 +68,14 @@ def pack(indices: Iterable[int], lengths: Sequence[int], row_tokens: int, micro_
 
     An example beyond the first `micro_batch` of a row takes the room of one token more. It pays for its own
     small tensors, about 2 kB a layer, so that memory is planned by `micro_batch` long examples. An example
-    longer than `row_tokens` has a row of its own.
+    longer than `row_tokens` has a row of its own. Without `random` the rows are always the same.
 
     Worked example, row_tokens=20, micro_batch=2, lengths 9 7 5 4 4 2:
 
         9 7 2      18 tokens, and 1 for the third example: 4 would have made 21
         5 4 4      13 tokens, and 1
     """
-    random = Random("lowvram pack")
+    random = random or Random("lowvram pack")
     left = sorted((lengths[i], i) for i in indices)
     rows: list[Row] = []
     while left:
@@ -128,7 +134,7 @@ def _window(
     """The steps of one window, in no order."""
     n_rows, target = _target(indices, lengths, n_steps, row_tokens, micro_batch)
     for longer in (1.0, _LONGER):
-        rows = pack(indices, lengths, min(row_tokens, int(longer * target)), micro_batch)
+        rows = pack(indices, lengths, min(row_tokens, int(longer * target)), micro_batch, random)
         rows = _spread(rows, n_rows * n_steps, lengths, row_tokens, micro_batch)
         if len(rows) <= n_rows * n_steps:
             break
