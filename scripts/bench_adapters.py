@@ -66,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "eva": {"init": "eva"},
     "lora_ga": {"init": "lora_ga", "use_rslora": True},
-    "lora_one": {"init": "lora_one"},
+    "lora_one": {"init": "lora_one", "use_rslora": True},
     "lora, 16 bits": {"base_precision": "bf16"},
     "lora_ga, 16 bits": {"init": "lora_ga", "use_rslora": True, "base_precision": "bf16"},
     "lora_ga by peft, 16 bits": {"use_rslora": True, "base_precision": "bf16"},
