@@ -66,6 +66,9 @@ Init = Annotated[
         "(default: default)."
     ),
 ]
+InitBatches = Annotated[
+    int | None, typer.Option(help="Micro-batches that eva, lora_ga and lora_one look at (default: 8).")
+]
 Dora = Annotated[
     bool | None,
     typer.Option("--dora/--no-dora", help="DoRA: magnitude and direction train apart (default: off)."),

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, PhiConfig
 
-from lowvram.engine.adapters import adapter_parameters, add_adapters, trainable
+from lowvram.engine.adapter_start import adapter_parameters
+from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.batch import collate, collate_packed
 from lowvram.engine.biases import plus_bias, train_biases
 from lowvram.engine.config import Levers, StepConfig

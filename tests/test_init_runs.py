@@ -105,6 +105,8 @@ def test_first_loss_of_a_difference_is_the_base_s_and_a_merge_knows_it(
         (("--init", "lora_ga", "--rank", "17"), "takes 34 directions", "--rank 16 or less"),
         (("--init", "pissa", "--rank", "33", "--targets", "all-linear"), "narrowest has 32", "--rank 32"),
         (("--init", "lora_ga", "--dora"), "DoRA's magnitudes", "--init default or eva"),
+        (("--init", "olora", "--init-batches", "4"), "looks at no data", "--init eva, lora_ga, lora_one"),
+        (("--init-batches", "4"), "looks at no data", "Leave it out"),
         (("--init", "pissa", "--inference-mode"), "contradict each other", "Leave one of them out"),
         (("--init", "loftq", "--precision", "fp32"), "has lost nothing", "--precision nf4 or int8"),
         (("--init", "eva", "--levers", "tile_tokens=16"), "looks at whole sequences", "another --init"),

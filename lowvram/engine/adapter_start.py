@@ -77,10 +77,14 @@ def difference_factors(
     return down, torch.cat([(b - b0).to(dtype), b0.to(dtype)], dim=1)
 
 
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all that a file of the adapter holds: what trains, and a frozen A."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or ".lora_" in name}
+
+
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> tensor of all that a resume needs: what trains, and what it started from."""
-    state = {n: p for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n}
-    return state | {n: buffer for n, buffer in model.named_buffers() if is_start(n)}
+    """Name -> tensor of all that a resume needs: the adapter, and what it started from."""
+    return {**adapter_parameters(model), **{n: b for n, b in model.named_buffers() if is_start(n)}}
 
 
 @contextmanager

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 _PEFT_TASKS = {"CAUSAL_LM": "CAUSAL_LM", "SEQ2SEQ_LM": "SEQ_2_SEQ_LM"}
 
 
-_IN_FILE = ".lora_"  # in the name of what belongs to an adapter and to nothing else
-
-
 def _formula(layer: LoraLayer) -> Callable[[LoraLayer, torch.Tensor], torch.Tensor] | None:
     """Ours; None with merged weights, switched-off adapters and the like, which peft knows how to run."""
     if capture_of(layer) is not None:  # an initialisation looks at the base, which lora_linear lets it
@@ -120,8 +117,3 @@ def _with_our_layers(model: PreTrainedModel, step: StepConfig) -> LoraConfig:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter of everything that trains."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of all that a file of the adapter holds: what trains, and a frozen A."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad or _IN_FILE in name}

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowvram.engine.adapter_start import is_start
-from lowvram.engine.adapters import adapter_parameters
+from lowvram.engine.adapter_start import adapter_parameters, is_start
 from lowvram.engine.dora import start_magnitudes
 from lowvram.engine.head import Nf4Head, TiledHead
 from lowvram.engine.int8 import Int8Linear

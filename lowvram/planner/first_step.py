@@ -48,6 +48,7 @@ def first_step(request: Request, shape: ModelShape) -> StepConfig:
         seq_len=_seq_len(request, shape),
         bias=wishes.bias or "none",
         init=wishes.init or "default",
+        init_batches=wishes.init_batches or StepConfig.model_fields["init_batches"].default,
         use_dora=bool(wishes.dora),
         lora_plus_ratio=wishes.lora_plus or 1.0,
         freeze_a=bool(wishes.lora_fa),

@@ -39,6 +39,11 @@ def refusals(
 ) -> Iterator[tuple[str, str]]:
     """What an initialisation cannot go with: (message, remedy)."""
     init = wishes.init or "default"
+    if wishes.init_batches and init not in DATA_INITS:
+        yield (
+            f"--init-batches {wishes.init_batches}: --init {init} looks at no data.",
+            f"Leave it out, or use --init {', '.join(sorted(DATA_INITS))}.",
+        )
     if init == "default":
         return
     most = largest_rank(init, shape, targets)

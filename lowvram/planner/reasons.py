@@ -122,7 +122,9 @@ def adapter_reasons(step: StepConfig, shape: ModelShape) -> Iterator[str]:
     if step.lora_plus_ratio != 1:
         yield f"LoRA+, {_ASKED}: B learns at {step.lora_plus_ratio:g} times the learning rate of A"
     if step.freeze_a:
-        yield f"LoRA-FA, {_ASKED}: A stays as it was drawn, so an adapted layer's input is not kept for it"
+        kept = "which saves its optimizer state (DoRA keeps the layer's input)"
+        freed = kept if step.use_dora else "so an adapted layer's input is not kept for it"
+        yield f"LoRA-FA, {_ASKED}: A stays as it was drawn, {freed}"
 
 
 def _biases(step: StepConfig, shape: ModelShape) -> str:

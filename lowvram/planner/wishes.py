@@ -54,6 +54,7 @@ class Wishes(Frozen):
     rslora: bool | None = None
     bias: Bias | None = None
     init: AdapterInit | None = None
+    init_batches: int | None = Field(None, ge=1, le=1 << 16)
     dora: bool | None = None
     lora_plus: float | None = Field(None, ge=1, allow_inf_nan=False)
     lora_fa: bool | None = None
