@@ -135,7 +135,7 @@ def _set_up(
     set_seed(plan.seed)
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    data = training_data(plan, prepared, pad, source.config.decoder_start_token_id)
+    data = training_data(plan, prepared, pad, _start_token(source))
     view.note(f"Loading {plan.model} in {plan.base_precision} on {accelerator.device}")
     model = add_adapters(load(source, plan, str(accelerator.device)), plan).train()
     loss_of = SummedLoss(model, plan)
@@ -157,6 +157,14 @@ def _set_up(
         scheduler,
         data,
     )
+
+
+def _start_token(source: ModelSource) -> int | None:
+    """What an encoder-decoder's decoder reads before its target: T5 takes its padding for that."""
+    config = source.config
+    if not config.is_encoder_decoder:
+        return None
+    return int(getattr(config, "decoder_start_token_id", None) or config.pad_token_id or 0)
 
 
 def _accelerator(plan: Plan, folder: RunFolder, log_with: tuple[str, ...]) -> Accelerator:
