@@ -189,7 +189,7 @@ def _dropout(emit: Emit, device: torch.device) -> None:
     checkpointing = Levers(loss_chunk_tokens=8192)
     step = parity_step("fp32", device, dropout=0.3)
     batch = _batch(step)
-    with patch.object(adapters, "_is_plain", lambda _layer: False):  # peft's own forward, torch's dropout
+    with patch.object(adapters, "_formula", lambda _layer: None):  # peft's own forward, torch's dropout
         kept = loss_and_gradients(_small(step, device), step, batch)[1]
     for name, levers in {"": NO_LEVERS, " under gradient_checkpointing": checkpointing}.items():
         trial = step.model_copy(update={"levers": levers})

@@ -13,7 +13,8 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel, Qwen2Config, get_scheduler
 
-from lowvram.engine.adapters import LoraLinear, adapter_parameters, add_adapters, trainable
+from lowvram.engine.adapter_start import adapter_parameters
+from lowvram.engine.adapters import LoraLinear, add_adapters, trainable
 from lowvram.engine.batch import collate
 from lowvram.engine.config import Levers, StepConfig
 from lowvram.engine.model import load

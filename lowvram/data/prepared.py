@@ -110,7 +110,6 @@ def _made(
     with refusals_of_the_system(
         "The data cannot be prepared", "Free some space, or set LOWVRAM_CACHE to a disk with room."
     ):
-        data_folder().mkdir(parents=True, exist_ok=True)
         _forget_oldest(data_folder())
         work_folder = Path(tempfile.mkdtemp(prefix=".making-", dir=data_folder()))
         try:

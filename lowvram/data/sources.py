@@ -192,7 +192,6 @@ def _file(name: str) -> Iterator[Source]:
 def _workplace() -> Iterator[Path]:
     """A folder for what is unpacked, beside the prepared data: /tmp may be memory."""
     with refusals_of_the_system("The data cannot be unpacked", "Set LOWVRAM_CACHE to a disk with room."):
-        data_folder().mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".unpacked-", dir=data_folder()))
     try:
         yield folder
