@@ -40,6 +40,7 @@ def _here() -> Hardware:
     return card.model_copy(update={"context_bytes": CONTEXT, "context_measured": True})
 
 
+@pytest.mark.slow
 def test_the_self_check_passes_without_a_gpu() -> None:
     """A tiny NF4 model built from random weights, really stepped, against the prediction."""
     code = "import sys, gpu_check; from rich.console import Console; sys.exit(gpu_check.on_cpu(Console()))"
