@@ -101,8 +101,9 @@ def _example(report: Report, example: Example) -> list[str]:
         f'<mark class="trained">{text(shown)}</mark>' if trained else text(shown)
         for trained, shown in runs(example, report.tokenizer, _SHOWN_TOKENS)
     ]
-    more = len(example) - _SHOWN_TOKENS
-    said = f"{example.where}, {len(example):,} tokens; the {example.n_trained:,} that are trained are marked."
+    tokens, trained = example.n_tokens, example.n_trained
+    more = tokens - _SHOWN_TOKENS
+    said = f"{example.where}, {tokens:,} tokens; the {trained:,} that are trained are marked."
     return [
         f'<pre class="example">{"".join(parts)}</pre>',
         note(said + (f" Only the first {_SHOWN_TOKENS:,} are shown." if more > 0 else "")),

@@ -48,13 +48,14 @@ def report_on(
     reading: Reading,
     seq_len: int | None,
     progress: Progress,
+    pairs: bool = False,
 ) -> Report:
-    """Read everything; with a tokenizer, count tokens.
+    """Read everything; with a tokenizer, count tokens; of `pairs` the lengths are those of the sources.
 
     Raises:
         DataError: nothing readable there, or fewer than two different examples.
     """
-    store = prepare_rows(name, reading, tokenizer, progress, keep_bad=True)
+    store = prepare_rows(name, reading, tokenizer, progress, pairs=pairs, keep_bad=True)
     if not len(store):
         store.require_good()
     train, held_out = map(store.select, split_held_out(store.digests, name=name))
@@ -92,14 +93,16 @@ def _lengths(values: Any, unit: str) -> dict[str, int]:
 
 
 def _of_tokens(train: Examples, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    tokens, trained = int(train.lengths.sum()), int(train.n_trained.sum())
+    trained, pairs = int(train.n_trained.sum()), train.store.entry.pairs
+    tokens = int(train.lengths.sum()) + (trained if pairs else 0)
     return {
         "chat_template": template_name(tokenizer),
         "tokens": tokens,
         "trained_share": round(trained / tokens, 4),
         "masked_share": round(1 - trained / tokens, 4),
         "skipped_turns": int(train.skipped_turns.sum()),
-        **_lengths(train.lengths, "tokens"),
+        **_lengths(train.lengths, "source_tokens" if pairs else "tokens"),
+        **(_lengths(train.n_trained, "target_tokens") if pairs else {}),
     }
 
 

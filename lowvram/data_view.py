@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,12 +54,14 @@ def check(
     if html is not None:
         require_new_file(html, "--html")
     with Console(stderr=True).status("reading") as status:
+        tokenizer, pairs = _tokenizer(model)
         report = report_on(
             name,
-            _tokenizer(model),
+            tokenizer,
             reading,
             seq_len,
             lambda done, left: status.update(escape(progress_line(name, done, left))),
+            pairs,
         )
     if as_json:
         console.print(json.dumps(report.facts, indent=2), markup=False, soft_wrap=True)
@@ -69,12 +72,16 @@ def check(
     report.require_usable(reading)
 
 
-def _tokenizer(model: str | None) -> PreTrainedTokenizerBase | None:
+def _tokenizer(model: str | None) -> tuple[PreTrainedTokenizerBase | None, bool]:
+    """And whether its model is an encoder-decoder; a tokenizer without a model's config has none."""
     if model is None:
-        return None
+        return None, False
     from lowvram.engine.source import ModelSource
 
-    return ModelSource(model).tokenizer
+    source, pairs = ModelSource(model), False
+    with suppress(ConfigError):
+        pairs = bool(source.config.is_encoder_decoder)
+    return source.tokenizer, pairs
 
 
 def _save(report: Report, html: Path, console: Console) -> None:
@@ -120,11 +127,10 @@ def told(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def runs(example: Example, tokenizer: Any, at_most: int) -> Iterator[tuple[bool, str]]:
     """(trained, text) of neighbouring tokens alike, of the first `at_most` tokens."""
-    tokens = islice(zip(example.input_ids, example.trained, strict=True), at_most)
-    for trained, run in groupby(tokens, key=lambda token: token[1]):
+    for trained, run in groupby(islice(example.tokens(), at_most), key=lambda token: token[1]):
         # decoded together: an emoji is several tokens, none of which is a character
         shown = tokenizer.decode([i for i, _ in run], clean_up_tokenization_spaces=False)
-        yield bool(trained), printable(shown)
+        yield trained, printable(shown)
 
 
 def colored(example: Example, tokenizer: Any) -> Text:
@@ -132,8 +138,8 @@ def colored(example: Example, tokenizer: Any) -> Text:
     text = Text()
     for trained, shown in runs(example, tokenizer, _SHOWN_TOKENS):
         text.append(shown, style="green" if trained else "dim")
-    if len(example.input_ids) > _SHOWN_TOKENS:
-        text.append(f" ... {len(example.input_ids) - _SHOWN_TOKENS} more tokens", style="italic")
+    if example.n_tokens > _SHOWN_TOKENS:
+        text.append(f" ... {example.n_tokens - _SHOWN_TOKENS} more tokens", style="italic")
     return text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,21 @@ def test_batches_are_transformers_own(t5: Path) -> None:
     assert torch.equal(batch.input_ids.flatten()[kept], shifted.flatten()[kept])
     assert torch.equal(batch.positions, kept.nonzero()[:, 0])
     assert torch.equal(batch.targets, labels.flatten()[kept])
+
+
+def test_data_check_shows_sources_and_targets(t5: Path, tmp_path: Path, lowvram: Callable[..., Any]) -> None:
+    page = tmp_path / "data.html"
+    rows_file = write_rows(tmp_path / "d.jsonl")
+    done = lowvram("data", "check", rows_file, "--model", t5, "--json", "--html", page)
+    assert done.returncode == 0, done.stderr
+    facts, made = json.loads(done.stdout), tokenizer()
+    lengths = [[len(made(row[field])["input_ids"]) for row in rows()] for field in ("question", "answer")]
+    assert facts["source_tokens_longest"] == max(lengths[0])
+    assert facts["target_tokens_longest"] == max(lengths[1])
+    assert facts["trained_share"] == pytest.approx(sum(lengths[1]) / sum(map(sum, lengths)), abs=0.02)
+    marked = re.findall(r'<mark class="trained">(.*?)</mark>', page.read_text(encoding="utf-8"))
+    assert all(any(row["answer"] in answer for row in rows()) for answer in marked)
+    assert len(marked) >= 3
 
 
 def test_t5_trains_end_to_end_and_its_adapter_loads_in_plain_peft(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,11 @@ class Example:
     def n_tokens(self) -> int:
         """All tokens that the model reads, source and target."""
         return len(self.input_ids) + len(self.source_ids or ())
+
+    def tokens(self) -> Iterator[tuple[int, bool]]:
+        """Every token with whether it is trained, a pair's source before its target."""
+        yield from ((token, False) for token in self.source_ids or ())
+        yield from zip(self.input_ids, map(bool, self.trained), strict=True)
 
     @property
     def n_trained(self) -> int:
