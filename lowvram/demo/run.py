@@ -90,6 +90,8 @@ class _Answers:
         if not self._file.is_file():
             return {}
         told = json.loads(self._file.read_text(encoding="utf-8"))
+        if any(isinstance(answer, str) for given in told.values() for answer in given):
+            return {}  # as versions wrote them that did not look whether an answer ended
         return {when: [Answer(**answer) for answer in given] for when, given in told.items()}
 
     def show(self, console: Console) -> None:
