@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lowvram import __version__, cli_flags, cli_profiles
+from lowvram import __version__, cli_data, cli_flags, cli_profiles
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
 from lowvram.gc_pause import no_collections
@@ -34,8 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at training data before it is trained on.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_profiles.app, name="profiles")
 
 
@@ -75,6 +74,10 @@ def probe(as_json: cli_flags.AsJson = False) -> None:
 def plan(
     model: cli_flags.Models,
     data: cli_flags.MaybeData = None,
+    data_format: cli_flags.DataFormat = None,
+    fields: cli_flags.Fields = None,
+    split: cli_flags.Split = None,
+    skip_bad: cli_flags.SkipBad = False,
     vram: cli_flags.Vram = None,
     rank: cli_flags.Rank = None,
     alpha: cli_flags.Alpha = None,
@@ -87,6 +90,13 @@ def plan(
     micro_batch: cli_flags.MicroBatch = None,
     packing: cli_flags.Packing = None,
     rslora: cli_flags.RsLora = None,
+    bias: cli_flags.Bias = None,
+    init: cli_flags.Init = None,
+    init_batches: cli_flags.InitBatches = None,
+    dora: cli_flags.Dora = None,
+    lora_plus: cli_flags.LoraPlus = None,
+    lora_fa: cli_flags.LoraFa = None,
+    inference_mode: cli_flags.InferenceMode = False,
     no_offload: cli_flags.NoOffload = False,
     prefer: cli_flags.Preference = None,
     levers: cli_flags.LeverText = "default",
@@ -128,6 +138,10 @@ def plan(
 def auto(
     model: cli_flags.Model,
     data: cli_flags.Data,
+    data_format: cli_flags.DataFormat = None,
+    fields: cli_flags.Fields = None,
+    split: cli_flags.Split = None,
+    skip_bad: cli_flags.SkipBad = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     vram: cli_flags.Vram = None,
     rank: cli_flags.Rank = None,
@@ -141,6 +155,13 @@ def auto(
     micro_batch: cli_flags.MicroBatch = None,
     packing: cli_flags.Packing = None,
     rslora: cli_flags.RsLora = None,
+    bias: cli_flags.Bias = None,
+    init: cli_flags.Init = None,
+    init_batches: cli_flags.InitBatches = None,
+    dora: cli_flags.Dora = None,
+    lora_plus: cli_flags.LoraPlus = None,
+    lora_fa: cli_flags.LoraFa = None,
+    inference_mode: cli_flags.InferenceMode = False,
     no_offload: cli_flags.NoOffload = False,
     prefer: cli_flags.Preference = None,
     levers: cli_flags.LeverText = "default",
@@ -170,7 +191,7 @@ def auto(
             _hardware(vram),
             "Add --dry-run to see the plan only, or leave --vram out to plan for this machine.",
         )
-    pipeline.preflight(ModelSource(model, trust_remote_code), folder, log_with or ())
+    pipeline.preflight(ModelSource(model, trust_remote_code), folder, log_with or (), inference_mode)
     planned = _planned(flags)
     console = _console(stderr=as_json)  # with --json, stdout holds the one object and nothing else
     _show(planned, False, console)
@@ -226,20 +247,6 @@ def merge(
     merge_command.merge_run(run, output, _console(), base)
 
 
-@data_app.command("check")
-def data_check(
-    data: Annotated[str, typer.Argument(help="JSONL, JSON, CSV, parquet or a hub data set id.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Count tokens with its tokenizer.")
-    ] = None,
-    as_json: cli_flags.AsJson = False,
-) -> None:
-    """Show format, counts and lengths, and the first example as the model sees it."""
-    from lowvram import data_view
-
-    data_view.check(data, model, as_json, _console())
-
-
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
@@ -280,6 +287,7 @@ def _planned(flags: dict[str, Any], **also: bool) -> Planned:
 
     wishes = wishes_from(**{name: flags[name] for name in Wishes.model_fields})
     wishes.pinned_levers()
+    reading = cli_data.reading_of(flags)
     hardware = _hardware(flags["vram"])
     profile = profile_for(hardware) if flags["profile"] is None else load_profile(flags["profile"])
     source = ModelSource(flags["model"], flags["trust_remote_code"])
@@ -288,7 +296,9 @@ def _planned(flags: dict[str, Any], **also: bool) -> Planned:
         def say(text: str) -> None:
             status.update(escape(text))
 
-        return planning.plan_for(source, flags["data"], hardware, profile, wishes, say, **also)
+        return planning.plan_for(
+            source, flags["data"], hardware, profile, wishes, say, reading=reading, **also
+        )
 
 
 def _hardware(vram: str | None) -> Hardware:

@@ -11,13 +11,35 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id, suc
 Models = Annotated[
     list[str], typer.Option("--model", "-m", help="Folder or hub id; up to four are compared.")
 ]
-Data = Annotated[str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet or a hub data set id.")]
+Data = Annotated[
+    str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet, or a data set's id or folder.")
+]
 MaybeData = Annotated[str | None, typer.Option("--data", "-d", help="Plan for this data's lengths.")]
+DataFormat = Annotated[
+    str | None,
+    typer.Option("--data-format", help="Shape of the rows: messages, alpaca, text ... (default: found)."),
+]
+Fields = Annotated[
+    str | None, typer.Option("--fields", help="Their names, such as question=ask,answer=reply.")
+]
+Split = Annotated[str | None, typer.Option("--split", help="Of a data set, such as train[:10%].")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")]
 Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, such as 8GB.")]
-Rank = Annotated[int | None, typer.Option(help="LoRA rank r.")]
-Alpha = Annotated[float | None, typer.Option(help="LoRA alpha.")]
-Dropout = Annotated[float | None, typer.Option(help="Dropout on the adapter's input.")]
-Targets = Annotated[str | None, typer.Option(help="qv, attention, all-linear, or layer names a,b,c.")]
+Rank = Annotated[int | None, typer.Option(help="LoRA rank r (default: the profile's).")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="LoRA alpha, over r or its root the update's factor (default: the profile's)."),
+]
+Dropout = Annotated[
+    float | None, typer.Option(help="Dropout on the adapter's input (default: the profile's).")
+]
+Targets = Annotated[
+    str | None,
+    typer.Option(
+        help="Adapted layers: qv (q_proj and v_proj, the smallest set), attention, all-linear, or a list a,b "
+        "(default: the profile's)."
+    ),
+]
 SeqLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens.")]
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Examples in one optimizer step.")]
 Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, int8, bf16, fp16 or fp32.")]
@@ -26,7 +48,42 @@ MicroBatch = Annotated[int | None, typer.Option(help="Examples in one forward pa
 Packing = Annotated[
     bool | None, typer.Option("--packing/--no-packing", help="Examples in one row instead of padding.")
 ]
-RsLora = Annotated[bool | None, typer.Option("--rslora/--no-rslora", help="Scale by alpha/sqrt(r).")]
+RsLora = Annotated[
+    bool | None,
+    typer.Option(
+        "--rslora/--no-rslora",
+        help="Scale by alpha/sqrt(r) instead of alpha/r (default: the profile's rule, above its rank).",
+    ),
+]
+Bias = Annotated[
+    str | None,
+    typer.Option(help="Biases that train: none, all, or lora_only, the adapted layers' (default: none)."),
+]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        help="Adapter's start: default (A random, B zero), pissa, olora, loftq, eva, lora_ga or lora_one "
+        "(default: default)."
+    ),
+]
+InitBatches = Annotated[
+    int | None, typer.Option(help="Micro-batches that eva, lora_ga and lora_one look at (default: 8).")
+]
+Dora = Annotated[
+    bool | None,
+    typer.Option("--dora/--no-dora", help="DoRA: magnitude and direction train apart (default: off)."),
+]
+LoraPlus = Annotated[
+    float | None, typer.Option(help="LoRA+: learning rate of B over that of A, such as 16 (default: 1).")
+]
+LoraFa = Annotated[
+    bool | None,
+    typer.Option("--lora-fa/--no-lora-fa", help="LoRA-FA: A stays random, only B trains (default: off)."),
+]
+InferenceMode = Annotated[
+    bool,
+    typer.Option("--inference-mode", help="Plan for using an adapter: nothing trains (default: off)."),
+]
 NoOffload = Annotated[bool, typer.Option("--no-offload", help="Keep nothing of the step in host memory.")]
 Preference = Annotated[
     str | None, typer.Option("--prefer", help="speed (fastest that fits), context or quality.")

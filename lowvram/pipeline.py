@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
 from lowvram import hardware as machine
+from lowvram.data.work_force import progress_line
 from lowvram.device_rates import known_rates
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, refusals_of_the_system
@@ -18,7 +20,7 @@ from lowvram.hardware import Hardware
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.recheck import checked as check_plan
 from lowvram.planning import RUN_FILES_BYTES, Planned, anywhere, run_bytes
-from lowvram.training.data import prepare
+from lowvram.training.data import PreparedData, prepare
 from lowvram.training.live import make_view
 from lowvram.training.loop import Run, train
 from lowvram.training.result import RunResult
@@ -30,15 +32,18 @@ if TYPE_CHECKING:
 Hook = Callable[[Run], None]
 
 
-def preflight(source: ModelSource, output: Path, log_with: Iterable[str] = ()) -> None:
+def preflight(
+    source: ModelSource, output: Path, log_with: Iterable[str] = (), inference_mode: bool = False
+) -> None:
     """Refuse before the search what would be refused after it, as far as that needs no plan.
 
     Raises:
-        ConfigError: the model is not whole, the output is in use or unwritable, or a tracker is missing.
+        ConfigError: nothing is to train, the model is not whole, the output is in use or unwritable, or a
+            tracker is missing.
         DoesNotFitError: too little disk for the download or for any run.
     """
+    _require_training(inference_mode)
     require_trackers(log_with)
-    _require_decoder_only(source)
     source.require_weights()
     RunFolder.refuse_used(output)
     require_disk(output, RUN_FILES_BYTES)
@@ -69,6 +74,7 @@ def from_saved(plan: Plan, again: str) -> Planned:
         ConfigError: no data, another device, or a model that is not there or not whole.
         DataError: the data cannot be used.
     """
+    _require_training(plan.inference_mode)
     if plan.data is None:
         raise ConfigError(
             "The plan names no data.", "Restore its data: line, or make a plan with --data FILE."
@@ -83,9 +89,30 @@ def from_saved(plan: Plan, again: str) -> Planned:
         raise ConfigError(
             f"The model's folder '{plan.model}' is gone.", f"Move it back or link to it, then: {again}"
         )
-    _require_decoder_only(source)
     source.require_weights()
-    return Planned(source, plan, prepare(plan.data, source, plan.held_out_share))
+    return Planned(source, plan, _prepared(plan, plan.data, source))
+
+
+def _prepared(plan: Plan, data: str, source: ModelSource) -> PreparedData:
+    """As the plan says that it is read."""
+    with Console(stderr=True).status("reading the data") as status:
+        return prepare(
+            data,
+            source,
+            plan.held_out_share,
+            plan.reading,
+            lambda done, left: status.update(escape(progress_line(data, done, left))),
+        )
+
+
+def _tell_skipped(prepared: PreparedData | None, folder: Path, console: Console) -> None:
+    """The whole list into the run's folder, as long as it may be; how many, on the screen."""
+    if prepared is None or not prepared.stats.n_skipped:
+        return
+    file = folder / "skipped_rows.txt"
+    with refusals_of_the_system(f"{file} cannot be written", "Give another --output."):
+        write_atomically(file, "".join(f"{line}\n" for line in prepared.skipped()))
+    console.print(f"{prepared.stats.n_skipped} rows are skipped; which and why: {escape(str(file))}")
 
 
 def checked(planned: Planned) -> Planned:
@@ -113,21 +140,21 @@ def start(
         ConfigError: the folder holds a run already.
         DoesNotFitError: too little disk.
     """
-    preflight(planned.source, output, log_with)
+    preflight(planned.source, output, log_with, planned.plan.inference_mode)
     planned = replace(planned, plan=anywhere(planned.plan, planned.source))
     require_disk(output, run_bytes(planned.plan))
     folder = RunFolder.create(output)
     with refusals_of_the_system(f"{folder.plan_file} cannot be written", "Give another --output."):
         write_atomically(folder.plan_file, planned.plan.to_yaml())
+    _tell_skipped(planned.prepared, folder.path, console)
     return _train(planned, folder, console, log_with, before, after)
 
 
-def _require_decoder_only(source: ModelSource) -> None:
-    """T5-type models are planned and their step is tested; data for them is not prepared yet."""
-    if source.config.is_encoder_decoder:
+def _require_training(inference_mode: bool) -> None:
+    if inference_mode:
         raise ConfigError(
-            f"'{source.name}' is an encoder-decoder: lowvram plans its memory and does not train it yet.",
-            "See its plan with --dry-run, or train a decoder-only model.",
+            "Inference mode: the adapter is only used, so there is nothing to train.",
+            "See the plan with lowvram plan, or leave --inference-mode (in a plan: inference_mode) out.",
         )
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from html import escape
 
 from lowvram import __version__
+from lowvram.html_page import document, items, note, pairs, section, text
 from lowvram.plan_chart import length_chart, memory_bar, segments
 from lowvram.planner.plan import Plan
 from lowvram.planner.survey import CardFit, LengthNeed, Survey, tokens_said
 from lowvram.planning import Planned, needs_on_disk
-from lowvram.units import GiB, format_bytes, format_count, format_seconds, printable
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the browser would refuse what we never ask for
+from lowvram.units import GiB, format_bytes, format_count, format_seconds
 
 
 def page(planned: Planned) -> str:
@@ -20,45 +18,21 @@ def page(planned: Planned) -> str:
     plan, survey = planned.plan, planned.survey
     body = [
         _head(plan),
-        _section("Memory at the peak", memory_bar(plan), _legend(plan)),
+        section("Memory at the peak", memory_bar(plan), _legend(plan)),
         *(_neighbourhood(plan, survey) if survey else ()),
-        _section("What else it takes", _pairs(_needs(planned))),
-        _section("Choices", _list(plan.reasons)),
+        section("What else it takes", pairs(_needs(planned))),
+        section("Choices", items(plan.reasons)),
         f"<footer>lowvram {__version__}: predicted by running the training step on meta tensors.</footer>",
     ]
-    return _PAGE.format(
-        title=_text(f"lowvram plan: {plan.model}"), policy=_POLICY, style=_STYLE, body="\n".join(body)
-    )
-
-
-def _text(value: object) -> str:
-    """Foreign text as a browser shows it, never as it would obey it."""
-    return escape(printable(str(value)))
-
-
-def _section(title: str, *parts: str) -> str:
-    return "\n".join((f"<section><h2>{_text(title)}</h2>", *parts, "</section>"))
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{_text(text)}</p>'
-
-
-def _pairs(rows: Iterable[tuple[str, str]]) -> str:
-    told = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in rows)
-    return f"<dl>{told}</dl>"
-
-
-def _list(lines: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in lines)}</ul>"
+    return document(f"lowvram plan: {plan.model}", body, _STYLE)
 
 
 def _head(plan: Plan) -> str:
     css, word = ("yes", "fits") if plan.fits else ("no", "does not fit")
     left = plan.budget_bytes - plan.estimate.peak_reserved_bytes
     spare = f"{format_bytes(left)} of the budget left" if left >= 0 else f"{format_bytes(-left)} too much"
-    verdict = f'<p class="verdict"><b class="{css}">{word}</b> {_text(plan.device.name)}, {spare}</p>'
-    return f"<header><h1>{_text(plan.model)}</h1>{verdict}{_pairs(_facts(plan))}</header>"
+    verdict = f'<p class="verdict"><b class="{css}">{word}</b> {text(plan.device.name)}, {spare}</p>'
+    return f"<header><h1>{text(plan.model)}</h1>{verdict}{pairs(_facts(plan))}</header>"
 
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
@@ -87,13 +61,13 @@ def _legend(plan: Plan) -> str:
     }
     rows += [_legend_row(plan, name, n_bytes, "sum") for name, n_bytes in totals.items()]
     table = f'<table class="legend"><tbody>{"".join(rows)}</tbody></table>'
-    return table + _note(f"The peak is at {estimate.peak_moment}. Free memory beyond the budget is margin.")
+    return table + note(f"The peak is at {estimate.peak_moment}. Free memory beyond the budget is margin.")
 
 
 def _legend_row(plan: Plan, name: str, n_bytes: int, row_css: str, css: str = "") -> str:
     share = f"{100 * n_bytes / max(plan.device.total_bytes, 1):.1f} %"
     swatch = f'<i class="{css}"></i>' if css else ""
-    cells = f"<td>{swatch}{_text(name)}</td><td>{format_bytes(n_bytes)}</td><td>{share}</td>"
+    cells = f"<td>{swatch}{text(name)}</td><td>{format_bytes(n_bytes)}</td><td>{share}</td>"
     return f'<tr class="{row_css}">{cells}</tr>'
 
 
@@ -102,9 +76,9 @@ def _neighbourhood(plan: Plan, survey: Survey) -> list[str]:
     lines = "A card's line is what it leaves for training. A hollow point is an upper bound."
     chart = length_chart(survey)
     return [
-        _section("Context by card", _cards(survey), _note(method)),
-        *([_section("Needed memory over context length", chart, _note(lines))] if chart else []),
-        _section("Other methods", _methods(plan, survey)),
+        section("Context by card", _cards(survey), note(method)),
+        *([section("Needed memory over context length", chart, note(lines))] if chart else []),
+        section("Other methods", _methods(plan, survey)),
     ]
 
 
@@ -141,11 +115,11 @@ def _methods(plan: Plan, survey: Survey) -> str:
         rows.insert(0, full)
     most = max(n_bytes for _, n_bytes, _ in rows)
     told = "".join(
-        f'<div class="method"><span>{name}</span><b>{format_bytes(n_bytes)}</b><em>{_text(note)}</em>'
+        f'<div class="method"><span>{name}</span><b>{format_bytes(n_bytes)}</b><em>{text(said)}</em>'
         f'<i style="width:{100 * n_bytes / most:.1f}%"></i></div>'
-        for name, n_bytes, note in rows
+        for name, n_bytes, said in rows
     )
-    return told + _note(f"Largest rank that fits, doubling the plan's: {survey.largest_rank}.")
+    return told + note(f"Largest rank that fits, doubling the plan's: {survey.largest_rank}.")
 
 
 def _needs(planned: Planned) -> list[tuple[str, str]]:
@@ -158,70 +132,22 @@ def _needs(planned: Planned) -> list[tuple[str, str]]:
     ]
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
 _STYLE = (
     """
-:root { color-scheme: light dark; --ink: #1c2330; --dim: #5c6675; --paper: #f5f6f8; --sheet: #fff;
-  --rule: #dfe3e8; --yes: #d5f0dc; --yes-ink: #14532d; --no: #f9dada; --no-ink: #7f1d1d; --need: #1d4ed8;
-  --held: #9aa3b0; --context: #6b7584; --lost: #3d4654; --free: #e4e8ed; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ee; --dim: #9aa4b2; --paper: #11151b; --sheet: #1a2029; --rule: #303844;
-    --yes: #173d26; --yes-ink: #a7e8bd; --no: #4a1d20; --no-ink: #f5b5b5; --need: #7aa5ff;
-    --held: #5d6674; --context: #7d8796; --lost: #b3bcc8; --free: #29313c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 860px; margin: 0 auto; padding: 20px 16px 40px; }
-header, section { background: var(--sheet); border: 1px solid var(--rule); border-radius: 10px;
-  padding: 16px 18px; margin-bottom: 16px; }
-h1 { font-size: 22px; line-height: 1.3; margin: 0 0 8px; overflow-wrap: anywhere; }
-h2 { font-size: 16px; margin: 0 0 12px; }
-.verdict { margin: 0 0 14px; }
-.verdict b { padding: 3px 10px; border-radius: 99px; margin-right: 6px; white-space: nowrap; }
-.yes { background: var(--yes); color: var(--yes-ink); }
-.no { background: var(--no); color: var(--no-ink); }
-.note, footer, dt, em { color: var(--dim); font-size: 14px; font-style: normal; }
-.note { margin: 10px 0 0; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 10px 20px; margin: 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-ul { margin: 0; padding-left: 20px; } li { overflow-wrap: anywhere; margin: 2px 0; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: 4px 10px; text-align: right; white-space: nowrap; font-weight: normal; }
-thead th, .sum td, .sum th { font-weight: 600; }
 .legend { width: 100%; max-width: 560px; margin-top: 10px; }
 .legend td:first-child { text-align: left; padding-left: 0; }
 .legend i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 9px; }
-.wide { overflow-x: auto; }
 .cards { width: 100%; } .cards td.yes, .cards td.no { text-align: center; border: 2px solid var(--sheet); }
 .cards thead th:nth-child(n+3), .cards .sum td:nth-child(n+3) { text-align: center; }
-@media (max-width: 520px) { main { padding: 10px 8px; } header, section { padding: 12px; }
+@media (max-width: 520px) {
   .cards { font-size: 12.5px; } .cards td, .cards th { padding: 4px 3px; }
   .legend { font-size: 14px; } .legend td { padding: 3px 0 3px 8px; }
   .legend td:first-child { white-space: normal; } }
 .method { display: grid; grid-template-columns: 140px 1fr; gap: 0 12px; margin-bottom: 10px; }
 .method em { grid-column: 1 / -1; }
 .method i { grid-column: 1 / -1; height: 8px; border-radius: 4px; background: var(--need); }
-svg { display: block; overflow: hidden; } svg text { fill: var(--dim); font-size: 12px; }
 .part { stroke: var(--sheet); stroke-width: 1; }
 .end { stroke: var(--ink); stroke-width: 3; stroke-dasharray: 5 3; }
-.axis { stroke: var(--dim); } .tick { text-anchor: middle; }
 .card { stroke: var(--held); stroke-dasharray: 4 4; }
 .cardname { paint-order: stroke; stroke: var(--sheet); stroke-width: 4px; }
 .need { stroke: var(--need); stroke-width: 2.5; }

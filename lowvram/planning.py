@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram.data.shapes import Reading
+from lowvram.data.work_force import progress_line
 from lowvram.device_rates import known_rates
 from lowvram.engine.source import ModelSource, absolute
 from lowvram.hardware import Hardware
@@ -48,14 +50,16 @@ def plan_for(
     say: Say,
     with_survey: bool = False,
     with_why: bool = False,
+    reading: Reading = Reading(),  # noqa: B008  # frozen
 ) -> Planned:
     """Read the config and the data, then plan. No weights are read.
 
     Args:
+        reading: how the data is read, where it does not speak for itself.
         with_survey: also what else would fit; with_why: also each lever beside its next setting.
     """
     _ = RememberedModel(source).shape  # a wrong model is refused before the data is read
-    prepared = _prepared(data, source, say) if data is not None else None
+    prepared = _prepared(data, reading, source, say) if data is not None else None
     stats = prepared.stats if prepared else None
     experience = experience_on(hardware)
     device = with_experience(hardware, experience)
@@ -68,17 +72,22 @@ def plan_for(
     return Planned(source, plan, prepared, around, levers)
 
 
-def _prepared(data: str, source: ModelSource, say: Say) -> PreparedData:
+def _prepared(data: str, reading: Reading, source: ModelSource, say: Say) -> PreparedData:
     from lowvram.training.data import prepare
 
     say(f"reading {data}")
-    return prepare(data, source)
+    return prepare(
+        data,
+        source,
+        reading=reading,
+        progress=lambda done, left: say(progress_line(data, done, left)),
+    )
 
 
 def anywhere(plan: Plan, source: ModelSource) -> Plan:
     """The plan with absolute names of a local model and data file, so that it runs from every directory."""
-    is_file = plan.data is not None and Path(plan.data).is_file()
-    data = absolute(str(plan.data)) if is_file else plan.data
+    is_here = plan.data is not None and Path(plan.data).exists()  # a file, or a folder of datasets
+    data = absolute(str(plan.data)) if is_here else plan.data
     return plan.model_copy(update={"model": source.name, "data": data})
 
 
@@ -88,6 +97,14 @@ def needs_on_disk(planned: Planned) -> tuple[int | None, int]:
 
 
 def run_bytes(plan: Plan) -> int:
-    """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files."""
-    adapter = 4 * plan.n_trainable
-    return 3 * adapter * (_CHECKPOINTS_KEPT + 1) + adapter + RUN_FILES_BYTES
+    """Disk that a run takes: checkpoints (weights and two moments, float32), the adapter, small files.
+
+    A frozen A is about as large as B, and has no moments. An adapter that subtracts its start keeps that in
+    the compute dtype in each checkpoint, and is saved at twice its rank.
+    """
+    moments, start = 2 * 4 * plan.n_trainable, 0
+    files = 4 * plan.n_trainable * (2 if plan.freeze_a else 1)
+    if plan.subtracts_start:
+        start = files if plan.compute_dtype == "fp32" else files // 2
+    saved = 2 * files if start else files
+    return (moments + files + start) * (_CHECKPOINTS_KEPT + 1) + saved + RUN_FILES_BYTES

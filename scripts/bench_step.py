@@ -122,7 +122,7 @@ def our_step(folder: str, config: StepConfig) -> Step:
     """The engine's train_step."""
     model = add_adapters(load(ModelSource(folder), config, "cpu"), config).train()
     loss_of = SummedLoss(model, config)
-    optimizer = make_optimizer(trainable(model).values(), config, _LEARNING_RATE)
+    optimizer = make_optimizer(trainable(model), config, _LEARNING_RATE)
 
     def step(text: Text) -> float:
         result = train_step(loss_of, optimizer, [text.batch], max_grad_norm=config.max_grad_norm)

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowvram.engine import adapters, lora
+from lowvram.engine.adapter_start import adapter_parameters
 from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import ComputeDtype, Levers, StepConfig
@@ -41,6 +42,7 @@ NO_LEVERS = Levers(gradient_checkpointing=False, loss_chunk_tokens=8192)
 FLOAT32_LIMIT = 1e-4  # two orders of summing 2,048 tokens differ by 1e-6 to 1e-5
 SAME_MASK_LIMIT = 1e-4  # other masks are off by 80 %
 SLOPE_LIMIT = 0.02  # float32's loss and the third derivative; other masks are off by 20 % and more
+KINDS: dict[str, dict[str, Any]] = {"": {}, ", DoRA": {"use_dora": True}, ", LoRA-FA": {"freeze_a": True}}
 MORE_THAN_PLAIN = 1.5  # of the plain bf16 step's own distance from float32
 
 
@@ -151,7 +153,9 @@ def _batch(step: StepConfig) -> Batch:
 def _with_adapters(base: PreTrainedModel, step: StepConfig) -> PeftModel:
     """The same for every model, B not zero; about a tenth of what the layer itself computes."""
     model, generator = add_adapters(base, step), torch.Generator().manual_seed(1)
-    for name, parameter in sorted(trainable(model).items()):
+    for name, parameter in sorted(adapter_parameters(model).items()):
+        if parameter.dim() == 1:
+            continue  # DoRA's magnitudes
         std = 0.02 if "lora_B" in name else parameter.shape[1] ** -0.5
         parameter.data.copy_(std * torch.randn(parameter.shape, generator=generator))
     return model.train()
@@ -186,18 +190,24 @@ def compared(step: StepConfig, note: str, error: float, limit: float, loss_error
 
 def _dropout(emit: Emit, device: torch.device) -> None:
     """Masks that are drawn again against those that peft keeps; for those of tiles the loss's own slope."""
-    checkpointing = Levers(loss_chunk_tokens=8192)
     step = parity_step("fp32", device, dropout=0.3)
     batch = _batch(step)
-    with patch.object(adapters, "_is_plain", lambda _layer: False):  # peft's own forward, torch's dropout
+    for kind, change in KINDS.items():
+        _drawn_again(emit, step.model_copy(update=change), f"dropout drawn again{kind}", batch, device)
+    trial = step.model_copy(update={"levers": lever_sets(tile_of(step))["all, head=streamed"]})
+    emit(compared(trial, "dropout in tiles, slope", slope_error(trial, device, batch), SLOPE_LIMIT))
+
+
+def _drawn_again(emit: Emit, step: StepConfig, note: str, batch: Batch, device: torch.device) -> None:
+    """Ours against peft's own layers, which keep torch's masks; with all activations kept, and recomputed."""
+    with patch.object(adapters, "_formula", lambda _layer: None):
         kept = loss_and_gradients(_small(step, device), step, batch)[1]
+    checkpointing = Levers(loss_chunk_tokens=8192)
     for name, levers in {"": NO_LEVERS, " under gradient_checkpointing": checkpointing}.items():
         trial = step.model_copy(update={"levers": levers})
         with patch.object(lora, "_redraws", lambda *_: True):
             found = loss_and_gradients(_small(trial, device), trial, batch)[1]
-        emit(compared(trial, f"dropout drawn again{name}", deviation(found, kept), SAME_MASK_LIMIT))
-    trial = step.model_copy(update={"levers": lever_sets(tile_of(step))["all, head=streamed"]})
-    emit(compared(trial, "dropout in tiles, slope", slope_error(trial, device, batch), SLOPE_LIMIT))
+        emit(compared(trial, f"{note}{name}", deviation(found, kept), SAME_MASK_LIMIT))
 
 
 def _small(step: StepConfig, device: torch.device) -> PeftModel:

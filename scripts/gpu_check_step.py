@@ -65,7 +65,7 @@ class Trial:
         model = add_adapters(random_model(config, step, device), step).train()
         self._loss_of = SummedLoss(model, step)
         self._parameters = trainable(model)
-        self._optimizer = make_optimizer(self._parameters.values(), step, 1e-4)
+        self._optimizer = make_optimizer(self._parameters, step, 1e-4)
         monitor.enter("other")
 
     def step(self, step: StepConfig) -> float:

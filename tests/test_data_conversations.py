@@ -57,6 +57,26 @@ GOOD: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
     ("prompt-completion", {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, HI),
     ("prompt-completion", {"prompt": MESSAGES[:1], "completion": "hello"}, HI),
     ("question-answer", {"question": "hi", "answer": "hello"}, HI),
+    ("conversation", {"conversation": SHAREGPT}, HI),
+    ("sharegpt", {"conversations": [{"from": "user", "value": "hi"}, {"from": "bot", "value": "hello"}]}, HI),
+    ("instruction-response", {"instruction": "hi", "context": "", "response": "hello"}, HI),
+    (
+        "instruction-response",
+        {"instruction": "add", "context": "1 2", "response": "3", "category": "math"},
+        [("user", "add\n\n1 2"), ("assistant", "3")],
+    ),
+    (
+        "question-response",
+        {"id": 1, "system_prompt": "be kind", "question": "hi", "response": "hello"},
+        [("system", "be kind"), *HI],
+    ),
+    ("question-response", {"system_prompt": "", "question": "hi", "response": "hello"}, HI),
+    ("prompt-response", {"prompt": "hi", "response": "hello"}, HI),
+    ("query-response", {"query": "hi", "response": "hello", "type": "x"}, HI),
+    ("problem-solution", {"problem": "hi", "solution": "hello", "answer": "7"}, HI),
+    ("inputs-targets", {"inputs": "hi", "targets": "hello"}, HI),
+    ("input-output", {"input": "hi", "output": "hello"}, HI),
+    ("question-answer", {"question": "hi", "answer": "hello", "text": "### hi hello"}, HI),
 ]
 
 

@@ -21,12 +21,21 @@ ORDER = [
     {"export"},
     {"planning"},
     {"pipeline"},
+    {"html_page", "data_report"},
     {
         *("probe_view", "plan_view", "plan_chart", "plan_page", "compare_view"),
-        *("survey_view", "data_view", "result_view", "profiles_view", "why_view", "merge_command"),
+        *(
+            "survey_view",
+            "data_view",
+            "result_view",
+            "profiles_view",
+            "why_view",
+            "merge_command",
+            "data_page",
+        ),
     },
     {"demo"},
-    {"cli", "cli_flags", "cli_profiles"},
+    {"cli", "cli_flags", "cli_profiles", "cli_data"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

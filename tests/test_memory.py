@@ -76,7 +76,10 @@ def _really_allocated(source: ModelSource, step: StepConfig) -> int:
             "levers": Levers(loss_chunk_tokens=16),
         },
         {"accumulation": 1, "levers": Levers(kept_layers=9, loss_chunk_tokens=64)},
-        {"accumulation": 1, "levers": Levers(tile_tokens=64, loss_chunk_tokens=64)},
+        pytest.param(  # two minutes: NF4 by small tiles
+            {"accumulation": 1, "levers": Levers(tile_tokens=64, loss_chunk_tokens=64)},
+            marks=pytest.mark.slow,
+        ),
         {
             "base_precision": "fp32",
             "micro_batch": 2,

@@ -81,12 +81,12 @@ def test_a_run_is_merged_from_another_folder_and_its_tracker_wrote(
 def test_a_packed_run_learns_as_an_unpacked_one_and_resumes(
     home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same losses, step by step; stopped after two steps and continued, the same bits."""
+    """The same losses where a step reads everything; stopped after two steps and continued, the same bits."""
     plan, report = tmp_path / "plan.yaml", loop._report
-    wishes = ("--batch", "8", "--steps", "5", "--dropout", "0", *SHORT[4:])
+    wishes = ("--batch", "28", "--steps", "5", "--dropout", "0", *SHORT[4:])
     assert run("plan", "--model", home / "tiny", "--data", home / "rows.jsonl", *wishes, "-o", plan)[0] == 0
     _edit(tmp_path, "micro_batch: ", "micro_batch: 2")
-    _edit(tmp_path, "accumulation: ", "accumulation: 4")
+    _edit(tmp_path, "accumulation: ", "accumulation: 14")
     assert run("train", plan, "-o", tmp_path / "unpacked")[0] == 0
     _edit(tmp_path, "packing: ", "packing: true")
     assert run("train", plan, "-o", tmp_path / "whole")[0] == 0

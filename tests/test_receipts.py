@@ -365,7 +365,7 @@ def test_a_real_run_leaves_its_receipt_twice(
     _train(lowvram, job, tmp_path / "run")
     receipt = Receipt.model_validate_json((tmp_path / "run" / "receipt.json").read_bytes())
     assert load_receipts() == [receipt]
-    assert set(receipt.phases) == set(PHASES)
+    assert set(receipt.phases) == set(PHASES) - {"initialisation"}  # the adapter starts as LoRA does
     for phase in receipt.phases.values():
         assert phase.measured_allocated_bytes is None
         assert phase.measured_reserved_bytes is None

@@ -268,7 +268,7 @@ def test_seconds_of_a_step_by_hand() -> None:
     head = 16384 * 4096
     body = shape.n_parameters - 2 * head
     linear = sum(one.n_in * one.n_out * one.count for one in shape.linears)
-    adapters = shape.n_trainable(step.target_modules, step.rank)
+    adapters = shape.n_trainable(step)
     attention = 2 * 32 * 4096 * 4.5 * 2 * 1000**2
     flops = 2000 * (6 * body + 8 * adapters + 4 * head * (1 + 32 / 1000)) + attention
     assert parts.arithmetic == pytest.approx(flops / 1e13, rel=1e-12)

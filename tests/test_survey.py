@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from lowvram import pipeline
 from lowvram.engine.config import StepConfig
 from lowvram.engine.known_models import known_config
 from lowvram.engine.model import skeleton
 from lowvram.engine.source import ModelSource
-from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware, card_of_size, probe
 from lowvram.memory import cache
 from lowvram.memory.estimate import estimate
@@ -180,11 +178,6 @@ def test_other_families_are_planned_by_name(name: str) -> None:
     phases = plan.estimate.phases_bytes
     assert {"load", "evaluation", "forward", "backward", "clip", "optimizer"} <= set(phases)
     assert max(phases.values()) == plan.estimate.peak_allocated_bytes
-
-
-def test_training_an_encoder_decoder_is_refused_before_anything_else(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="encoder-decoder"):
-        pipeline.preflight(ModelSource("google-t5/t5-base"), tmp_path / "run")
 
 
 def test_flan_t5_has_a_head_of_its_own() -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from lowvram.data.shapes import KNOWN_SHAPES, SHAPES, Known, Reading, fields_of, has_turns, known_from
 from lowvram.data.sources import read_rows
 from lowvram.errors import DataError
 from lowvram.frozen import Frozen
@@ -20,24 +21,12 @@ _ROLES: dict[str, Role] = {
     **{role: role for role in get_args(Role)},
     "human": "user",
     "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     "observation": "tool",
+    "function": "tool",
+    "developer": "system",
 }
-
-# In order of precedence: the fields that make a row that shape.
-SHAPES: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt-completion": ("prompt", "completion"),
-    "question-answer": ("question", "answer"),
-    "text": ("text",),
-}
-
-_KNOWN_SHAPES = (
-    "Known shapes: messages ([{role, content}]), sharegpt (conversations: [{from, value}]), "
-    "alpaca (instruction, input, output), prompt-completion (prompt, completion), "
-    "question-answer (question, answer), text."
-)
 
 
 class Message(Frozen):
@@ -63,8 +52,15 @@ class Conversation(Frozen):
         return self
 
 
+def content_sha256(conversation: Conversation) -> str:
+    """Hex digest of what is trained on; where it came from does not count."""
+    turns = [{"role": m.role, "content": m.content, "extra": m.extra} for m in conversation.messages]
+    content = {"messages": turns, "text": conversation.text, "tools": conversation.tools}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
 class LoadedData(Frozen):
-    """Every example of one source; `sha256` is of the content alone, whatever the file's name or format."""
+    """Every example of one source, in memory."""
 
     name: str
     shape: str
@@ -72,56 +68,36 @@ class LoadedData(Frozen):
     conversations: tuple[Conversation, ...]
 
 
-def content_sha256(conversation: Conversation) -> str:
-    """Hex digest of what is trained on; where it came from does not count."""
-    content = conversation.model_dump(exclude={"where"})
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def load_conversations(name: str, *, limit: int | None = None) -> LoadedData:
-    """All rows of `name` (the first `limit` of them), in the shape that the first row has.
+def load_conversations(
+    name: str,
+    reading: Reading = Reading(),  # noqa: B008  # frozen
+    *,
+    limit: int | None = None,
+) -> LoadedData:
+    """All rows of a small source (the first `limit` of them), as benchmarks and tests look at them.
 
     Raises:
-        DataError: an unreadable source, an unknown or changing shape, a missing or empty field, an unknown
-            role, or a conversation without an assistant's answer at its end. Nothing is dropped silently.
+        DataError: the first row that cannot be used.
     """
-    shape, first = "", ""
+    known: Known | None = None
     conversations: list[Conversation] = []
     digest = hashlib.sha256()
-    for where, row in islice(read_rows(name), limit):
-        if not shape:
-            shape, first = _shape_of(where, row), where
-        _require_shape(where, row, shape, first)
-        conversation = _READERS[shape](where, row)
-        digest.update(content_sha256(conversation).encode())
-        conversations.append(conversation)
+    for where, row in islice(read_rows(name, reading.split), limit):
+        known = known or known_from(where, row, reading)
+        conversations.append(conversation_of(where, row, known))
+        digest.update(content_sha256(conversations[-1]).encode())
+    shape = known.shape if known else ""
     return LoadedData(name=name, shape=shape, sha256=digest.hexdigest(), conversations=tuple(conversations))
 
 
-def _find_shape(row: dict[str, Any]) -> str | None:
-    return next((shape for shape, fields in SHAPES.items() if all(f in row for f in fields)), None)
+def conversation_of(where: str, row: dict[str, Any], known: Known) -> Conversation:
+    """One row of a known shape.
 
-
-def _shape_of(where: str, row: dict[str, Any]) -> str:
-    shape = _find_shape(row)
-    if shape is None:
-        raise DataError(f"{where}: no known shape; its fields are {_fields(row)}.", _KNOWN_SHAPES)
-    return shape
-
-
-def _require_shape(where: str, row: dict[str, Any], shape: str, first: str) -> None:
-    if all(field in row for field in SHAPES[shape]):
-        return
-    other = _find_shape(row)
-    seen = f"has the shape '{other}'" if other else f"has the fields {_fields(row)}, no known shape"
-    raise DataError(
-        f"{where}: {seen}, but {first} has the shape '{shape}'.",
-        f"Give every row the fields of '{shape}': {', '.join(SHAPES[shape])}. {_KNOWN_SHAPES}",
-    )
-
-
-def _fields(row: dict[str, Any]) -> str:
-    return ", ".join(str(key) for key in row) or "none"
+    Raises:
+        DataError: another shape, a missing or empty field, an unknown role, or no assistant's answer at its
+            end.
+    """
+    return _READERS[known.shape](where, known.named_our_way(where, row), known)
 
 
 def _string(where: str, row: dict[str, Any], field: str) -> str:
@@ -136,24 +112,27 @@ def _string(where: str, row: dict[str, Any], field: str) -> str:
     return value
 
 
-def _text(where: str, row: dict[str, Any]) -> Conversation:
+def _text(where: str, row: dict[str, Any], _: Known) -> Conversation:
     return Conversation(text=_string(where, row, "text"), where=where)
 
 
-def _alpaca(where: str, row: dict[str, Any]) -> Conversation:
-    question = _string(where, row, "instruction")
-    if row.get("input") not in (None, ""):
-        question += "\n\n" + _string(where, row, "input")
-    return _two_turns(where, row, question, _string(where, row, "output"))
+def _pair(where: str, row: dict[str, Any], known: Known) -> Conversation:
+    """Two fields, one turn each; an instruction's input follows it after an empty line."""
+    asks, answers = SHAPES[known.shape].needs
+    question = _string(where, row, asks)
+    for field in ("input", "context"):
+        if field in SHAPES[known.shape].takes and row.get(field) not in (None, ""):
+            question += "\n\n" + _string(where, row, field)
+    turns = [
+        Message(role="user", content=question),
+        Message(role="assistant", content=_string(where, row, answers)),
+    ]
+    return _conversation(where, row, turns)
 
 
-def _question_answer(where: str, row: dict[str, Any]) -> Conversation:
-    return _two_turns(where, row, _string(where, row, "question"), _string(where, row, "answer"))
-
-
-def _prompt_completion(where: str, row: dict[str, Any]) -> Conversation:
+def _prompt_completion(where: str, row: dict[str, Any], known: Known) -> Conversation:
     if not isinstance(row["prompt"], list) and not isinstance(row["completion"], list):
-        return _two_turns(where, row, _string(where, row, "prompt"), _string(where, row, "completion"))
+        return _pair(where, row, known)
     turns = [
         *_side(where, row, "prompt", "user"),
         *_side(where, row, "completion", "assistant"),
@@ -168,22 +147,13 @@ def _side(where: str, row: dict[str, Any], field: str, role: Role) -> list[Messa
     return [Message(role=role, content=_string(where, row, field))]
 
 
-def _messages(where: str, row: dict[str, Any]) -> Conversation:
-    return _conversation(where, row, _turns(where, row, "messages"))
-
-
-def _sharegpt(where: str, row: dict[str, Any]) -> Conversation:
-    return _conversation(where, row, _turns(where, row, "conversations"))
-
-
-def _two_turns(where: str, row: dict[str, Any], question: str, answer: str) -> Conversation:
-    turns = [Message(role="user", content=question), Message(role="assistant", content=answer)]
-    return _conversation(where, row, turns)
+def _list_of_turns(where: str, row: dict[str, Any], known: Known) -> Conversation:
+    return _conversation(where, row, _turns(where, row, SHAPES[known.shape].needs[0], known.fields))
 
 
 def _conversation(where: str, row: dict[str, Any], turns: list[Message]) -> Conversation:
-    if row.get("system") not in (None, ""):
-        turns = [Message(role="system", content=_string(where, row, "system")), *turns]
+    if system := next((name for name in ("system", "system_prompt") if row.get(name) not in (None, "")), ""):
+        turns = [Message(role="system", content=_string(where, row, system)), *turns]
     if turns[-1].role != "assistant":
         raise DataError(
             f"{where}: the last turn is the {turns[-1].role}'s, so there is no answer to learn.",
@@ -206,35 +176,37 @@ def _tools(where: str, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-def _turns(where: str, row: dict[str, Any], field: str) -> list[Message]:
+def _turns(where: str, row: dict[str, Any], field: str, names: dict[str, str] | None = None) -> list[Message]:
     turns = row[field]
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: '{field}' is not a list of turns, or is empty.", _KNOWN_SHAPES)
-    return [_message(where, turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
+        raise DataError(f"{where}: '{field}' is not a list of turns, or is empty.", KNOWN_SHAPES)
+    return [_message(where, turn, f"{field}[{index}]", names or {}) for index, turn in enumerate(turns)]
 
 
-def _message(where: str, turn: object, place: str) -> Message:
-    """One turn, written as role/content or as ShareGPT's from/value."""
+def _message(where: str, turn: object, place: str, names: dict[str, str]) -> Message:
+    """One turn, written as role/content or as ShareGPT's from/value, or under the names that were given."""
     if not isinstance(turn, dict):
-        raise DataError(f"{where}: {place} is a {type(turn).__name__}, not an object.", _KNOWN_SHAPES)
+        raise DataError(f"{where}: {place} is a {type(turn).__name__}, not an object.", KNOWN_SHAPES)
     who, what = ("from", "value") if "from" in turn else ("role", "content")
+    who, what = names.get("role", who), names.get("content", what)
     name = turn.get(who)
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise DataError(
-            f"{where}: {place} has the unknown role {name!r}; its fields are {_fields(turn)}.",
+            f"{where}: {place} has the unknown role {name!r}; its fields are {fields_of(turn)}.",
             f"Known roles: {', '.join(_ROLES)}.",
         )
     extra = {key: value for key, value in turn.items() if key not in (who, what) and value is not None}
-    return Message(role=role, content=_content(where, turn, what, place), extra=extra)
+    content = _content(where, turn, what, place, role)
+    return Message(role=role, content=content, extra=extra)
 
 
-def _content(where: str, turn: dict[str, Any], field: str, place: str) -> str:
+def _content(where: str, turn: dict[str, Any], field: str, place: str, role: Role) -> str:
     """The turn's text. A turn that only calls tools has none, and a tool may return nothing."""
     value = turn.get(field)
     if isinstance(value, list):
         value = _joined_parts(where, value, place)
-    may_be_empty = turn.get("tool_calls") or turn.get("role", turn.get("from")) in ("tool", "observation")
+    may_be_empty = turn.get("tool_calls") or role == "tool"
     if may_be_empty and value in (None, ""):
         return ""
     return _string(where, {f"{place}.{field}": value}, f"{place}.{field}")
@@ -247,11 +219,8 @@ def _joined_parts(where: str, parts: list[Any], place: str) -> str:
     return "".join(_string(where, part, "text") for part in parts)
 
 
-_READERS: dict[str, Callable[[str, dict[str, Any]], Conversation]] = {
-    "messages": _messages,
-    "sharegpt": _sharegpt,
-    "alpaca": _alpaca,
+_READERS: dict[str, Callable[[str, dict[str, Any], Known], Conversation]] = {
+    **{name: _list_of_turns if has_turns(name) else _pair for name in SHAPES},
     "prompt-completion": _prompt_completion,
-    "question-answer": _question_answer,
     "text": _text,
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
-from itertools import chain
+import math
+from collections.abc import Sequence
 from random import Random
+
+from lowvram.data.packed_order import packed_steps
 
 WINDOW_STEPS = 8  # large enough for micro-batches of like length, small enough to stay a shuffle
 
@@ -29,8 +30,17 @@ def batches_of_epoch(
     and the last step may be short. The longest example comes in the first step of epoch 0: if memory runs
     out, it does so at once and not after hours.
 
-    With `packed_tokens` each step has the same examples, packed into rows of at most so many tokens.
+    With `packed_tokens` there are as many steps, of rows of at most so many tokens (data/packed_order.py).
     """
+    if packed_tokens is not None:
+        return packed_steps(
+            lengths,
+            steps=steps_per_epoch(len(lengths), micro_batch * accumulation),
+            row_tokens=packed_tokens,
+            micro_batch=micro_batch,
+            seed=seed,
+            epoch=epoch,
+        )
     random = Random(f"lowvram order {seed} {epoch}")  # a string is hashed by sha512: the same everywhere
     indices = list(range(len(lengths)))
     random.shuffle(indices)
@@ -42,36 +52,12 @@ def batches_of_epoch(
     _shuffle_whole_steps(steps, micro_batch * accumulation, random)
     if epoch == 0 and steps:
         _longest_first(steps, lengths)
-    if packed_tokens is None:
-        return steps
-    return [pack(chain.from_iterable(step), lengths, packed_tokens, micro_batch) for step in steps]
+    return steps
 
 
-def pack(
-    indices: Iterable[int], lengths: Sequence[int], row_tokens: int, micro_batch: int
-) -> list[MicroBatch]:
-    """Rows of at most `row_tokens` tokens: the longest example first, each where the least room is left.
-
-    An example beyond the first `micro_batch` of a row takes the room of one token more. It pays for its own
-    small tensors, about 2 kB a layer, so that memory is planned by `micro_batch` long examples; and since
-    `micro_batch` of the longest always share a row, there are never more rows than there were micro-batches.
-
-    Worked example, row_tokens=20, micro_batch=2, lengths 9 7 5 4 4 2:
-
-        9 7 2      18 tokens, and 1 for the third example: 4 would have made 21
-        5 4 4      13 tokens, and 1
-    """
-    rows: list[MicroBatch] = []
-    rooms: list[tuple[int, int]] = []  # ascending: what the next example may take, number of the row
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        at = bisect_left(rooms, (lengths[index], 0))
-        if at == len(rooms):
-            rows.append([])
-            rooms.append((row_tokens, len(rows) - 1))
-        room, row = rooms.pop(at)
-        rows[row].append(index)
-        insort(rooms, (room - lengths[index] - (len(rows[row]) >= micro_batch), row))
-    return rows
+def steps_per_epoch(n_examples: int, effective_batch: int) -> int:
+    """Optimizer steps of every epoch, packed or not."""
+    return math.ceil(n_examples / effective_batch)
 
 
 def _micro_batches(window: list[int], lengths: Sequence[int], size: int, random: Random) -> list[MicroBatch]:

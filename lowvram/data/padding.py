@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowvram.data.order import WINDOW_STEPS, batches_of_epoch
+from lowvram.data import packed_order
+from lowvram.data.order import WINDOW_STEPS, steps_per_epoch
 
-_EPOCHS = 8  # of one window each: the mean of 64 steps' rows
+_PACKED_EXAMPLES = 2048  # at most: enough for a step's rows to within 1 %, in 10 ms
 
 
 def padded_share(
@@ -25,7 +26,7 @@ def padded_share(
         length_quantiles: tokens of an example at 0, 1, ... 100 % (`DataStats.length_quantiles`).
         seq_len: where examples are cut.
     """
-    lengths = sorted(_window(length_quantiles, effective_batch, seq_len), reverse=True)
+    lengths = sorted(_spaced(length_quantiles, WINDOW_STEPS * effective_batch, seq_len), reverse=True)
     groups = [lengths[at : at + micro_batch] for at in range(0, len(lengths), micro_batch)]
     return 1 - sum(lengths) / sum(group[0] * len(group) for group in groups)
 
@@ -35,7 +36,7 @@ def rows_per_step(
 ) -> float:
     """Expected number of packed rows, of up to micro_batch * seq_len tokens, in a step.
 
-    The order itself is run on lengths evenly spaced in the quantiles.
+    The order itself is run on a window of lengths evenly spaced in the quantiles.
 
     Worked example, every example of 100 tokens, micro_batch=2, effective_batch=16, seq_len=250: a row of 500
     tokens takes 4 of them (the third and fourth take the room of a token more), so a step has 4 rows; without
@@ -46,25 +47,21 @@ def rows_per_step(
         effective_batch: examples of a step.
         seq_len: where examples are cut.
     """
-    lengths = [round(length) for length in _window(length_quantiles, effective_batch, seq_len)]
-    steps = [
-        step
-        for epoch in range(1, _EPOCHS + 1)  # the first epoch's order is special
-        for step in batches_of_epoch(
-            lengths,
-            micro_batch=micro_batch,
-            accumulation=-(-effective_batch // micro_batch),
-            seed=0,
-            epoch=epoch,
-            packed_tokens=micro_batch * seq_len,
-        )
-    ]
-    return sum(map(len, steps)) / len(steps)
+    steps = max(1, min(packed_order.WINDOW_STEPS, _PACKED_EXAMPLES // effective_batch))
+    lengths = [round(length) for length in _spaced(length_quantiles, steps * effective_batch, seq_len)]
+    packed = packed_order.packed_steps(
+        lengths,
+        steps=steps_per_epoch(len(lengths), effective_batch),
+        row_tokens=micro_batch * seq_len,
+        micro_batch=micro_batch,
+        seed=0,
+        epoch=1,  # the first epoch's order is special
+    )
+    return sum(map(len, packed)) / len(packed)
 
 
-def _window(quantiles: Sequence[int], effective_batch: int, seq_len: int) -> list[float]:
-    """Lengths of the examples of 8 steps, in the middle of as many equal parts of the distribution."""
-    count = WINDOW_STEPS * effective_batch
+def _spaced(quantiles: Sequence[int], count: int, seq_len: int) -> list[float]:
+    """So many lengths, in the middle of as many equal parts of the distribution."""
     places = ((i + 0.5) / count * (len(quantiles) - 1) for i in range(count))
     return [min(_between(quantiles, place), seq_len) for place in places]
 

@@ -1,79 +1,227 @@
-"""Sources: a data file or a hub dataset as rows, each with the place it came from."""
+"""Sources: a data file, a saved or a hub data set, as chunks of rows that know the place they came from."""
 
 from __future__ import annotations
 
-import csv
-import json
+import bz2
+import gzip
+import hashlib
+import lzma
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
-from lowvram.errors import DataError
+from lowvram.cache import data_folder
+from lowvram.data.text_files import (
+    COMPRESSED,
+    Chunk,
+    Found,
+    TextFile,
+    kind_of,
+    open_binary,
+    plain_suffix,
+    unreadable,
+)
+from lowvram.errors import ConfigError, DataError, refusals_of_the_system
 
 Row = tuple[str, dict[str, Any]]
 
-_KNOWN = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-_UNPACK = {".gz": "gunzip -k", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zst": "unzstd", ".zip": "unzip"}
+_TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_KNOWN = (*_TEXT, ".parquet")
+_UNPACK = {".zst": "unzstd", ".zip": "unzip", ".7z": "7z x", ".tar": "tar xf"}
+_OPENERS: dict[str, Callable[[Any], IO[bytes]]] = {
+    ".gz": cast(Callable[[Any], IO[bytes]], gzip.open),
+    ".bz2": cast(Callable[[Any], IO[bytes]], bz2.open),
+    ".xz": cast(Callable[[Any], IO[bytes]], lzma.open),
+}
 _HUB_ID = re.compile(r"^(?:[\w-][\w.-]*/)?[\w-][\w.-]*(?::[\w.-]+)?$")
-_FORMATS = "Give a .jsonl, .json, .csv or .parquet file, or a Hugging Face dataset id such as owner/name."
-_BOM = b"\xef\xbb\xbf"
-_CSV_CELL_BYTES = 1 << 30  # Python's default of 128 KiB is shorter than a long chat
+_FORMATS = (
+    "Give a .jsonl, .json, .csv, .tsv or .parquet file (text also as .gz, .bz2 or .xz), a folder that "
+    "datasets saved, or a Hugging Face dataset id such as owner/name."
+)
+_CHUNK_ROWS = 500
 
 
-def read_rows(name: str) -> Iterator[Row]:
-    """Rows of `name` in file order, as (where, row); `where` is `FILE:LINE`, or `NAME:row N` without lines.
+@dataclass(frozen=True)
+class Table:
+    """A data set that `datasets` holds memory-mapped."""
 
-    `name` is a .jsonl, .ndjson, .json, .csv or .parquet file, or a hub dataset: `owner/name` or
-    `owner/name:config`, of which the split `train` is read. JSON lines, CSV and parquet are streamed.
+    name: str
+    rows_of: Any  # datasets.Dataset, or anything with len and slices
+
+    def chunks(self) -> Iterator[Chunk]:
+        total = len(self.rows_of)
+        for start in range(0, total, _CHUNK_ROWS):
+            yield Chunk(start, min(_CHUNK_ROWS, total - start), start + 1)
+
+    def rows(self, chunk: Chunk) -> Iterator[tuple[int, Found]]:
+        """(row's number from 1, row) of one chunk."""
+        columns = self.rows_of[chunk.start : chunk.start + chunk.size]
+        for number, cells in enumerate(zip(*columns.values(), strict=True), start=chunk.number):
+            yield number, dict(zip(columns, cells, strict=True))
+
+    def place(self, number: int) -> str:
+        return f"{self.name}:row {number}"
+
+    def sha256(self) -> str:
+        """Of the files that hold it; of its rows where it has none or is a part of them."""
+        files = [f["filename"] for f in getattr(self.rows_of, "cache_files", ())]
+        if files and getattr(self.rows_of, "_indices", None) is None:
+            return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+        digest = hashlib.sha256()
+        for chunk in self.chunks():
+            digest.update(repr(list(self.rows(chunk))).encode("utf-8", "replace"))
+        return digest.hexdigest()
+
+
+Source = TextFile | Table
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as handle:
+        digest = hashlib.sha256()
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_key(name: str, split: str | None) -> str:
+    """What a source holds, in one hash, without understanding it.
+
+    Raises:
+        DataError, ConfigError: as `opened`.
+    """
+    if Path(name).is_file():
+        open_binary(name, name).close()  # refuses in our words
+        return f"{Path(name).suffixes[-2:]} {file_sha256(name)}".lower()
+    with opened(name, split) as source:
+        assert isinstance(source, Table)
+        return source.sha256()
+
+
+def rows_of(source: Source) -> Iterator[tuple[int, Found]]:
+    """(number, row or what is wrong with it), in order, while they are read.
+
+    Raises:
+        DataError: what makes all that follows unreadable, or no row at all.
+    """
+    number = 0
+    for chunk in source.chunks():
+        for number, row in source.rows(chunk):
+            yield number, row
+    if not number:
+        raise DataError(
+            f"{source.name}:1: the file has no rows.", "Write one example a line, then try again."
+        )
+
+
+def read_rows(name: str, split: str | None = None) -> Iterator[Row]:
+    """Rows of `name` in order, as (where, row); `where` is `FILE:LINE`, or `NAME:row N` without lines.
 
     Raises:
         DataError: nothing readable there, or a row that is no object; the message starts with the place.
+        ConfigError: as `opened`.
+    """
+    with opened(name, split) as source:
+        for number, row in rows_of(source):
+            if isinstance(row, DataError):
+                raise row
+            yield source.place(number), row
+
+
+@contextmanager
+def opened(name: str, split: str | None = None) -> Iterator[Source]:
+    """The source called `name`, with what had to be unpacked for it, until the block ends.
+
+    `name` is a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, text also compressed; a folder written by
+    save_to_disk; or a hub data set, `owner/name` or `owner/name:config`. `split` names a part of a data set:
+    "train" unless told otherwise, or a slice such as "train[:10%]".
+
+    Raises:
+        DataError: nothing readable there.
+        ConfigError: a split of a single file.
     """
     if not name:
         raise DataError("the name of the data is empty.", _FORMATS)
     path = Path(name)
     try:
-        if path.is_dir():
+        is_file, is_folder = path.exists() and not path.is_dir(), path.is_dir()
+        saved = is_folder and _is_saved(path)
+        if is_folder and not saved:
             raise DataError(f"{name}: is a folder, not a data file.", _files_inside(path))
-        is_file = path.exists()
     except OSError as error:  # a folder that may not be entered or listed
-        raise _unreadable(name, error) from error
-    return _not_empty(name, _file_rows(name) if is_file else _hub_rows(name))
+        raise unreadable(name, error) from error
+    if is_file and split is not None:
+        raise ConfigError(f"--split {split}: '{name}' is one file without splits.", "Leave --split out.")
+    if saved:
+        yield Table(name, _from_disk(name, split))
+    elif is_file:
+        with _file(name) as source:
+            yield source
+    else:
+        yield _hub(name, split or "train")
 
 
-def _file_rows(name: str) -> Iterator[Row]:
-    suffix = Path(name).suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return _json_lines(name)
-    if suffix == ".json":
-        return _json_array(name) if _starts_array(name) else _json_lines(name)
-    if suffix == ".csv":
-        return _csv_rows(name)
-    if suffix == ".parquet":
-        return _dataset_rows(name, "parquet", data_files=name, streaming=True)
-    if suffix in _UNPACK:
-        unpack = f"{_UNPACK[suffix]} {shlex.quote(name)}"
+@contextmanager
+def _file(name: str) -> Iterator[Source]:
+    suffix, packed = plain_suffix(name), Path(name).suffix.lower()
+    if suffix in _TEXT and packed not in COMPRESSED:
+        yield TextFile(name, name, kind_of(name, name, suffix))
+    elif suffix in _TEXT:
+        with _workplace() as folder:
+            plain = _unpacked(name, packed, folder / f"plain{suffix}")
+            yield TextFile(name, plain, kind_of(plain, name, suffix))
+    elif suffix == ".parquet" and packed not in COMPRESSED:
+        open_binary(name, name).close()
+        with _workplace() as folder:
+            yield Table(name, _loaded(name, "parquet", data_files=name, cache_dir=str(folder)))
+    elif packed in _UNPACK:
+        unpack = f"{_UNPACK[packed]} {shlex.quote(name)}"
         raise DataError(f"{name}: is compressed.", f"Run: {unpack}, then give the unpacked file.")
-    raise DataError(f"{name}: unknown extension '{suffix}'.", _FORMATS)
+    else:
+        raise DataError(f"{name}: unknown extension '{suffix}'.", _FORMATS)
 
 
-def _hub_rows(name: str) -> Iterator[Row]:
-    is_path = Path(name).suffix.lower() in (*_KNOWN, *_UNPACK) or not _HUB_ID.match(name)
-    if is_path:
+@contextmanager
+def _workplace() -> Iterator[Path]:
+    """A folder for what is unpacked, beside the prepared data: /tmp may be memory."""
+    with refusals_of_the_system("The data cannot be unpacked", "Set LOWVRAM_CACHE to a disk with room."):
+        folder = Path(tempfile.mkdtemp(prefix=".unpacked-", dir=data_folder()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unpacked(name: str, packed: str, plain: Path) -> str:
+    open_binary(name, name).close()
+    try:
+        with _OPENERS[packed](name) as source, plain.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except (gzip.BadGzipFile, EOFError, lzma.LZMAError, OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # the disk's refusal, not the file's fault
+            raise
+        raise DataError(
+            f"{name}: cannot be unpacked ({error}).", "Check that the file is whole: copy it again."
+        ) from error
+    return str(plain)
+
+
+def _hub(name: str, split: str) -> Table:
+    if Path(name).suffix.lower() in (*_KNOWN, *COMPRESSED, *_UNPACK) or not _HUB_ID.match(name):
         raise DataError(f"{name}: no such file (looked in {Path.cwd()}).", "Give the path of your data file.")
     dataset, _, config = name.partition(":")
-    return _dataset_rows(name, dataset, *([config] if config else []))
+    return Table(name, _loaded(name, dataset, *([config] if config else []), split=split))
 
 
-def _not_empty(name: str, rows: Iterator[Row]) -> Iterator[Row]:
-    empty = True
-    for row in rows:
-        empty = False
-        yield row
-    if empty:
-        raise DataError(f"{name}:1: the file has no rows.", "Write one example a line, then try again.")
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def _files_inside(folder: Path) -> str:
@@ -82,166 +230,37 @@ def _files_inside(folder: Path) -> str:
     return f"Give a file, such as {files[0]}." if files else f"It holds no data file. {_FORMATS}"
 
 
-def _lines(name: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines, decoded one by one so that a bad byte is reported with its line."""
-    with _open_binary(name) as handle:
-        for number, raw in enumerate(handle, start=1):
-            if number == 1:
-                raw = raw.removeprefix(_BOM)
-            try:
-                yield number, raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{name}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at byte {error.start + 1}).",
-                    "Save the file as UTF-8 (in most editors: Save as, encoding UTF-8).",
-                ) from error
+def _from_disk(name: str, split: str | None) -> Any:
+    from datasets import load_from_disk
 
-
-def _open_binary(name: str) -> BinaryIO:
     try:
-        return open(name, "rb")
-    except OSError as error:
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: OSError) -> DataError:
-    remedy = "Check its permissions, and those of the folders above it."
-    return DataError(f"{name}: cannot be read ({error.strerror}).", remedy)
-
-
-def _json_lines(name: str) -> Iterator[Row]:
-    for number, line in _lines(name):
-        if not line.strip():
-            continue
-        where = f"{name}:{number}"
-        try:
-            value = json.loads(line.rstrip("\r\n"))  # else an error at the end is one of the next line
-        except (ValueError, RecursionError) as error:
-            raise _not_json(where, error, line) from error
-        yield where, _checked(where, value, line)
-
-
-def _starts_array(name: str) -> bool:
-    first = next((line for _, line in _lines(name) if line.strip()), "")
-    return first.lstrip().startswith("[")
-
-
-def _json_array(name: str) -> Iterator[Row]:
-    """Objects of a top-level array one by one, so that each keeps the line on which it starts."""
-    text = "".join(line for _, line in _lines(name))
-    decoder = json.JSONDecoder()
-    at, line = _skip(text, text.index("[") + 1), 1
-    counted = 0
-    while not text.startswith("]", at):
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, end = decoder.raw_decode(text, at)
-            yield f"{name}:{line}", _checked(f"{name}:{line}", value, text[at:end])
-            at = _after_comma(text, end)
-        except (json.JSONDecodeError, RecursionError) as error:
-            broken = getattr(error, "lineno", line)
-            raise _not_json(f"{name}:{broken}", error, _line_at(text, broken)) from error
-    _nothing_after(name, text, at)
-
-
-def _nothing_after(name: str, text: str, at: int) -> None:
-    if text[at + 1 :].strip():
-        line = text.count("\n", 0, _skip(text, at + 1)) + 1
+        found = load_from_disk(name)
+    except Exception as error:  # pyarrow raises dozens of unrelated types
+        raise _cannot_load(name, error, "Write it again with save_to_disk.") from error
+    splits: dict[str | None, Any] = dict(found) if isinstance(found, dict) else {None: found}
+    wanted = split or ("train" if "train" in splits else None)
+    if wanted not in splits:
         raise DataError(
-            f"{name}:{line}: text after the array's closing ].", "Put every example in one array."
+            f"{name}: has no split '{wanted or 'train'}'.",
+            f"Give --split {' or '.join(s for s in splits if s)}."
+            if None not in splits
+            else "Leave --split out.",
         )
+    return splits[wanted]
 
 
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _after_comma(text: str, end: int) -> int:
-    at = _skip(text, end)
-    if text.startswith("]", at):
-        return at
-    if not text.startswith(",", at):
-        raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-    return _skip(text, at + 1)
-
-
-def _line_at(text: str, number: int) -> str:
-    return text.split("\n", number)[number - 1]
-
-
-def _not_json(where: str, error: Exception, line: str) -> DataError:
-    reason = str(getattr(error, "msg", "nested too deeply"))
-    column = getattr(error, "colno", 1)
-    return DataError(
-        f"{where}: not JSON, column {column}: {reason}. The line starts: {_start(line)}",
-        "Every line must be one whole JSON object; check for a missing quote, comma or bracket.",
-    )
-
-
-def _start(line: str) -> str:
-    line = line.strip()
-    return line if len(line) <= 60 else line[:60] + "..."
-
-
-def _checked(where: str, value: object, line: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        hint = " If the file is one JSON array, name it .json." if isinstance(value, list) else ""
-        raise DataError(
-            f"{where}: a {type(value).__name__}, not an object. The line starts: {_start(line)}",
-            'Every example is an object, such as {"question": "...", "answer": "..."}.' + hint,
-        )
-    # Half of an emoji, as written by tools that cut strings in UTF-16: no tokenizer takes it.
-    if "\\ud" in line.lower():
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: half of a \\ud... character pair.", "Remove that character."
-            ) from error
-    return value
-
-
-def _csv_rows(name: str) -> Iterator[Row]:
-    """Every cell as it is written: type guessing would turn the answer 42 into 42.0, and NA into nothing."""
-    records = _csv_records(name)
-    _, header = next(records, (1, []))
-    for number, cells in records:
-        if len(cells) != len(header):
-            raise DataError(
-                f"{name}:{number}: {len(cells)} cells where the header has {len(header)}.",
-                'Put quotes around a cell that holds a comma: "like, this".',
-            )
-        yield f"{name}:{number}", dict(zip(header, cells, strict=True))
-
-
-def _csv_records(name: str) -> Iterator[tuple[int, list[str]]]:
-    """Records with the line on which each starts: a quoted cell may span lines."""
-    csv.field_size_limit(max(csv.field_size_limit(), _CSV_CELL_BYTES))
-    reader = csv.reader((line for _, line in _lines(name)), strict=True)
-    number = 1
-    try:
-        for cells in reader:
-            if cells:
-                yield number, cells
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{name}:{number}: not CSV ({error}).", "Check the quotes of this row.") from error
-
-
-def _dataset_rows(name: str, *args: str, **options: Any) -> Iterator[Row]:
+def _loaded(name: str, *args: str, split: str = "train", **options: Any) -> Any:
     from datasets import load_dataset
 
     try:
-        rows: Iterable[dict[str, Any]] = load_dataset(*args, split="train", **options)
-        for number, row in enumerate(rows, start=1):
-            yield f"{name}:row {number}", dict(row)
+        return load_dataset(*args, split=split, **options)
     except Exception as error:  # the hub client and pyarrow raise dozens of unrelated types
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{name}: cannot be loaded ({type(error).__name__}: {reason}).", _how(options)
-        ) from error
+        raise _cannot_load(name, error, _how(options)) from error
+
+
+def _cannot_load(name: str, error: Exception, remedy: str) -> DataError:
+    reason = " ".join(str(error).split())
+    return DataError(f"{name}: cannot be loaded ({type(error).__name__}: {reason}).", remedy)
 
 
 def _how(options: dict[str, Any]) -> str:
@@ -249,5 +268,6 @@ def _how(options: dict[str, Any]) -> str:
         return "Check that the file is a whole parquet file."
     return (
         "If it is a file, check the path. If it is a hub dataset, check its name (owner/name, or "
-        "owner/name:config where it has several), your connection, and for a private one `hf auth login`."
+        "owner/name:config where it has several), its --split, your connection, and for a private one "
+        "`hf auth login`."
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
-from lowvram.data.conversations import LoadedData
-from lowvram.data.tokens import Example
+from lowvram.data.row_store import Examples
+from lowvram.data.shapes import Reading
 from lowvram.frozen import Frozen
 
 
@@ -17,6 +18,10 @@ class DataStats(Frozen):
 
     source: str = Field(description="the file or hub id, as given")
     shape: str
+    shape_found: bool = Field(True, description="by the fields of the first row; false: told by the user")
+    reading: Reading = Field(Reading(), description="how to read it again the same way")
+    unread_fields: tuple[str, ...] = Field((), description="of the first row, of which nothing is made")
+    n_skipped: int = Field(0, ge=0, description="rows left out that cannot be used")
     sha256: str = Field(description="of the content, whatever the file's name")
     template: str = Field(description="whose chat template rendered it")
     n_examples: int = Field(ge=1, description="examples trained on; held-out ones do not count")
@@ -29,6 +34,10 @@ class DataStats(Frozen):
     )
     answer_start_quantiles: tuple[int, ...] = Field(
         min_length=101, max_length=101, description="tokens before the first trained one, at 0, 1, ... 100 %"
+    )
+
+    target_quantiles: tuple[int, ...] | None = Field(
+        None, description="for an encoder-decoder, whose lengths are its sources': of its targets"
     )
 
     @property
@@ -60,27 +69,31 @@ class DataStats(Frozen):
         return max(1, round(self.n_examples * (1 - percent / 100)))
 
 
-def data_stats(
-    data: LoadedData, train: Sequence[Example], held_out: Sequence[Example], template: str
-) -> DataStats:
-    """The statistics of `data`, tokenised and split; `template` as `template_name` says it."""
-    lengths = sorted(len(example) for example in train)
+def data_stats(train: Examples, held_out: Examples, reading: Reading, template: str) -> DataStats:
+    """The statistics of a prepared source, split; `template` as `template_name` says it."""
+    store, lengths = train.store, train.lengths
+    known, pairs = store.entry.known, store.entry.pairs
     return DataStats(
-        source=data.name,
-        shape=data.shape,
-        sha256=data.sha256,
+        source=store.entry.name,
+        shape=known.shape,
+        shape_found=bool(known.first),
+        reading=reading.model_copy(update={"shape": known.shape}),
+        unread_fields=store.entry.unread,
+        n_skipped=len(store.bad_rows),
+        sha256=store.sha256(),
         template=template,
         n_examples=len(train),
         n_held_out=len(held_out),
-        n_tokens=sum(lengths),
-        n_trained_tokens=sum(example.n_trained for example in train),
-        longest_tokens=lengths[-1] if lengths else 0,
-        length_quantiles=_quantiles(lengths),
-        answer_start_quantiles=_quantiles(sorted(example.trained.index(1) for example in train)),
+        n_tokens=int(lengths.sum()) + (int(train.n_trained.sum()) if pairs else 0),
+        n_trained_tokens=int(train.n_trained.sum()),
+        longest_tokens=int(lengths.max()),
+        length_quantiles=quantiles(lengths),
+        answer_start_quantiles=quantiles(train.answer_starts),
+        target_quantiles=quantiles(train.n_trained) if pairs else None,
     )
 
 
-def _quantiles(ascending: list[int]) -> tuple[int, ...]:
+def quantiles(values: npt.NDArray[np.int64]) -> tuple[int, ...]:
     """Nearest-rank values at 0..100 %: the first is the shortest, the last the longest."""
-    top = len(ascending) - 1
-    return tuple(ascending[round(top * percent / 100)] for percent in range(101)) if ascending else (0,) * 101
+    ascending, top = np.sort(values), len(values) - 1
+    return tuple(int(ascending[round(top * percent / 100)]) for percent in range(101))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.columns import Columns
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from lowvram import hardware, pipeline, planning
 from lowvram.demo.model import demo_model
-from lowvram.engine.generate import greedy_answers
+from lowvram.engine.generate import Answer, greedy_answers
 from lowvram.engine.source import ModelSource
 from lowvram.frozen import write_atomically
 from lowvram.merge_command import merge_run
@@ -83,26 +82,38 @@ class _Answers:
             max_new_tokens=_ANSWER_TOKENS,
             device=str(run.device),
         )
-        write_atomically(self._file, json.dumps(self._read() | {when: answers}, indent=2, ensure_ascii=False))
+        known = self._read() | {when: answers}
+        told = {when: [answer.model_dump() for answer in given] for when, given in known.items()}
+        write_atomically(self._file, json.dumps(told, indent=2, ensure_ascii=False))
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, list[Answer]]:
         if not self._file.is_file():
             return {}
-        known: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
-        return known
+        told = json.loads(self._file.read_text(encoding="utf-8"))
+        if any(isinstance(answer, str) for given in told.values() for answer in given):
+            return {}  # as versions wrote them that did not look whether an answer ended
+        return {when: [Answer(**answer) for answer in given] for when, given in told.items()}
 
     def show(self, console: Console) -> None:
-        """Before and after side by side."""
+        """Before and after side by side, and how many ended by themselves."""
         answers = self._read()
         width = max(30, (console.width - 4) // 2)
         for index, prompt in enumerate(self._prompts):
             console.print(f"\n[bold]{escape(prompt)}")
             panels = [
-                Panel(Text(answers[when][index].strip()), title=when, width=width, border_style=color)
+                _panel(answers[when][index], when, width, color)
                 for when, color in (("before", "dim"), ("after", "green"))
                 if when in answers
             ]
             console.print(Columns(panels))
+        for when, given in answers.items():
+            ended = sum(answer.stopped for answer in given)
+            console.print(f"{when} training {ended} of {len(given)} answers ended with the stop token")
+
+
+def _panel(answer: Answer, when: str, width: int, color: str) -> Panel:
+    cut = None if answer.stopped else f"goes on after {_ANSWER_TOKENS} tokens"
+    return Panel(Text(answer.text.strip()), title=when, subtitle=cut, width=width, border_style=color)
 
 
 def _next(output: Path, console: Console) -> None:

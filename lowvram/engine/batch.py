@@ -34,6 +34,11 @@ class Batch:
     def trained_tokens(self) -> int:
         return int(self.targets.shape[0])
 
+    @property
+    def limited_tokens(self) -> int:
+        """Padding included, what the plan's sequence length limits: an encoder's tokens, else all."""
+        return (self.input_ids if self.source_ids is None else self.source_ids).numel()
+
     def to(self, device: torch.device | str) -> Batch:
         moved = [None if t is None else t.to(device, non_blocking=True) for t in self.tensors]
         return Batch(*moved, lengths=self.lengths)  # type: ignore[arg-type]  # the first three are tensors
@@ -76,9 +81,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         d  [e] _     position  3   (row 1 starts at 1 * T = 3: d predicts e)
     """
     length = max(len(e.input_ids) for e in examples)
-    rows = [[*e.input_ids, *[pad_token_id] * (length - len(e.input_ids))] for e in examples]
     return Batch(
-        torch.tensor(rows, dtype=torch.int64),
+        _padded([list(e.input_ids) for e in examples], pad_token_id),
         *_trained(examples, range(0, len(examples) * length, length)),
     )
 
@@ -94,6 +98,34 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
     ids = [token for e in examples for token in e.input_ids]
     starts = accumulate(lengths[:-1], initial=0)
     return Batch(torch.tensor([ids], dtype=torch.int64), *_trained(examples, starts), lengths=lengths)
+
+
+def collate_pairs(examples: Sequence[Example], pad_token_id: int, start_token_id: int) -> Batch:
+    """Sources and targets of an encoder-decoder, each right-padded to its longest.
+
+    The decoder reads a start token and then the target, one token behind what it has to predict (T5's shift,
+    arXiv 1910.10683). Worked example, `^` starts, `_` is padding:
+
+        source  a b c    target  d e       decoder  ^ d    positions 0 1    targets d e
+        source  f        target  g                  ^ _    position  2      target  g
+    """
+    targets = [list(e.input_ids) for e in examples]
+    decoder = _padded([[start_token_id, *target[:-1]] for target in targets], pad_token_id)  # [B, T]
+    width = decoder.shape[1]
+    positions = [row * width + at for row, target in enumerate(targets) for at in range(len(target))]
+    sources = [list(e.source_ids or ()) for e in examples]
+    return Batch(
+        decoder,
+        torch.tensor(positions, dtype=torch.int64),
+        torch.tensor([token for target in targets for token in target], dtype=torch.int64),
+        _padded(sources, pad_token_id),
+        _padded([[1] * len(source) for source in sources], 0),
+    )
+
+
+def _padded(rows: list[list[int]], filler: int) -> torch.Tensor:  # [B, longest] int64
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows], dtype=torch.int64)
 
 
 def _trained(

@@ -13,7 +13,16 @@ ComputeDtype = Literal["bf16", "fp16", "fp32"]
 TaskType = Literal["CAUSAL_LM", "SEQ2SEQ_LM"]
 HeadKind = Literal["16bit", "nf4", "int8", "streamed"]
 OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+Bias = Literal["none", "all", "lora_only"]
+AdapterInit = Literal["default", "pissa", "olora", "loftq", "eva", "lora_ga", "lora_one"]
 QUANTIZED = ("int8", "nf4")  # of a base and of a head
+GRADIENT_INITS = ("lora_ga", "lora_one")  # made from the gradient of the whole weight
+DATA_INITS = (*GRADIENT_INITS, "eva")  # look at the first micro-batches
+RANKS_TAKEN: dict[AdapterInit, int] = {  # of a layer's directions, times r; none: A is random, B zero
+    **dict.fromkeys(("pissa", "olora", "loftq", "eva", "lora_one"), 1),
+    "lora_ga": 2,  # A takes the first r, B the next
+}
+DIFFERENCE_INITS = ("pissa", "olora", "lora_ga")  # start at B A != 0, which is subtracted again
 TILE_ROWS = 8192  # of a head read in tiles: 59 MB of Qwen2-7B's in bf16, whose 152,064 rows take 1.09 GB
 
 
@@ -90,12 +99,21 @@ class StepConfig(Frozen):
         16, gt=0, description="LoRA alpha; the update is scaled by alpha/r, or alpha/sqrt(r)"
     )
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
-    bias: Literal["none"] = Field("none", description="which bias vectors train")
+    bias: Bias = Field(
+        "none", description="which bias vectors train: all, or the adapted layers' (lora_only)"
+    )
     use_rslora: bool = Field(False, description="scale by alpha/sqrt(r) (arXiv 2312.03732)")
     target_modules: tuple[str, ...] = Field(
         ("q_proj", "v_proj"), min_length=1, description="linear layers that get an adapter"
     )
-    init: Literal["default"] = Field("default", description="adapter initialisation: A random, B zero")
+    init: AdapterInit = Field("default", description="adapter initialisation; default: A random, B zero")
+    init_batches: int = Field(8, ge=1, description="micro-batches that eva, lora_ga and lora_one look at")
+    use_dora: bool = Field(False, description="magnitude and direction train apart (DoRA, arXiv 2402.09353)")
+    lora_plus_ratio: float = Field(
+        1.0, ge=1, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354)"
+    )
+    freeze_a: bool = Field(False, description="only B trains (LoRA-FA, arXiv 2308.03303)")
+    inference_mode: bool = Field(False, description="the adapter is only used: nothing trains")
     seq_len: int = Field(1024, ge=8, description="longest sequence, tokens; of a T5-type model its source")
     target_len: int | None = Field(None, ge=1, description="longest target of a T5-type model, tokens")
     micro_batch: int = Field(1, ge=1, description="sequences in one forward pass")
@@ -120,10 +138,31 @@ class StepConfig(Frozen):
             raise ValueError("packing is for decoder-only models: leave it off for SEQ2SEQ_LM")
         return self
 
+    @model_validator(mode="after")
+    def _initialises_as_it_can(self) -> StepConfig:
+        if self.use_dora and self.init not in ("default", "eva"):
+            raise ValueError(f"init={self.init} and use_dora: DoRA's magnitudes are those of the base itself")
+        if self.init == "loftq" and self.base_precision not in QUANTIZED:
+            raise ValueError(f"init=loftq repairs a quantised base; {self.base_precision} has lost nothing")
+        if self.init == "eva" and (self.levers.tiles or self.task_type == "SEQ2SEQ_LM"):
+            raise ValueError("init=eva looks at whole sequences of decoder-only models: use no tiles, no T5")
+        return self
+
+    @model_validator(mode="after")
+    def _has_two_rates_for_two_factors(self) -> StepConfig:
+        if self.freeze_a and self.lora_plus_ratio != 1:
+            raise ValueError("lora_plus_ratio is B's learning rate over A's: freeze_a leaves A none")
+        return self
+
     @property
     def effective_batch(self) -> int:
         """Sequences in one optimizer step."""
         return self.micro_batch * self.accumulation
+
+    @property
+    def subtracts_start(self) -> bool:
+        """Whether the adapter adds B A - B0 A0 instead of B A."""
+        return self.init in DIFFERENCE_INITS
 
     @property
     def scaling(self) -> float:

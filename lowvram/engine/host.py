@@ -54,3 +54,8 @@ class Host:
     def to_device(self, made: torch.Tensor) -> torch.Tensor:
         """A copy on the device of a tensor made in ordinary host memory; itself where both are one."""
         return made.to(self.device, non_blocking=True)
+
+    def added(self, total: torch.Tensor | None, made: torch.Tensor) -> torch.Tensor:
+        """`made`, which is on the device, added to a sum in ordinary host memory; None begins one."""
+        here = made.to("cpu")
+        return here if total is None else total.add_(here)

@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from lowvram.engine.adapter_start import capture_of, difference_factors, start_of
+
 
 def lora_linear(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:  # [.., in] -> [.., out]
     """y = base(x) + scaling * B(A(dropout(x))) with A and B cast to the base's dtype.
@@ -20,6 +22,8 @@ def lora_linear(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:  # [.., in] 
     layer's input, kept for backward with its dropped copy and the mask. Casting the weights costs
     r*(in+out)*2 bytes, about 1 MB a layer, for as long as a product takes.
     """
+    if (looks := capture_of(layer)) is not None:  # an initialisation looks at the base
+        return looks(x)
     result: torch.Tensor = layer.base_layer(x)
     for name in layer.active_adapters:
         if name not in layer.lora_A:
@@ -27,11 +31,17 @@ def lora_linear(layer: LoraLayer, x: torch.Tensor) -> torch.Tensor:  # [.., in] 
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # [r, in], [out, r]
         if result._is_view():  # F.linear with a bias, Conv1D: autograd would copy the gradient twice
             result = result.clone()
-        dropout = layer.lora_dropout[name]  # an Identity where p is 0
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        redraws = _redraws(x.device, dropout)
-        result = _LoraAdd.apply(result, x, a, b, layer.scaling[name], p, redraws)  # type: ignore[no-untyped-call]
+        p, redraws = how_dropped(layer.lora_dropout[name], x.device)
+        result = _LoraAdd.apply(  # type: ignore[no-untyped-call]
+            result, x, a, b, layer.scaling[name], p, redraws, *start_of(layer)
+        )
     return result
+
+
+def how_dropped(dropout: nn.Module, device: torch.device) -> tuple[float, bool]:
+    """Which share is dropped now (peft puts an Identity for 0), and whether backward draws again."""
+    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return p, _redraws(device, dropout)
 
 
 def _redraws(device: torch.device, dropout: nn.Module) -> bool:
@@ -49,7 +59,9 @@ def _redraws(device: torch.device, dropout: nn.Module) -> bool:
 class _LoraAdd(torch.autograd.Function):
     """result += scaling * (dropout(x) A^T) B^T, in place: one [T, out] less than a sum.
 
-    No base layer keeps its own output for backward, so changing it harms nobody.
+    No base layer keeps its own output for backward, so changing it harms nobody. Where A is frozen (LoRA-FA,
+    arXiv 2308.03303) its input is not kept either, only x A^T: r numbers a token instead of thousands. With a
+    start (A0, B0) it is B A - B0 A0 that is multiplied with, as a product of rank 2r (`difference_factors`).
     """
 
     @staticmethod
@@ -62,36 +74,51 @@ class _LoraAdd(torch.autograd.Function):
         scaling: float,
         p: float,
         redraws: bool,
-    ) -> torch.Tensor:  # [.., out], [.., in], [r, in], [out, r] -> [.., out]
+        a0: torch.Tensor | None = None,
+        b0: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # [.., out], [.., in], 2 times [r, in] and [out, r] -> [.., out]
         ctx.mark_dirty(result)
         ctx.p, ctx.scaling = p, scaling if redraws else scaling / (1 - p)  # there the kernel has divided
+        ctx.shape, ctx.dtype = x.shape, x.dtype
         dtype = result.dtype  # x's, but for fp16's autocast, which hands on float32 from LayerNorm
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # [T, in]
-        dropped, memory = _drop(rows, p, redraws)
-        ctx.save_for_backward(x, a, b, memory)
-        hidden = (dropped @ a.to(dtype).t()).to(dtype)  # [T, r]
+        dropped, memory = drop(rows, p, redraws)
+        down, up = difference_factors(a, b, a0, b0, dtype)  # [r or 2r, in], [out, r or 2r]
+        hidden = (dropped @ down.t()).to(dtype)  # [T, r or 2r], of which the first r are x A^T
+        kept = x if ctx.needs_input_grad[2] else hidden[:, : a.shape[0]]
+        ctx.save_for_backward(kept, a, b, memory, a0, b0)
         del dropped
-        result.view(-1, b.shape[0]).addmm_(hidden, b.to(dtype).t(), alpha=ctx.scaling)
+        result.view(-1, b.shape[0]).addmm_(hidden, up.t(), alpha=ctx.scaling)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         """x A^T (r columns) and the dropped x (one kernel) are made again, not kept."""
-        x, a, b, memory = ctx.saved_tensors
+        kept, a, b, memory, a0, b0 = ctx.saved_tensors
         grad = grad_outputs[0].reshape(-1, b.shape[0])  # [T, out]
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        narrow = grad @ b.to(grad.dtype) * ctx.scaling  # [T, r]
-        dropped, which = _drop_again(x.reshape(-1, a.shape[1]).to(grad.dtype), ctx.p, memory)  # [T, in]
-        cast_a = a.to(grad.dtype)
-        grad_a = (narrow.t() @ dropped).to(a.dtype) if needs_a else None
-        grad_b = (grad.t() @ (dropped @ cast_a.t() * ctx.scaling)).to(b.dtype) if needs_b else None
-        del dropped
-        grad_x = _input_gradient(narrow, cast_a, which, ctx.p).view_as(x).to(x.dtype) if needs_x else None
-        return grad_outputs[0], grad_x, grad_a, grad_b, None, None, None
+        down, up = difference_factors(a, b, a0, b0, grad.dtype)
+        narrow = grad @ up * ctx.scaling  # [T, r or 2r]
+        r = a.shape[0]  # A is the first r rows of `down`; B is the sum of both halves of `up`
+        grad_a = None
+        if needs_a:
+            dropped, which = drop_again(kept.reshape(-1, a.shape[1]).to(grad.dtype), ctx.p, memory)  # [T, in]
+            of_b = narrow if a0 is None else narrow[:, :r] + narrow[:, r:]  # [T, r]
+            grad_a = (of_b.t() @ dropped).to(a.dtype)
+            hidden = dropped @ down[:r].t() if needs_b else None  # [T, r]
+            del dropped, of_b
+            grad_x = _input_gradient(narrow, down, which, ctx.p) if needs_x else None
+        else:
+            hidden = kept
+            grad_x = _gradient_dropped_again(narrow @ down, ctx.p, memory) if needs_x else None
+        grad_b = (grad.t() @ (hidden * ctx.scaling)).to(b.dtype) if needs_b else None
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
+        return grad_outputs[0], grad_x, grad_a, grad_b, *(None,) * 5
 
 
-def _drop(
+def drop(
     rows: torch.Tensor, p: float, redraws: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], int64 places or the generator's state
     """Dropped rows, divided by 1 - p if a kernel draws, and what makes them again."""
@@ -104,7 +131,7 @@ def _drop(
     return _without(_copied(rows), places), places
 
 
-def _drop_again(
+def drop_again(
     rows: torch.Tensor, p: float, memory: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # [T, in] -> [T, in], int64 places or bool [T, in]
     """The forward's dropped rows, and which they are: the places, or a mask that is True where kept."""
@@ -145,11 +172,28 @@ def _without(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 def _input_gradient(
     narrow: torch.Tensor, a: torch.Tensor, which: torch.Tensor | None, p: float
 ) -> torch.Tensor:  # [T, r], [r, in] -> [T, in]
-    if which is None:
-        return narrow @ a
-    if which.dtype == torch.int64:
-        return _without(narrow @ a, which)
+    if which is None or which.dtype == torch.int64:
+        return through_dropout(narrow @ a, which, p)
     return (narrow / (1 - p) @ a).mul_(which)
+
+
+def through_dropout(
+    gradient: torch.Tensor, which: torch.Tensor | None, p: float
+) -> torch.Tensor:  # [T, in] -> [T, in], in place
+    """Of the dropped rows as `drop` gave them -> of the rows; `which` as `drop_again` says."""
+    if which is None:
+        return gradient
+    if which.dtype == torch.int64:
+        return _without(gradient, which)
+    return gradient.div_(1 - p).mul_(which)
+
+
+def _gradient_dropped_again(
+    gradient: torch.Tensor, p: float, memory: torch.Tensor | None
+) -> torch.Tensor:  # [T, in] -> [T, in]
+    """As `through_dropout`, where the rows were not kept: the mask depends on their number only."""
+    places = memory is not None and memory.dtype == torch.int64
+    return through_dropout(gradient, memory, p) if places else drop_again(gradient, p, memory)[0]
 
 
 @contextmanager

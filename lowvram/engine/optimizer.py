@@ -1,8 +1,10 @@
-"""Optimizers over the adapter's parameters: torch's fused AdamW or bitsandbytes' 8-bit ones."""
+"""Optimizers over what trains: torch's fused AdamW or bitsandbytes' 8-bit ones, with LoRA+'s two rates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,14 +13,45 @@ from lowvram.engine.config import StepConfig
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], step: StepConfig, learning_rate: float
+    parameters: Mapping[str, nn.Parameter], step: StepConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
-    """The plan's optimizer. Weight decay is on matrices only: LoRA trains no norms or biases."""
+    """The plan's optimizer; the first group has the plan's learning rate itself.
+
+    Weight decay is on matrices only: a bias or DoRA's magnitude would be drawn to 0 and away from the base.
+
+    Args:
+        parameters: by their names in the model.
+    """
+    groups = _groups(parameters, step, learning_rate)
     common = {"lr": learning_rate, "weight_decay": step.weight_decay}
     if step.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **common)  # type: ignore[arg-type]
+        return torch.optim.AdamW(groups, fused=True, **common)  # type: ignore[arg-type]
     import bitsandbytes as bnb
 
     kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
-    optimizer: torch.optim.Optimizer = kinds[step.optimizer](parameters, **common)
+    optimizer: torch.optim.Optimizer = kinds[step.optimizer](groups, **common)
     return optimizer
+
+
+def _groups(
+    parameters: Mapping[str, nn.Parameter], step: StepConfig, learning_rate: float
+) -> list[dict[str, Any]]:
+    """By rate and decay, the slow and the decayed first.
+
+    LoRA+ (arXiv 2402.12354) has a higher rate for B. As in its authors' code, and in peft's, that is the rate
+    of all vectors (biases, magnitudes) too. peft's create_loraplus_optimizer wants the whole model, of which
+    a memory trace has twins of the parameters only, and decays DoRA's magnitudes.
+    """
+    found: defaultdict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        vector = parameter.dim() == 1
+        fast = step.lora_plus_ratio != 1 and (vector or ".lora_B." in name)
+        found[fast, vector and step.weight_decay > 0].append(parameter)
+    return [
+        {
+            "params": some,
+            "lr": learning_rate * (step.lora_plus_ratio if fast else 1),
+            "weight_decay": 0.0 if undecayed else step.weight_decay,
+        }
+        for (fast, undecayed), some in sorted(found.items(), key=lambda item: item[0])
+    ]

@@ -27,6 +27,7 @@ class LinearShape(Frozen):
     n_in: int
     n_out: int
     count: int
+    biased: bool = False
 
 
 class ModelShape(Frozen):
@@ -43,6 +44,8 @@ class ModelShape(Frozen):
     tied: bool  # the head is the embedding
     untiled: str  # why its layers cannot be run by tiles; "" where they can
     unpacked: str  # why examples cannot share a row; "" where they can
+    bias_parameters: int = 0  # in all its biases, the norms' and the head's as well
+    untrained_biases: str = ""  # why bias=all cannot be had; "" where it can
 
     @property
     def linear_parameters(self) -> int:
@@ -83,9 +86,30 @@ class ModelShape(Frozen):
         """Of the largest target layer: above it an adapter adds parameters and no freedom."""
         return max(min(linear.n_in, linear.n_out) for linear in self._adapted(targets))
 
-    def n_trainable(self, targets: Sequence[str], rank: int) -> int:
-        """r * (in + out) for every targeted linear layer."""
-        return sum(rank * (linear.n_in + linear.n_out) * linear.count for linear in self._adapted(targets))
+    def narrowest(self, targets: Sequence[str]) -> int:
+        """The least width of any target layer: so many directions they all have."""
+        return min(min(linear.n_in, linear.n_out) for linear in self._adapted(targets))
+
+    def n_trainable(self, step: StepConfig) -> int:
+        """r * in of A, r * out of B, of DoRA out more, and out of a bias, for every targeted linear layer."""
+        if step.inference_mode:
+            return 0
+        total = self.bias_parameters if step.bias == "all" else 0
+        for linear in self._adapted(step.target_modules):
+            a = 0 if step.freeze_a else step.rank * linear.n_in
+            magnitude = linear.n_out if step.use_dora else 0
+            bias = linear.n_out if step.bias == "lora_only" and linear.biased else 0
+            total += (a + step.rank * linear.n_out + magnitude + bias) * linear.count
+        return total
+
+    def adapted_weights(self, targets: Sequence[str]) -> int:
+        """Weights of all layers that get an adapter."""
+        return sum(linear.n_in * linear.n_out * linear.count for linear in self._adapted(targets))
+
+    def trains_no_bias(self, step: StepConfig) -> bool:
+        """Biases were asked for, and there are none."""
+        adapted = any(linear.biased for linear in self._adapted(step.target_modules))
+        return (step.bias == "all" and not self.bias_parameters) or (step.bias == "lora_only" and not adapted)
 
     def _adapted(self, targets: Sequence[str]) -> list[LinearShape]:
         return [linear for linear in self.linears if linear.name in targets]
@@ -97,6 +121,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
     Raises:
         ConfigError: lowvram cannot train such a model.
     """
+    from lowvram.engine.biases import n_biases, why_not_all
     from lowvram.engine.linears import in_out_features, is_linear
     from lowvram.engine.model import skeleton
     from lowvram.engine.packing import why_not_packed
@@ -105,7 +130,7 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
     model = skeleton(config, StepConfig())
     head = model.get_output_embeddings()
     linears = Counter(
-        (name.rsplit(".", 1)[-1], *in_out_features(module))
+        (name.rsplit(".", 1)[-1], *in_out_features(module), module.bias is not None)
         for name, module in model.named_modules()
         if is_linear(module) and module is not head
     )
@@ -122,8 +147,10 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         tied=head is not None and head.weight is model.get_input_embeddings().weight,
         untiled=why_not_tiled(model.get_decoder()),
         unpacked=why_not_packed(model.get_decoder()),
+        bias_parameters=n_biases(model),
+        untrained_biases=why_not_all(model),
         linears=tuple(
-            LinearShape(name=name, n_in=n_in, n_out=n_out, count=count)
-            for (name, n_in, n_out), count in linears.items()
+            LinearShape(name=name, n_in=n_in, n_out=n_out, count=count, biased=biased)
+            for (name, n_in, n_out, biased), count in linears.items()
         ),
     )

@@ -60,6 +60,8 @@ class TiledDecoder:
         self._host, self._offloads = host, offloads
         self._layers = layers_of(decoder)
         self._stations = [station_of(layer) for layer in self._layers]
+        inside = {id(p) for layer in self._layers for p in layer.parameters()}
+        self.ends = [p for p in decoder.parameters() if p.requires_grad and id(p) not in inside]
         self._attention = attention_modules(decoder)
 
     def summed_loss(self, input_ids: torch.Tensor, loss_of: TileLoss) -> torch.Tensor:
@@ -199,6 +201,7 @@ class _Pass:
         self._gradients = decoder.shelf()  # tile -> of the current layer's output
         self._same = decoder.shelf()  # (tile, number) -> what all layers are called with
         self._tiles: list[Tile] = []
+        self._of_ends: list[torch.Tensor] = []  # gradients of what trains behind the last layer
         self._keeps = torch.is_grad_enabled()
         seeded = decoder.is_random() and not input_ids.is_meta
         self._seed = int(torch.randint(1 << 62, ())) if seeded else None
@@ -231,9 +234,11 @@ class _Pass:
                 hidden = hidden.detach().requires_grad_(self._keeps)
                 loss = self._loss_of(self._decoder.leave(self._ids, tile, hidden), tile.index)
             if self._keeps:
-                (gradient,) = torch.autograd.grad(loss, hidden)
+                gradient, *more = torch.autograd.grad(loss, (hidden, *self._decoder.ends))
+                before = self._of_ends or [torch.zeros_like(one) for one in more]
+                self._of_ends = [a.add_(b) for a, b in zip(before, more, strict=True)]
                 self._gradients.put(tile.index, gradient)
-                del gradient
+                del gradient, more, before
             total = loss.detach() if total is None else total + loss.detach()
             del hidden, loss
         assert total is not None
@@ -241,6 +246,9 @@ class _Pass:
 
     def backward(self, scale: torch.Tensor) -> None:
         """Gradients of all parameters, from the last layer to the first, times `scale`."""
+        for parameter, gradient in zip(self._decoder.ends, self._of_ends, strict=True):
+            torch.autograd.backward(parameter, gradient * scale)
+        self._of_ends = []
         for layer in reversed(range(self._decoder.n_layers)):
             self._backward_layer(layer, scale if layer == self._decoder.n_layers - 1 else None)
         self._gradients.clear()

@@ -39,7 +39,8 @@ class MemoryEstimate(Frozen):
     peak_moment: str = Field(description="phase, module and operator at the peak")
     components_bytes: dict[str, int] = Field(description="what they are; sums to peak_allocated_bytes")
     phases_bytes: dict[str, int] = Field(  # peak allocated of each
-        default_factory=dict, description="load, evaluation, forward, backward, clip, optimizer"
+        default_factory=dict,
+        description="load, evaluation, initialisation, forward, backward, clip, optimizer",
     )
     n_events: int = Field(description="allocations and frees that were traced")
 
@@ -121,7 +122,7 @@ def component_of(allocation: Allocation, trace: Trace) -> str:
     """Forward tensors that outlive the start of a backward are saved activations; the rest is working set."""
     if allocation.component is not None:
         return allocation.component
-    if allocation.phase in ("forward", "load"):
+    if allocation.phase in ("forward", "load", "initialisation"):
         died = len(trace.events) if allocation.died is None else allocation.died
         if any(allocation.born < start <= died for start in trace.backward_starts):
             return "saved_activations"

@@ -185,6 +185,8 @@ def hidden_bytes(name: str, args: tuple[Any, ...], backend: Backend) -> int:
         return _dequantized_bytes(args)
     if name == "aten._scaled_dot_product_flash_attention_backward.default" and backend == "cuda":
         return _flash_backward_bytes(query=args[1], key=args[2])
+    if name == "aten._linalg_svd.default":  # LAPACK and cuSOLVER work in a copy of the matrix
+        return int(args[0].numel() * args[0].element_size())
     if name in _MASKING and backend == "cpu":
         return _cast_mask_bytes(name, args)
     return 0
@@ -193,6 +195,7 @@ def hidden_bytes(name: str, args: tuple[Any, ...], backend: Backend) -> int:
 _MASKING = {"aten.native_dropout.default", "aten.mul.Tensor", "aten.mul_.Tensor"}
 HIDING = _MASKING | {  # the operators for which `hidden_bytes` may not be 0
     "bitsandbytes.gemm_4bit.default",
+    "aten._linalg_svd.default",
     "aten._scaled_dot_product_flash_attention_backward.default",
 }
 

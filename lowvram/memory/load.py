@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowvram.engine.adapter_start import adapter_parameters, is_start
+from lowvram.engine.dora import start_magnitudes
 from lowvram.engine.head import Nf4Head, TiledHead
 from lowvram.engine.int8 import Int8Linear
 from lowvram.engine.vocabulary import HostEmbedding, fill_embedding, fill_head
@@ -24,7 +26,7 @@ _COMPONENTS = {"embedding": "embeddings", "head": "head"}
 
 def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
     """Base weights one after another by name, each quantised on the device; then embedding and head go
-    where the levers say; then the adapters.
+    where the levers say; then the adapters, with DoRA's magnitudes of the base's weights.
 
     transformers first asks the GPU's allocator for all weights at once and gives that back, so that the
     weights come from one segment (`caching_allocator_warmup`).
@@ -46,12 +48,13 @@ def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
     place_ends(recorder, base, ends)
     for name, buffer in model.named_buffers():
         recorder.at(name)
-        recorder.label(buffer, "base_weights")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            recorder.at(name)
-            recorder.label(parameter, "adapters")
+        recorder.label(buffer, "adapters" if is_start(name) else "base_weights")
+    for name, parameter in adapter_parameters(model).items():
+        recorder.at(name)
+        recorder.label(parameter, "adapters")
     recorder.at("")
+    with recorder:
+        start_magnitudes(model, recorder.at)
 
 
 def _loaded(model: PeftModel, ends: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
@@ -60,7 +63,8 @@ def _loaded(model: PeftModel, ends: dict[str, torch.Tensor]) -> list[tuple[str, 
     modules = {"embedding": base.get_input_embeddings(), "head": base.get_output_embeddings()}
     head: Any = modules["head"]
     made = {id(p) for p in head.parameters() if p is not head.bias} if isinstance(head, TiledHead) else set()
-    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad and id(p) not in made]
+    made |= {id(p) for p in adapter_parameters(model).values()}
+    frozen = [(n, p) for n, p in model.named_parameters() if id(p) not in made]
     there = {id(p) for _, p in frozen}
     names = {id(module): name for name, module in model.named_modules()}
     placed = [(f"{names[id(modules[end])]}.weight", weight) for end, weight in ends.items()]

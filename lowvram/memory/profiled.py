@@ -24,7 +24,7 @@ def executed_step_bytes(model: Any, step: StepConfig, make_batches: Callable[[],
         make_batches: the step's micro-batches, which count as its own.
     """
     loss_of, parameters = SummedLoss(model, step), trainable(model)
-    optimizer = make_optimizer(parameters.values(), step, 1e-4)
+    optimizer = make_optimizer(parameters, step, 1e-4)
     _make_state(optimizer, parameters.values())
     gc.collect()  # before, or it would count as freed by the step
 

@@ -7,7 +7,7 @@ from typing import Literal
 from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
 
-Phase = Literal["load", "forward", "backward", "clip", "optimizer", "evaluation", "other"]
+Phase = Literal["load", "initialisation", "forward", "backward", "clip", "optimizer", "evaluation", "other"]
 PHASES: tuple[Phase, ...] = Phase.__args__  # type: ignore[attr-defined]
 _FULL_SHAPE = 0.9  # seq_len is the longest example rounded up to 8 tokens: 50 tokens in 56 are 89 %
 

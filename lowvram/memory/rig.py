@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _MOST_KEPT = 8  # a search goes to and fro between precisions and heads; a rig has no bytes of weights
-_OF_OPTIMIZER = {"optimizer", "weight_decay"}
+_OF_OPTIMIZER = {"optimizer", "weight_decay", "lora_plus_ratio"}
 # What a trace may change without building anew; the rest of a StepConfig decides modules.
-_FREE = {"seq_len", "target_len", "micro_batch", "accumulation", "packing", "max_grad_norm"}
+_FREE = {"seq_len", "target_len", "micro_batch", "accumulation", "packing", "max_grad_norm", "init_batches"}
 _FREE_LEVERS = {"loss_chunk_tokens", "kept_layers", "expandable_segments", "empty_cache"}
 
 
@@ -45,7 +45,7 @@ class OptimizerTwin:
             alike = {(twin.shape, twin.dtype): torch.empty_like(twin) for twin in twins.values()}
         for twin in self._twins.values():
             twin.grad = alike[twin.shape, twin.dtype]  # only read: one does for all
-        self._optimizer = make_optimizer(self._twins.values(), step, learning_rate=1e-4)
+        self._optimizer = make_optimizer(self._twins, step, learning_rate=1e-4)
         with self._mode:
             self._optimizer.step()  # makes the state, which every later step finds in memory
 

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lowvram.engine.adapter_init import Means, initialise
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
+from lowvram.engine.linears import in_out_features
+from lowvram.engine.model import DTYPES
 from lowvram.engine.step import SummedLoss, evaluate_batch, train_step
+from lowvram.engine.weight_init import is_turned
 from lowvram.memory.kernels import cublas_bytes
 from lowvram.memory.launches import no_launches_on_meta
 from lowvram.memory.load import record_loading
@@ -30,7 +34,11 @@ if TYPE_CHECKING:
 def trace_step(
     config: PretrainedConfig, step: StepConfig, backend: Backend, capability: Capability = None
 ) -> Trace:
-    """Loading, an evaluation pass and one optimizer step at the plan's full shape, its state already there.
+    """Loading, an evaluation pass, the adapter's initialisation if there is one, and one optimizer step.
+
+    All at the plan's full shape; the optimizer's state is already there.
+
+    In inference mode that is all but the optimizer step.
 
     Under accumulation the last micro-batch is traced: it is the worst, since the gradients of those before
     it live through its forward; they are put there first.
@@ -47,13 +55,24 @@ def _trace_on(
 ) -> Trace:
     recorder = Recorder(backend, ALLOC_ROUNDING if backend == "cuda" else 1)
     recorder.watch(rig.model, config.get_text_config().vocab_size)
-    loss_of = SummedLoss(rig.model, step, TracedHost(recorder, backend))
+    host = TracedHost(recorder, backend)
+    loss_of = SummedLoss(rig.model, step, host)
     batches = meta_batches(step, getattr(config.get_text_config(), "sliding_window", None))
     record_loading(recorder, rig.model, backend)
     for n_bytes in cublas_bytes(capability) if backend == "cuda" else ():
         recorder.keep(n_bytes, "cublas workspace")
     with recorder, recorder.during("evaluation"):
         _evaluate(loss_of, batches)
+    if not step.inference_mode:
+        _initialise(recorder, loss_of, rig, step, batches, host)
+        _record_training(recorder, loss_of, rig, step, batches)
+    recorder.let_go()
+    return recorder.trace
+
+
+def _record_training(
+    recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig, batches: list[Batch]
+) -> None:
     label_gradients(recorder, rig.parameters)
     with recorder.during("optimizer"):
         rig.optimizer(step).record_state(recorder)
@@ -63,8 +82,6 @@ def _trace_on(
         create_gradients(recorder, rig.parameters)
     with recorder, recorder.during("forward"):
         _run(recorder, loss_of, rig, step, batches)
-    recorder.let_go()
-    return recorder.trace
 
 
 class TracedHost(Host):
@@ -84,12 +101,43 @@ class TracedHost(Host):
     def to_device(self, made: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(made) if self._is_apart else made
 
+    def added(self, total: torch.Tensor | None, made: torch.Tensor) -> torch.Tensor:
+        self._recorder.label(made, "gradients")
+        if total is not None or not self._is_apart:
+            return made if total is None else total
+        with self.at_work():
+            return torch.empty_like(made)
+
 
 def _evaluate(loss_of: nn.Module, batches: list[Batch]) -> None:
     loss_of.eval()
     for batch in batches:
         evaluate_batch(loss_of, batch)
     loss_of.train()
+
+
+def _initialise(
+    recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig, batches: list[Batch], host: TracedHost
+) -> None:
+    """One micro-batch in one pass, as many as there may be: each leaves behind what the first one did."""
+
+    def backward(loss: torch.Tensor) -> None:
+        recorder.at("")
+        recorder.trace.backward_starts.append(len(recorder.trace.events))
+        loss.backward()  # type: ignore[no-untyped-call]
+        recorder.at("")
+
+    def original(name: str) -> torch.Tensor:  # -> [out, in]
+        base: Any = rig.model.get_submodule(name).base_layer
+        n_in, n_out = in_out_features(base)
+        with host.at_work():
+            shape = (n_in, n_out) if is_turned(base) else (n_out, n_in)
+            return torch.empty(shape, dtype=DTYPES[step.compute_dtype], device="meta")
+
+    with recorder, recorder.during("initialisation"):
+        means = Means(host, 0, original, backward, enter=recorder.at)
+        initialise(rig.model, loss_of, step, batches, means)
+    recorder.at("")
 
 
 def _run(recorder: Recorder, loss_of: nn.Module, rig: Rig, step: StepConfig, batches: list[Batch]) -> None:

@@ -110,8 +110,8 @@ def meta_batch(step: StepConfig) -> Batch:
 
     Of packed rows that is the full row of `micro_batch` examples, each as long as can be: what attention
     makes for one example, and what grows with its square, is at its largest. Shorter examples are more, and
-    each has small tensors of its own, rounded up to 512 bytes; for that data/order.py takes a token off the
-    row for each of them.
+    each has small tensors of its own, rounded up to 512 bytes; for that data/packed_order.py takes a token
+    off the row for each of them.
     """
     rows = step.micro_batch
     if step.packing:

@@ -22,7 +22,7 @@ def resident_bytes(step: StepConfig, shape: ModelShape) -> float:
     ends = 0.0 if step.levers.embedding_on_host else shape.table_parameters * wide
     if not (shape.tied and step.levers.head == "16bit"):
         ends += shape.table_parameters * head
-    adapters = shape.n_trainable(step.target_modules, step.rank) * (8 + _STATE_BYTES[step.optimizer])
+    adapters = shape.n_trainable(step) * (8 + _STATE_BYTES[step.optimizer])
     return shape.linear_parameters * a_weight + shape.stacked_parameters * wide + ends + adapters
 
 
@@ -35,7 +35,8 @@ def kept_bytes(step: StepConfig, shape: ModelShape) -> float:
 def floor_bytes(step: StepConfig, shape: ModelShape) -> float:
     """What is resident, and the inputs of all layers, which are there at the end of the forward pass."""
     inputs = 2 * shape.hidden_size * shape.n_layers * step.micro_batch * step.seq_len
-    return resident_bytes(step, shape) + (0 if step.levers.offload_checkpoints else inputs)
+    kept = not (step.levers.offload_checkpoints or step.inference_mode)
+    return resident_bytes(step, shape) + (inputs if kept else 0)
 
 
 def working_bytes(step: StepConfig, shape: ModelShape) -> tuple[float, float]:

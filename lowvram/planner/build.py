@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from lowvram.data.shapes import Reading
 from lowvram.data.stats import DataStats
 from lowvram.device_rates import DeviceRates, rates_of
 from lowvram.engine.config import StepConfig
@@ -118,6 +119,7 @@ def _plan(request: Request, search: Search, step: StepConfig) -> Plan:
         trust_remote_code=request.source.trust_remote_code,
         data=stats.source if stats else None,
         data_sha256=stats.sha256 if stats else None,
+        reading=stats.reading if stats else Reading(),
         profile=profile.name,
         schedule=profile.schedule,
         seed=wishes.seed,

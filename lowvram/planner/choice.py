@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from lowvram.engine.config import QUANTIZED, StepConfig
 from lowvram.planner.conflicts import raise_all, too_short
 from lowvram.planner.first_step import Request, with_adapter
+from lowvram.planner.initialisation import largest_rank
 from lowvram.planner.refusal import refusal
 from lowvram.planner.search import Search
 from lowvram.planner.space import Candidate
@@ -79,7 +80,7 @@ def _of_higher_rank(
     profile, wishes = request.profile, request.wishes
     if wishes.rank is not None:
         return
-    most = min(profile.largest_rank, search.model.shape.full_rank(base.target_modules))
+    most = min(profile.largest_rank, largest_rank(base.init, search.model.shape, base.target_modules))
     doublings = itertools.takewhile(lambda rank: rank <= most, (profile.rank << n for n in range(1, 20)))
     for rank in reversed(list(doublings)):
         raised = with_adapter(base, rank, profile, wishes)

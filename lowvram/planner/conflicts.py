@@ -11,6 +11,7 @@ from lowvram.engine.shape import ModelShape
 from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware
 from lowvram.planner.first_step import Request, effective_batch
+from lowvram.planner.initialisation import refusals
 from lowvram.planner.levers import LEVERS, sixteen_bit
 from lowvram.planner.optional import require_liger_on
 from lowvram.planner.variants import said
@@ -35,6 +36,7 @@ def refuse_conflicts(request: Request, shape: ModelShape) -> None:
     raise_all(
         [
             *_adapter(request, shape),
+            *adapter_methods(request.wishes, shape),
             *_length(request, shape),
             *_batch(request),
             *_precision(request.wishes, request.hardware),
@@ -67,6 +69,41 @@ def _adapter(request: Request, shape: ModelShape) -> Iterator[Conflict]:
             f"--rank {rank} is above the full rank {full} of the largest target layer.",
             f"Use --rank {full} or less; 4 to 64 are usual.",
         )
+    pinned = request.wishes.pinned_levers()
+    for message, remedy in refusals(request.wishes, rank, shape, targets, pinned):
+        yield Conflict(message, remedy)
+
+
+_NOT_WITH_DORA = ("pissa", "olora", "loftq", "lora_ga", "lora_one")
+
+
+def adapter_methods(wishes: Wishes, shape: ModelShape) -> Iterator[Conflict]:
+    """Ways to train an adapter that exclude each other, or that this model does not have."""
+    if wishes.bias == "all" and shape.untrained_biases:
+        yield Conflict(
+            f"--bias all: not for this model, {shape.untrained_biases}.", "Use --bias lora_only or none."
+        )
+    if wishes.lora_fa and (wishes.lora_plus or 1) != 1:
+        yield Conflict(
+            f"--lora-plus {wishes.lora_plus:g} is B's learning rate over A's, and --lora-fa leaves A none.",
+            "Leave one of them out.",
+        )
+    if wishes.dora and wishes.init in _NOT_WITH_DORA:
+        yield Conflict(
+            f"--dora and --init {wishes.init}: DoRA's magnitudes are those of the base's own rows.",
+            "Use --init default or eva, or leave --dora out.",
+        )
+    if wishes.inference_mode:
+        yield from _trains(wishes)
+
+
+def _trains(wishes: Wishes) -> Iterator[Conflict]:
+    """Flags that say how to train, where nothing trains."""
+    flags = ("optimizer", "lora_plus", "lora_fa", "learning_rate", "epochs", "steps")
+    for flag in flags:
+        if getattr(wishes, flag):
+            name = f"--{flag.replace('_', '-')}"
+            yield Conflict(f"{name} and --inference-mode: nothing trains.", "Leave one of them out.")
 
 
 def _length(request: Request, shape: ModelShape) -> Iterator[Conflict]:

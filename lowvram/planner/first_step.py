@@ -12,6 +12,7 @@ from lowvram.engine.config import BasePrecision, Levers, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
 from lowvram.hardware import Hardware
+from lowvram.planner.initialisation import PAPERS_ALPHA, scales_as_in_paper
 from lowvram.planner.levers import compute_dtype, sixteen_bit
 from lowvram.planner.optional import picks_liger
 from lowvram.planner.profiles import Profile
@@ -33,17 +34,25 @@ class Request:
 def first_step(request: Request, shape: ModelShape) -> StepConfig:
     """With every lever at rest."""
     profile, wishes, hardware = request.profile, request.wishes, request.hardware
-    precision: BasePrecision = wishes.precision or sixteen_bit(hardware)
+    own: BasePrecision = "nf4" if wishes.init == "loftq" else sixteen_bit(hardware)
+    precision = wishes.precision or own
     linux_gpu = hardware.backend in ("cuda", "rocm") and platform.system() == "Linux"
     liger = "liger" in profile.ladder and picks_liger(request.source, hardware)
     step = StepConfig(
         task_type=shape.task_type,
-        target_len=_target_len(shape, profile),
+        target_len=_target_len(shape, profile, request.stats),
         base_precision=precision,
         compute_dtype=compute_dtype(precision, hardware),
         dropout=profile.dropout if wishes.dropout is None else wishes.dropout,
         target_modules=shape.resolve_targets(wishes.targets or profile.targets),
         seq_len=_seq_len(request, shape),
+        bias=wishes.bias or "none",
+        init=wishes.init or "default",
+        init_batches=wishes.init_batches or StepConfig.model_fields["init_batches"].default,
+        use_dora=bool(wishes.dora),
+        lora_plus_ratio=wishes.lora_plus or 1.0,
+        freeze_a=bool(wishes.lora_fa),
+        inference_mode=wishes.inference_mode,
         micro_batch=1,
         accumulation=effective_batch(profile, wishes, request.stats),
         levers=Levers(expandable_segments=linux_gpu, liger=liger),
@@ -56,8 +65,11 @@ def with_adapter(step: StepConfig, rank: int, profile: Profile, wishes: Wishes) 
 
     Up to the profile's rank the update is scaled by alpha/r, as in its reference. Above it alpha/r would
     shrink it; rsLoRA's alpha/sqrt(r) (arXiv 2312.03732) goes on from the same scaling at the profile's rank,
-    so that its learning rate holds.
+    so that its learning rate holds. LoRA-GA and LoRA-One are scaled as in their papers.
     """
+    if scales_as_in_paper(wishes):
+        papers = {"rank": rank, "use_rslora": True, "alpha": wishes.alpha or PAPERS_ALPHA}
+        return step.model_copy(update=papers)
     above = rank > profile.rank and wishes.alpha is None
     by_rule = {"never": False, "always": True, "above_rank": above}[profile.use_rslora]
     use_rslora = by_rule if wishes.rslora is None else wishes.rslora
@@ -68,11 +80,13 @@ def with_adapter(step: StepConfig, rank: int, profile: Profile, wishes: Wishes) 
     return step.model_copy(update=changes)
 
 
-def _target_len(shape: ModelShape, profile: Profile) -> int | None:
-    """T5-type models read the longest example and write a quarter of it: T5's own 512 and 114 tokens."""
+def _target_len(shape: ModelShape, profile: Profile, stats: DataStats | None) -> int | None:
+    """The longest target; without data a quarter of the source: T5's own 512 and 114 tokens."""
     if shape.task_type == "CAUSAL_LM":
         return None
-    return max(profile.default_seq_len // 4, 8)
+    if stats is None or stats.target_quantiles is None:
+        return max(profile.default_seq_len // 4, 8)
+    return math.ceil(stats.target_quantiles[100] / 8) * 8
 
 
 def _seq_len(request: Request, shape: ModelShape) -> int:

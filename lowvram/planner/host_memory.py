@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowvram.alloc_conf import rounds_pinned_memory
-from lowvram.engine.config import StepConfig
+from lowvram.engine.config import GRADIENT_INITS, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.planner.variants import with_length
 from lowvram.units import GiB
@@ -23,6 +23,9 @@ def host_bytes(step: StepConfig, shape: ModelShape) -> int:
         kept += shape.n_layers * (whole * tile_bytes + _pinned(rest * token_bytes))
     if levers.embedding_on_host or levers.head == "streamed":
         kept += _pinned(shape.table_parameters * bytes_each)
+    if step.init in GRADIENT_INITS:  # the largest weight's gradient, and the sum that it is added to
+        largest = max(one.n_in * one.n_out for one in shape.linears if one.name in step.target_modules)
+        kept += 2 * 4 * largest
     return kept
 
 

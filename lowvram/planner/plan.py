@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, model_validator
 
+from lowvram.data.shapes import Reading
 from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
 from lowvram.memory.estimate import MemoryEstimate
@@ -35,6 +36,7 @@ class Plan(StepConfig):
     trust_remote_code: bool = Field(False, description="run Python code that the model brings along")
     data: str | None = Field(None, description="training data: file or hub id")
     data_sha256: str | None = Field(None, description="of the data's content; a changed file is refused")
+    reading: Reading = Field(Reading(), description="how the data is read")
     profile: str = Field(description="whose policy was used")
     learning_rate: float = Field(2e-4, gt=0, description="its peak, after the warm-up")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -82,9 +84,20 @@ class Plan(StepConfig):
 
     @property
     def sha256(self) -> str:
-        """Of what decides the result of training: not of the device, the estimates or the reasons."""
-        told = {"device", "budget_bytes", "estimate", "largest_seq_len", "host_ram_bytes", "reasons"}
-        paced = {"seconds_per_step", "seconds_in_all", "evaluate_every", "save_every"}
+        """Of what decides the result of training: not of the device, the estimates or the reasons.
+
+        Nor of `reading`: what was read has its own hash, `data_sha256`.
+        """
+        told = {
+            "reading",
+            "device",
+            "budget_bytes",
+            "estimate",
+            "largest_seq_len",
+            "host_ram_bytes",
+            "reasons",
+        }
+        paced = {"reading", "seconds_per_step", "seconds_in_all", "evaluate_every", "save_every"}
         text = self.model_dump_json(exclude=told | paced)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -8,6 +8,7 @@ from lowvram.data.stats import DataStats
 from lowvram.engine.config import QUANTIZED, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
+from lowvram.planner import initialisation
 from lowvram.planner.arithmetic import resident_bytes
 from lowvram.planner.first_step import Request
 from lowvram.planner.levers import sixteen_bit
@@ -37,8 +38,11 @@ def explain(request: Request, search: Search, step: StepConfig) -> tuple[str, ..
     prefer = wishes.prefer or profile.prefer
     return (
         *_origin(request.source),
+        *([_data(stats)] if stats else []),
         _precision(step, search, wishes, prefer),
         _adapter(step, profile, wishes),
+        *initialisation.reason(step),
+        *adapter_reasons(step, shape),
         _length(step, profile, wishes, stats, shape),
         _batch(step, wishes, prefer),
         *_packing(step, search, wishes, stats),
@@ -53,6 +57,15 @@ def _origin(source: ModelSource) -> list[str]:
     if source.config_origin != "shipped table":
         return []
     return [f"config from the shipped table ({source.refusal and source.refusal.reason})"]
+
+
+def _data(stats: DataStats) -> str:
+    """What the rows were taken for, and what of them is left out."""
+    how = "found by its fields" if stats.shape_found else _ASKED
+    said = f"data of the shape {stats.shape} ({how})"
+    if stats.unread_fields:
+        said += f", fields not read: {', '.join(stats.unread_fields)}"
+    return said + (f", {stats.n_skipped} rows skipped that cannot be used" if stats.n_skipped else "")
 
 
 def _precision(step: StepConfig, search: Search, wishes: Wishes, prefer: str) -> str:
@@ -91,9 +104,34 @@ def _adapter(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
     alpha_of = _ASKED if wishes.alpha else f"profile {profile.name}"
     if step.use_rslora and not wishes.alpha:
         alpha_of = f"as strong as the profile's at its r={profile.rank}"
+        if initialisation.scales_as_in_paper(wishes):
+            alpha_of = f"as in the paper of {step.init}"
     rs = ", scaled by alpha/sqrt(r)" if step.use_rslora else ""
     targets = ", ".join(step.target_modules)
     return f"LoRA r={step.rank} ({rank_of}), alpha={step.alpha:g} ({alpha_of}){rs} on {targets}"
+
+
+def adapter_reasons(step: StepConfig, shape: ModelShape) -> Iterator[str]:
+    """Of each way in which the adapter is not plain LoRA."""
+    if step.inference_mode:
+        yield f"inference mode, {_ASKED}: loading and a forward pass are counted, nothing trains"
+    if step.bias != "none":
+        yield f"bias: {step.bias}, {_ASKED}; {_biases(step, shape)}"
+    if step.use_dora:
+        yield f"DoRA, {_ASKED}: each row's magnitude trains beside its direction, for more products a layer"
+    if step.lora_plus_ratio != 1:
+        yield f"LoRA+, {_ASKED}: B learns at {step.lora_plus_ratio:g} times the learning rate of A"
+    if step.freeze_a:
+        kept = "which saves its optimizer state (DoRA keeps the layer's input)"
+        freed = kept if step.use_dora else "so an adapted layer's input is not kept for it"
+        yield f"LoRA-FA, {_ASKED}: A stays as it was drawn, {freed}"
+
+
+def _biases(step: StepConfig, shape: ModelShape) -> str:
+    if shape.trains_no_bias(step):
+        which = "this model has none" if step.bias == "all" else "the adapted layers have none"
+        return f"{which}, so nothing is added"
+    return "they train in float32, and no weight decay draws them to 0"
 
 
 def _length(
@@ -193,6 +231,8 @@ def lever_reasons(step: StepConfig, wishes: Wishes, prefer: str) -> Iterator[str
 
 
 def _why_checkpointing(step: StepConfig, pinned: bool, prefer: str) -> str:
+    if step.inference_mode and not step.levers.gradient_checkpointing:
+        return "off, there is no backward pass to keep anything for"
     if not step.levers.gradient_checkpointing:
         return "off, all activations fit, so nothing is computed twice"
     if step.levers.tiles and pinned:

@@ -11,6 +11,7 @@ from lowvram.hardware import Hardware
 from lowvram.memory.cache import RememberedModel
 from lowvram.planner.build import search_on
 from lowvram.planner.figures import figures
+from lowvram.planner.initialisation import largest_rank
 from lowvram.planner.optional import require_liger_on
 from lowvram.planner.plan import Plan
 from lowvram.planner.schedule import Schedule
@@ -59,10 +60,14 @@ def _require_possible(plan: Plan, shape: ModelShape, source: ModelSource) -> Non
         wrong = f"seq_len {plan.seq_len} is beyond the model's {shape.context_limit} positions"
     elif plan.rank > full:
         wrong = f"rank {plan.rank} is above the full rank {full} of the largest target layer"
+    elif plan.rank > (most := largest_rank(plan.init, shape, plan.target_modules)):
+        wrong = f"init {plan.init} at rank {plan.rank} finds directions for rank {most} in every target layer"
     elif plan.compute_dtype == "fp16" and plan.device.backend == "cpu":
         wrong = "compute_dtype fp16 is for GPUs, its loss scaling needs one: use bf16 or fp32"
     elif plan.packing and shape.unpacked:
         wrong = f"packing is not for this model, {shape.unpacked}"
+    elif plan.bias == "all" and shape.untrained_biases:
+        wrong = f"bias all is not for this model, {shape.untrained_biases}"
     if wrong:
         raise ConfigError(f"{wrong}.", "Edit the plan.")
     if plan.levers.liger:

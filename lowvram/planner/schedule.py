@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lowvram.data.order import steps_per_epoch
 from lowvram.data.stats import DataStats
 from lowvram.frozen import Frozen
 from lowvram.planner.profiles import Profile
@@ -63,5 +64,5 @@ def _total_steps(
         return wishes.steps
     if stats is None:
         return 1
-    per_epoch = math.ceil((stats.n_examples - stats.n_lost_at(seq_len)) / effective_batch)
+    per_epoch = steps_per_epoch(stats.n_examples - stats.n_lost_at(seq_len), effective_batch)
     return max(1, math.ceil(per_epoch * (wishes.epochs or profile.epochs)))

@@ -10,6 +10,7 @@ from typing import Any
 from lowvram.engine.config import StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.planner.arithmetic import logit_bytes, saved_by_head
+from lowvram.planner.initialisation import allows
 from lowvram.planner.levers import LEVERS, Setting, Values, compute_dtype
 from lowvram.planner.variants import split, value_of, with_kept, with_value
 
@@ -103,6 +104,8 @@ def _tiles(chosen: Mapping[str, Any]) -> bool:
 def _go_together(setting: Setting, chosen: Mapping[str, Any], axes: Mapping[str, Values]) -> bool:
     """Leaves out what the engine refuses, and what only repeats another candidate."""
     if chosen["base_precision"] != "nf4" and chosen["double_quantization"] != axes["double_quantization"][-1]:
+        return False
+    if not allows(setting.base, chosen["base_precision"], _tiles(chosen)):
         return False
     if chosen["packing"] and _tiles(chosen):
         return False  # packing that was asked for is not given up for tiles

@@ -12,6 +12,7 @@ from lowvram.frozen import Frozen
 from lowvram.hardware import Hardware, card_of_size
 from lowvram.memory.allocator import MIDDLE_SEGMENT, SMALL_SEGMENT
 from lowvram.planner.host_memory import longest_on_host
+from lowvram.planner.initialisation import largest_rank
 from lowvram.planner.levers import LEVERS
 from lowvram.planner.profiles import budget, profile_for
 from lowvram.planner.search import Freedom, Search
@@ -181,7 +182,7 @@ def _largest_seq_len(needs: list[LengthNeed], room_bytes: int) -> int:
 
 def _largest_rank(plan: Plan, search: Search) -> int:
     """The plan's rank doubled as often as it fits, all else as planned but that all layers recompute."""
-    limit = min(search.model.shape.full_rank(plan.target_modules), _LARGEST_RANK)
+    limit = min(largest_rank(plan.init, search.model.shape, plan.target_modules), _LARGEST_RANK)
 
     def fits(rank: int) -> bool:
         step = with_kept(plan.step, 0).model_copy(update={"rank": rank})

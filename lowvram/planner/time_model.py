@@ -87,7 +87,7 @@ class TimeModel:
     def _recomputed(self, step: StepConfig) -> float:
         """Share of the layers whose forward runs twice."""
         levers = step.levers
-        if not levers.gradient_checkpointing:
+        if step.inference_mode or not levers.gradient_checkpointing:
             return 0.0
         return 1 - levers.kept_layers / self.shape.n_layers
 
@@ -97,14 +97,31 @@ class TimeModel:
         2ND more for what is recomputed. An adapter's weights do need theirs: 6. Causal attention multiplies
         T^2/2 pairs of a layer twice, its backward takes 2.5 times that (FlashAttention-2, arXiv 2307.08691).
         """
+        if step.inference_mode:
+            return self._forward_flops(step, tokens)
         again = self._recomputed(step)
         tiled = (_CPU_TILED_PASSES if self.on_cpu else _TILED_PASSES) if tiles > 1 else 0.0
         body = self.body_parameters * (4 + 2 * again + tiled) * tokens.computed
-        adapters = self.shape.n_trainable(step.target_modules, step.rank) * (6 + 2 * again) * tokens.computed
+        adapters = self.shape.n_trainable(step) * (6 + 2 * again) * tokens.computed
         attention = 2 * self.shape.n_layers * self.shape.hidden_size * (3.5 + again) * tokens.squares
         chunk = min(step.levers.loss_chunk_tokens, max(tokens.trained / tokens.passes, 1.0))
         head = 4 * self.shape.table_parameters * tokens.trained * (1 + _ROWS_BUSY / chunk)
-        return body + adapters + attention + head
+        dora = 2 * self._dora_weights(step) * self._dora_products(step) * tokens.computed
+        return body + adapters + attention + head + dora
+
+    def _forward_flops(self, step: StepConfig, tokens: Tokens) -> float:
+        """2ND, the pairs of attention once, and the head once."""
+        attention = 2 * self.shape.n_layers * self.shape.hidden_size * tokens.squares
+        head = 2 * self.shape.table_parameters * tokens.trained
+        adapters = self.shape.n_trainable(step.model_copy(update={"inference_mode": False}))
+        return 2 * (self.body_parameters + adapters) * tokens.computed + attention + head
+
+    def _dora_weights(self, step: StepConfig) -> int:
+        return self.shape.adapted_weights(step.target_modules) if step.use_dora else 0
+
+    def _dora_products(self, step: StepConfig) -> float:
+        """DoRA's own with an adapted weight: once more in backward; with dropout W d and its gradient."""
+        return 3 + self._recomputed(step) if step.dropout else 1.0
 
     @property
     def body_parameters(self) -> int:
@@ -118,11 +135,15 @@ class TimeModel:
         if step.base_precision in _STORED_BYTES:
             a_weight = _STORED_BYTES[step.base_precision] + _WRITTEN_AND_READ
             nested = step.base_precision == "nf4" and step.levers.double_quantization
-            sweeps = (2 + self._recomputed(step)) * tokens.passes * tiles
-            total += self.shape.linear_parameters * a_weight * sweeps * (_NESTED_SCALES if nested else 1.0)
+            a_weight *= (_NESTED_SCALES if nested else 1.0) * tokens.passes * tiles
+            again = self._recomputed(step)
+            total += self.shape.linear_parameters * a_weight * (1 if step.inference_mode else 2 + again)
+            own = 1 if step.inference_mode else 1 + again + self._dora_products(step)  # with the norms'
+            total += self._dora_weights(step) * a_weight * own
         if step.levers.head in _STORED_BYTES:
             a_weight = _STORED_BYTES[step.levers.head] + _WRITTEN_AND_READ
-            total += self.shape.table_parameters * a_weight * 2 * self._chunks(step, tokens)
+            sweeps = (1 if step.inference_mode else 2) * self._chunks(step, tokens)
+            total += self.shape.table_parameters * a_weight * sweeps
         return total
 
     def _chunks(self, step: StepConfig, tokens: Tokens) -> float:
@@ -147,7 +168,7 @@ class TimeModel:
         return seconds + share * busy
 
     def _optimizer(self, step: StepConfig, busy: float) -> float:
-        n = self.shape.n_trainable(step.target_modules, step.rank)
+        n = self.shape.n_trainable(step)
         seconds = n * _OPTIMIZER_BYTES[step.optimizer] / self.rates.memory_bytes_per_second
         if step.optimizer == "paged_adamw8bit" and not self.on_cpu:
             seconds += n * _PAGED_BYTES / self.rates.host_bytes_per_second + _PAGED_SHARE * busy
@@ -156,7 +177,7 @@ class TimeModel:
     def _launches(self, step: StepConfig, tokens: Tokens, tiles: float, busy: float) -> float:
         """A CPU computes after it has dispatched; a GPU computes beside it."""
         per_layer = _CPU_LAUNCH_SECONDS if self.on_cpu else _LAUNCH_SECONDS
-        sweeps = 1 + self._recomputed(step) / 3
+        sweeps = 1 / 3 if step.inference_mode else 1 + self._recomputed(step) / 3  # backward has two
         seconds = tokens.passes * tiles * self.shape.n_layers * per_layer * sweeps
         if self.on_cpu:
             return seconds

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from lowvram.engine.config import BasePrecision, Levers, OptimizerName
+from lowvram.engine.config import AdapterInit, BasePrecision, Bias, Levers, OptimizerName
 from lowvram.errors import ConfigError
 from lowvram.frozen import Frozen
 from lowvram.planner.profiles import Prefer
@@ -35,6 +35,7 @@ _ALL_ON: dict[str, Any] = {  # but liger, which is on where it is installed
     "head": "nf4",
     "empty_cache": True,
 }
+_WITHOUT_TRAINING = {"gradient_checkpointing": False, "optimizer": "adamw"}  # what is not there to choose
 
 
 class Wishes(Frozen):
@@ -51,6 +52,13 @@ class Wishes(Frozen):
     micro_batch: int | None = Field(None, ge=1, le=1 << 16)
     packing: bool | None = None
     rslora: bool | None = None
+    bias: Bias | None = None
+    init: AdapterInit | None = None
+    init_batches: int | None = Field(None, ge=1, le=1 << 16)
+    dora: bool | None = None
+    lora_plus: float | None = Field(None, ge=1, allow_inf_nan=False)
+    lora_fa: bool | None = None
+    inference_mode: bool = False
     no_offload: bool = False
     prefer: Prefer | None = None
     levers: str = "default"
@@ -68,7 +76,8 @@ class Wishes(Frozen):
             "micro_batch": self.micro_batch,
             "packing": self.packing,
         }
-        return self.pinned_levers() | {name: value for name, value in wished.items() if value is not None}
+        given = self.pinned_levers() | {name: value for name, value in wished.items() if value is not None}
+        return _WITHOUT_TRAINING | given if self.inference_mode else given
 
     def pinned_levers(self) -> dict[str, Any]:
         """Levers that the user fixed: `none`, `all`, or `name=value,name=value`.

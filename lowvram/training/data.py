@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
-from lowvram.data.conversations import load_conversations
-from lowvram.data.order import batches_of_epoch, pack
+from lowvram.data.order import batches_of_epoch, steps_per_epoch
+from lowvram.data.packed_order import pack
+from lowvram.data.prepared import prepare_rows
+from lowvram.data.row_store import Examples
+from lowvram.data.shapes import Reading
 from lowvram.data.split import split_held_out
 from lowvram.data.stats import DataStats, data_stats
-from lowvram.data.tokens import Example, cut, template_name, tokenize
-from lowvram.engine.batch import Batch, collate, collate_packed
+from lowvram.data.tokens import Example, template_name
+from lowvram.data.work_force import Progress
+from lowvram.engine.batch import Batch, collate, collate_packed, collate_pairs
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DataError
 from lowvram.planner.plan import Plan
@@ -21,23 +25,33 @@ from lowvram.planner.plan import Plan
 class PreparedData:
     """Tokenised training and held-out examples, and their statistics."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     stats: DataStats
 
+    def skipped(self, at_most: int | None = None) -> Iterator[str]:
+        """`FILE:LINE: reason` of each row that was left out."""
+        return self.train.store.problems(at_most)
 
-def prepare(name: str, source: ModelSource, held_out_share: float = 0.05) -> PreparedData:
-    """Read, check, split and tokenise.
+
+def prepare(
+    name: str,
+    source: ModelSource,
+    held_out_share: float = 0.05,
+    reading: Reading = Reading(),  # noqa: B008  # frozen
+    progress: Progress = lambda _done, _left: None,
+) -> PreparedData:
+    """Read, check, tokenise and split; what was prepared before is only looked up.
 
     Raises:
         DataError: names the file and line.
     """
-    data = load_conversations(name)
-    train_rows, held_out_rows = split_held_out(data.conversations, held_out_share)
-    tokenizer = source.tokenizer
-    examples = tokenize(data.conversations, tokenizer)
-    train, held_out = [examples[i] for i in train_rows], [examples[i] for i in held_out_rows]
-    return PreparedData(train, held_out, data_stats(data, train, held_out, template_name(tokenizer)))
+    pairs = bool(source.config.is_encoder_decoder)
+    store = prepare_rows(name, reading, source.tokenizer, progress, pairs=pairs)
+    train, held_out = (store.select(side) for side in split_held_out(store.digests, held_out_share, name))
+    return PreparedData(
+        train, held_out, data_stats(train, held_out, reading, template_name(source.tokenizer))
+    )
 
 
 @dataclass(frozen=True)
@@ -45,13 +59,14 @@ class TrainingData:
     """Micro-batches, or packed rows, in the plan's order."""
 
     plan: Plan
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     pad_token_id: int
+    start_token_id: int | None = None  # what an encoder-decoder's decoder reads first
 
     def steps_of_epoch(self, epoch: int) -> list[list[list[int]]]:
         return batches_of_epoch(
-            [len(e.input_ids) for e in self.train],
+            self.train.lengths.tolist(),
             micro_batch=self.plan.micro_batch,
             accumulation=self.plan.accumulation,
             seed=self.plan.seed,
@@ -63,9 +78,9 @@ class TrainingData:
     def _row_tokens(self) -> int:
         return self.plan.micro_batch * self.plan.seq_len
 
-    @cached_property
+    @property
     def steps_per_epoch(self) -> int:
-        return len(self.steps_of_epoch(0))
+        return steps_per_epoch(len(self.train), self.plan.micro_batch * self.plan.accumulation)
 
     def steps_from(self, step: int) -> Iterator[tuple[int, list[list[Example]]]]:
         """(epoch, micro-batches of examples) of every optimizer step after `step`, to the plan's last."""
@@ -75,12 +90,19 @@ class TrainingData:
                 order = self.steps_of_epoch(epoch)
             yield epoch, [[self.train[i] for i in micro_batch] for micro_batch in order[at]]
 
+    def first_micro_batches(self, n: int) -> list[list[Example]]:
+        """Of the first epoch, in the order in which they will be trained; all where there are fewer."""
+        order = (micro_batch for step in self.steps_of_epoch(0) for micro_batch in step)
+        return [[self.train[i] for i in micro_batch] for micro_batch in itertools.islice(order, n)]
+
     def collate(self, examples: list[Example]) -> Batch:
+        if self.start_token_id is not None:
+            return collate_pairs(examples, self.pad_token_id, self.start_token_id)
         return collate_packed(examples) if self.plan.packing else collate(examples, self.pad_token_id)
 
     def held_out_batches(self) -> Iterator[Batch]:
         """Longest first, in the plan's micro-batch size, packed or padded."""
-        lengths = [len(e.input_ids) for e in self.held_out]
+        lengths = self.held_out.lengths.tolist()
         size = self.plan.micro_batch
         if self.plan.packing:
             batches = pack(range(len(lengths)), lengths, self._row_tokens, size)
@@ -91,7 +113,9 @@ class TrainingData:
             yield self.collate([self.held_out[index] for index in batch])
 
 
-def training_data(plan: Plan, prepared: PreparedData, pad_token_id: int) -> TrainingData:
+def training_data(
+    plan: Plan, prepared: PreparedData, pad_token_id: int, start_token_id: int | None = None
+) -> TrainingData:
     """Cut to the plan's length and refuse data that is not what was planned.
 
     Raises:
@@ -103,12 +127,9 @@ def training_data(plan: Plan, prepared: PreparedData, pad_token_id: int) -> Trai
             f"'{plan.data}' is not the data that this plan was made for: its content hash differs.",
             "Restore the file, or make a new plan with lowvram auto.",
         )
-    sides = [
-        [c for c in (cut(e, plan.seq_len) for e in side) if c is not None]
-        for side in (prepared.train, prepared.held_out)
-    ]
+    sides = [side.cut(plan.seq_len, plan.target_len) for side in (prepared.train, prepared.held_out)]
     if not all(sides):
         raise DataError(
             f"{plan.data}: no trained token is left within {plan.seq_len} tokens.", "Raise --seq-len."
         )
-    return TrainingData(plan, sides[0], sides[1], pad_token_id)
+    return TrainingData(plan, sides[0], sides[1], pad_token_id, start_token_id)

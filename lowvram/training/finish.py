@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING
 
+from lowvram.engine.adapter_start import saved_as_plain
 from lowvram.frozen import write_atomically
 from lowvram.training.receipt import write_receipt
 from lowvram.training.result import RunResult
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def held_out_before(run: Run) -> float:
-    """Loss of the untrained adapter (B is zero: the base model), measured once and kept over resumes."""
+    """Loss of the untrained adapter (B is still zero: the base model), once and kept over resumes."""
     if run.loss_before is not None:
         return run.loss_before
     run.view.note(f"Measuring the untrained model on {len(run.data.held_out)} held-out examples")
@@ -54,7 +55,9 @@ def save_adapter(run: Run) -> int:
     """
     temporary = run.folder.path / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    run.model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+    options = {"safe_serialization": True, "save_embedding_layers": False}
+    with saved_as_plain(run.model) as tensors:
+        run.model.save_pretrained(str(temporary), state_dict=tensors, **options)
     run.source.tokenizer.save_pretrained(str(temporary))
     shutil.rmtree(run.folder.adapter, ignore_errors=True)
     temporary.replace(run.folder.adapter)

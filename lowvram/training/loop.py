@@ -14,6 +14,7 @@ from accelerate.utils import AutocastKwargs, set_seed
 from torch import nn
 from transformers import get_scheduler
 
+from lowvram.engine.adapter_start import adapter_state
 from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.model import load
 from lowvram.engine.optimizer import make_optimizer
@@ -30,6 +31,7 @@ from lowvram.training.monitor import MemoryMonitor, watched
 from lowvram.training.result import RunResult
 from lowvram.training.run_folder import RunFolder
 from lowvram.training.signals import Interrupted, StopRequest, stop_on_signal
+from lowvram.training.start import initialise_adapter
 from lowvram.units import format_bytes
 
 
@@ -95,6 +97,7 @@ def train(
             _resume(run)
             before(run)
             run.loss_before = held_out_before(run)
+            initialise_adapter(run)
             with stop.deferred():
                 _steps(run, stop)
             result = finish(run)
@@ -132,11 +135,11 @@ def _set_up(
     set_seed(plan.seed)
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    data = training_data(plan, prepared, pad)
+    data = training_data(plan, prepared, pad, _start_token(source))
     view.note(f"Loading {plan.model} in {plan.base_precision} on {accelerator.device}")
     model = add_adapters(load(source, plan, str(accelerator.device)), plan).train()
     loss_of = SummedLoss(model, plan)
-    optimizer = make_optimizer(trainable(model).values(), plan, plan.learning_rate)
+    optimizer = make_optimizer(trainable(model), plan, plan.learning_rate)
     name = "constant_with_warmup" if plan.schedule == "constant" else plan.schedule
     scheduler = get_scheduler(name, optimizer, plan.warmup_steps, plan.total_steps)
     loss_of, optimizer = accelerator.prepare(loss_of, optimizer)
@@ -154,6 +157,14 @@ def _set_up(
         scheduler,
         data,
     )
+
+
+def _start_token(source: ModelSource) -> int | None:
+    """What an encoder-decoder's decoder reads before its target: T5 takes its padding for that."""
+    config = source.config
+    if not config.is_encoder_decoder:
+        return None
+    return int(getattr(config, "decoder_start_token_id", None) or config.pad_token_id or 0)
 
 
 def _accelerator(plan: Plan, folder: RunFolder, log_with: tuple[str, ...]) -> Accelerator:
@@ -190,10 +201,10 @@ def _resume(run: Run) -> None:
         raise ConfigError(
             f"{newest} was written under another plan.", "Restore plan.yaml, or start a new run elsewhere."
         )
-    parameters = trainable(run.model)
+    tensors = adapter_state(run.model)
     with torch.no_grad():
         for name, value in state.adapter.items():
-            parameters[name].copy_(value)
+            tensors[name].copy_(value)
     run.optimizer.load_state_dict(state.optimizer)
     run.scheduler.load_state_dict(state.scheduler)
     checkpoint.restore_rng(state.rng)
@@ -216,7 +227,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
         seconds = time.perf_counter() - started
         run.step += 1
         run.seconds += seconds
-        run.tokens += sum(len(e.input_ids) for examples in micro_batches for e in examples)
+        run.tokens += sum(e.n_tokens for examples in micro_batches for e in examples)
         run.trained_tokens += result.trained_tokens
         _report(run, result, learning_rate, seconds, micro_batches)
         if stop or run.step % run.plan.save_every == 0 or run.step == run.plan.total_steps:
@@ -234,7 +245,7 @@ def _step(run: Run, micro_batches: list[list[Any]]) -> StepResult:
     """One optimizer step, its memory measured phase by phase."""
     with run.monitor.during("forward"):
         batches = [run.data.collate(examples) for examples in micro_batches]
-        run.largest_batch_tokens = max(run.largest_batch_tokens, *(b.input_ids.numel() for b in batches))
+        run.largest_batch_tokens = max(run.largest_batch_tokens, *(b.limited_tokens for b in batches))
         result = train_step(
             run.loss_of,
             run.optimizer,
@@ -279,7 +290,7 @@ def _report(
         learning_rate=learning_rate,
         grad_norm=float(result.grad_norm),
         trained_tokens=result.trained_tokens,
-        tokens=sum(len(e.input_ids) for examples in micro_batches for e in examples),
+        tokens=sum(e.n_tokens for examples in micro_batches for e in examples),
         seconds=seconds,
         tokens_per_second=run.tokens / run.seconds,
         eta_seconds=left * run.seconds / run.step,
@@ -302,7 +313,7 @@ def _save(run: Run, epoch: int) -> None:
             epoch=epoch,
             step_in_epoch=run.step % run.data.steps_per_epoch,
             plan_sha256=run.plan.sha256,
-            adapter={name: p.detach() for name, p in trainable(run.model).items()},
+            adapter={name: tensor.detach() for name, tensor in adapter_state(run.model).items()},
             optimizer=run.optimizer.state_dict(),
             scheduler=run.scheduler.state_dict(),
             rng=checkpoint.collect_rng(),
