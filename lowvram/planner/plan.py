@@ -97,7 +97,7 @@ class Plan(StepConfig):
             "host_ram_bytes",
             "reasons",
         }
-        paced = {"reading", "seconds_per_step", "seconds_in_all", "evaluate_every", "save_every"}
+        paced = {"seconds_per_step", "seconds_in_all", "evaluate_every", "save_every"}
         text = self.model_dump_json(exclude=told | paced)
         return hashlib.sha256(text.encode()).hexdigest()
 
