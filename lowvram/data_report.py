@@ -93,8 +93,7 @@ def _lengths(values: Any, unit: str) -> dict[str, int]:
 
 
 def _of_tokens(train: Examples, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    trained, pairs = int(train.n_trained.sum()), train.store.entry.pairs
-    tokens = int(train.lengths.sum()) + (trained if pairs else 0)
+    tokens, trained, pairs = train.n_tokens, int(train.n_trained.sum()), train.store.entry.pairs
     return {
         "chat_template": template_name(tokenizer),
         "tokens": tokens,

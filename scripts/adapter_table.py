@@ -17,7 +17,9 @@ Row = dict[str, Any]
 
 
 def write_table(rows: list[Row], times: list[Row], readme: Path) -> None:
-    """Only what is between the markers."""
+    """Only what is between the markers, once a method has its reference and its time."""
+    if not times:
+        return
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(START)
     readme.write_text(before + START + block(rows, times) + END + rest.split(END)[1], encoding="utf-8")
@@ -33,7 +35,9 @@ def block(rows: list[Row], times: list[Row]) -> str:
     finals = {method: final_rows(found) for method, found in by_method.items()}
     ratio = {row["method"]: float(row["ratio"]) for row in times}
     lines = [
-        _line(method, found, finals[reference_of(method)], ratio[method]) for method, found in finals.items()
+        _line(method, found, finals[reference_of(method)], ratio[method])
+        for method, found in finals.items()
+        if method in ratio and reference_of(method) in finals
     ]
     lines.sort(key=lambda line: line[0])
     first = rows[0]

@@ -241,8 +241,8 @@ def tuned_rate(row_at: Callable[[float], dict[str, Any]]) -> float:
 def times(methods: list[str], rounds: int, source: ModelSource, data: Split) -> None:
     """Seconds of one step of each method, in turns: the machine's other work slows all of them alike."""
     step = steps_of(data.train, 1, seed=0)[0]
-    running = {method: train_one(prepare_trial(method, source, [step], 0), step) for method in methods}
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    running = {m: train_one(prepare_trial(m, source, [step], 0), step) for m in dict.fromkeys(methods)}
+    seconds: dict[str, list[float]] = {method: [] for method in running}
     for number in range(rounds + 1):
         for method, one_step in running.items():
             taken = one_step()
@@ -274,6 +274,11 @@ def train_one(trial: Trial, step: list[Batch]) -> Callable[[], float]:
     return one_step
 
 
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """None before it was written for the first time."""
+    return list(csv.DictReader(file.open(encoding="utf-8"))) if file.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=16_000, help="that each training reads")
@@ -282,7 +287,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(METHODS))
     parser.add_argument("--refresh", action="store_true")
     options = parser.parse_args()
-    table = Table(list(csv.DictReader(OUT.open())) if OUT.exists() else [])
+    table = Table(rows_of(OUT))
     if not options.refresh:
         disable_progress_bar()
         source = ModelSource(demo_model(print))
@@ -291,8 +296,8 @@ def main() -> None:
             best = tuned_rate(partial(table.row, method, n_tokens=options.tokens, seed=0, **made))
             for seed in range(1, options.seeds):
                 table.row(method, best, n_tokens=options.tokens, seed=seed, **made)
-        times(options.only, options.rounds, **made)
-    write_table(table.rows, list(csv.DictReader(TIMES.open())), ROOT / "README.md")
+        times([*map(reference_of, options.only), *options.only], options.rounds, **made)
+    write_table(table.rows, rows_of(TIMES), ROOT / "README.md")
 
 
 if __name__ == "__main__":

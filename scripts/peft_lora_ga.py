@@ -6,25 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 
+from lowvram.engine.adapters import lora_config
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
 
 
 def peft_lora_ga(base: Any, step: StepConfig, batches: Sequence[Batch]) -> Any:
     """`base`, whose weights it changes, as a PeftModel initialised on `batches` in peft's default way."""
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=step.rank,
-        lora_alpha=step.alpha,
-        lora_dropout=step.dropout,
-        target_modules=list(step.target_modules),
-        use_rslora=step.use_rslora,
-        init_lora_weights="lora_ga",
-        lora_ga_config=LoraGAConfig(),
-    )
+    config = lora_config(step)
+    config.init_lora_weights, config.lora_ga_config = "lora_ga", LoraGAConfig()
     preprocess_loraga(base, config, lambda: _gradients(base, batches))
     return get_peft_model(base, config)
 

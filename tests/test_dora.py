@@ -16,8 +16,8 @@ from lowvram.engine import lora
 from lowvram.engine.adapters import LoraLinear, LoraLinear4bit
 from lowvram.engine.dora import Dora, row_norms, start_magnitudes
 from lowvram.engine.int8 import Int8Linear
-from lowvram.engine.lora import dropped_places
 from lowvram.engine.nf4 import fill_nf4, nf4_linear, nf4_values
+from tests.same_dropout import SameDropout
 
 RESULTS = ("y", "dx", "dA", "dB", "dm")
 N_IN, N_OUT, RANK = 300, 40, 4  # more inputs than are read at one time
@@ -27,17 +27,6 @@ N_IN, N_OUT, RANK = 300, 40, 4  # more inputs than are read at one time
 def redraws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(lora, "_redraws", lambda _device, _dropout: request.param)
     return bool(request.param)
-
-
-class _SameDropout(nn.Dropout):
-    """A mask of all elements, from the places that our layer drops on a CPU."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # nn.Dropout's own name for it
-        if not self.training:
-            return input
-        kept = torch.ones(input.numel(), dtype=input.dtype)
-        kept[dropped_places(input.numel(), self.p, input.device)] = 0
-        return input * kept.view(input.shape) / (1 - self.p)
 
 
 def _wrapped(base: nn.Module, p: float, ours: bool) -> Any:
@@ -111,7 +100,7 @@ def test_equals_peft_in_float64(kind: str, p: float, redraws: bool) -> None:
     torch.manual_seed(1)
     ours, peft = _pair(BASES[kind]().double(), p)
     if p and not redraws:
-        peft.lora_dropout["default"] = _SameDropout(p)
+        peft.lora_dropout["default"] = SameDropout(p)
     _assert_equal(_results(ours, _input()), _results(peft, _input()), 1e-9)
     _assert_equal(_results(ours.eval(), _input()), _results(peft.eval(), _input()), 1e-9)
 
@@ -151,7 +140,7 @@ def test_a_quantised_base_equals_peft_on_its_values(kind: str, p: float) -> None
     quantized, plain = _quantized(kind)
     ours, peft = _pair(quantized, p, plain)
     if p:
-        peft.lora_dropout["default"] = _SameDropout(p)
+        peft.lora_dropout["default"] = SameDropout(p)
     x = torch.randn(2, 9, N_IN + 20)
     _assert_equal(_results(ours, x), _results(peft, x), 1e-5)
 
@@ -174,7 +163,7 @@ def test_bf16_is_near_float64(p: float) -> None:
     ours, peft = _pair(base, p, exact)
     peft = peft.double()
     if p:
-        peft.lora_dropout["default"] = _SameDropout(p)
+        peft.lora_dropout["default"] = SameDropout(p)
     x = _input(torch.bfloat16)
     results = _results(ours, x)
     _assert_equal(results, _results(peft, x.double()), 0.03)

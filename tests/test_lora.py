@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lowvram.engine import lora
 from lowvram.engine.adapters import LoraLinear
 from lowvram.engine.lora import dropped_places, lora_linear
+from tests.same_dropout import SameDropout
 
 CPU_STATE_BYTES = 5056
 RESULTS = ("y", "dx", "dA", "dB")
@@ -54,24 +55,13 @@ def _results(layer: Any, x: torch.Tensor, run: Any) -> dict[str, torch.Tensor | 
     return dict(zip(RESULTS, (y.detach(), x.grad, a.grad, b.grad), strict=True))
 
 
-class _SameDropout(nn.Dropout):
-    """A mask of all elements, from the places that our layer drops on a CPU."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # nn.Dropout's own name for it
-        if not self.training:
-            return input
-        kept = torch.ones(input.numel(), dtype=input.dtype)
-        kept[dropped_places(input.numel(), self.p, input.device)] = 0
-        return input * kept.view(input.shape) / (1 - self.p)
-
-
 def _peft(layer: Any) -> Any:
     """peft's own forward, with the same elements dropped."""
 
     def run(x: torch.Tensor) -> torch.Tensor:
         own = layer.lora_dropout["default"]
         if isinstance(own, nn.Dropout) and not lora._redraws(x.device, own):
-            layer.lora_dropout["default"] = _SameDropout(own.p)
+            layer.lora_dropout["default"] = SameDropout(own.p)
         y: torch.Tensor = super(LoraLinear, layer).forward(x)
         layer.lora_dropout["default"] = own
         return y

@@ -19,6 +19,7 @@ from lowvram.data.chunk_work import ChunkWork
 from lowvram.data.row_store import Entry, RowStore
 from lowvram.data.shapes import Known, Reading, known_from
 from lowvram.data.sources import Source, Table, content_key, file_sha256, opened, rows_of
+from lowvram.data.spelling import require_fast
 from lowvram.data.work_force import Progress, do_all
 from lowvram.errors import DataError, refusals_of_the_system
 from lowvram.frozen import write_atomically
@@ -72,8 +73,7 @@ def _key(name: str, reading: Reading, tokenizer: PreTrainedTokenizerBase | None,
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase | None) -> str:
     if tokenizer is None:
         return "no tokenizer"
-    if not tokenizer.is_fast:
-        raise DataError("the tokenizer cannot map tokens to text.", "Use a model with a tokenizer.json.")
+    require_fast(tokenizer)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     said = json.dumps([tokenizer.chat_template, special, tokenizer.all_special_ids], sort_keys=True)
     return hashlib.sha256((tokenizer.backend_tokenizer.to_str() + said).encode()).hexdigest()

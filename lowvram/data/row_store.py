@@ -183,6 +183,12 @@ class Examples(Sequence[Example]):
         return whole if self.seq_len is None else np.minimum(whole, self.seq_len)
 
     @property
+    def n_tokens(self) -> int:
+        """Of all together, sources and targets, before any cut."""
+        tokens = int(self.store.lengths[self.indices].sum())
+        return tokens + (int(self.n_trained.sum()) if self.store.entry.pairs else 0)
+
+    @property
     def n_trained(self) -> Numbers:
         """Trained tokens of each, before any cut."""
         return self.store.n_trained[self.indices]

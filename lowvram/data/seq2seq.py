@@ -30,8 +30,6 @@ def tokenize_pairs(
     Raises:
         DataError: plain text, which has no source, or a target of nothing but the end token.
     """
-    if not tokenizer.is_fast:
-        raise DataError("the tokenizer cannot map tokens to text.", _OTHER)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError("the tokenizer has no end token, so nothing would teach the model to stop.", _OTHER)

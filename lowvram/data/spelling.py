@@ -117,8 +117,19 @@ class Speller:
         return list(ids)
 
 
+def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: DataError, if the tokenizer has no offsets."""
+    if not tokenizer.is_fast:
+        raise DataError("the tokenizer cannot map tokens to text.", "Use a model with a tokenizer.json.")
+
+
 def speller(tokenizer: PreTrainedTokenizerBase) -> Speller:
-    """Made once for a tokenizer and its special tokens: of 256,000 words in a second."""
+    """Made once for a tokenizer and its special tokens: of 256,000 words in a second.
+
+    Raises:
+        DataError: as `require_fast`.
+    """
+    require_fast(tokenizer)
     special = (len(tokenizer), *tokenizer.all_special_ids, tokenizer.bos_token_id, tokenizer.eos_token_id)
     known = _KNOWN.get(tokenizer)
     if known is None or known[0] != special:

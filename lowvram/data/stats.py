@@ -84,7 +84,7 @@ def data_stats(train: Examples, held_out: Examples, reading: Reading, template: 
         template=template,
         n_examples=len(train),
         n_held_out=len(held_out),
-        n_tokens=int(lengths.sum()) + (int(train.n_trained.sum()) if pairs else 0),
+        n_tokens=train.n_tokens,
         n_trained_tokens=int(train.n_trained.sum()),
         longest_tokens=int(lengths.max()),
         length_quantiles=quantiles(lengths),

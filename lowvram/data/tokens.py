@@ -75,8 +75,6 @@ def tokenize(
         DataError: the template refuses or hides a conversation, nothing in it would be trained, or the
             tokenizer has no offsets or no end-of-text token.
     """
-    if not tokenizer.is_fast:
-        raise DataError("the tokenizer cannot map tokens to text.", "Use a model with a tokenizer.json.")
     examples: list[Example] = []
     for first in range(0, len(conversations), _BATCH):
         examples += _tokenize_batch(conversations[first : first + _BATCH], tokenizer)

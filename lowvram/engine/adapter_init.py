@@ -15,9 +15,10 @@ from lowvram.engine.config import GRADIENT_INITS, RANKS_TAKEN, StepConfig
 from lowvram.engine.eva_init import principal_directions
 from lowvram.engine.gradient_init import Backward, groups_within, lora_ga, lora_one, summed_gradients
 from lowvram.engine.host import Host
+from lowvram.engine.linears import is_turned
 from lowvram.engine.loss import exact
 from lowvram.engine.singular import largest, seed_of
-from lowvram.engine.weight_init import Factors, Original, is_turned, loftq, olora, pissa, weight_of
+from lowvram.engine.weight_init import Factors, Original, loftq, olora, pissa, weight_of
 from lowvram.errors import ConfigError
 
 _MORE = 4  # times the rank is decomposed: LoRA-GA's q

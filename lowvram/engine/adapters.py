@@ -18,6 +18,7 @@ from lowvram.engine.adapter_start import add_start, capture_of
 from lowvram.engine.biases import train_biases, why_not_all
 from lowvram.engine.config import StepConfig
 from lowvram.engine.dora import Dora, dora_linear, is_dora, start_magnitudes
+from lowvram.engine.linears import is_turned
 from lowvram.engine.lora import lora_linear
 from lowvram.engine.model import DTYPES
 from lowvram.errors import ConfigError
@@ -110,7 +111,7 @@ def _with_our_layers(model: PreTrainedModel, step: StepConfig) -> LoraConfig:
     config = lora_config(step)
     ours = {bnb.nn.Linear4bit: LoraLinear4bit, nn.Linear: LoraLinear, Conv1D: LoraLinear}
     config._register_custom_module(ours)
-    config.fan_in_fan_out = any(Conv1D in (type(m), getattr(m, "source_cls", None)) for m in model.modules())
+    config.fan_in_fan_out = any(map(is_turned, model.modules()))
     return config
 
 

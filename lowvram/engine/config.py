@@ -22,6 +22,7 @@ RANKS_TAKEN: dict[AdapterInit, int] = {  # of a layer's directions, times r; non
     **dict.fromkeys(("pissa", "olora", "loftq", "eva", "lora_one"), 1),
     "lora_ga": 2,  # A takes the first r, B the next
 }
+DORA_INITS = ("default", "eva")  # leave the base's rows as they are, whose norms DoRA starts from
 DIFFERENCE_INITS = ("pissa", "olora", "lora_ga")  # start at B A != 0, which is subtracted again
 TILE_ROWS = 8192  # of a head read in tiles: 59 MB of Qwen2-7B's in bf16, whose 152,064 rows take 1.09 GB
 
@@ -140,7 +141,7 @@ class StepConfig(Frozen):
 
     @model_validator(mode="after")
     def _initialises_as_it_can(self) -> StepConfig:
-        if self.use_dora and self.init not in ("default", "eva"):
+        if self.use_dora and self.init not in DORA_INITS:
             raise ValueError(f"init={self.init} and use_dora: DoRA's magnitudes are those of the base itself")
         if self.init == "loftq" and self.base_precision not in QUANTIZED:
             raise ValueError(f"init=loftq repairs a quantised base; {self.base_precision} has lost nothing")

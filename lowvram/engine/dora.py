@@ -24,6 +24,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lowvram.engine.biases import plus_bias, product_of, summed
+from lowvram.engine.linears import in_out_features
 from lowvram.engine.lora import drop, drop_again, how_dropped, through_dropout
 
 _UNITS_AT_ONCE = 256  # columns of a weight that are read at one time for its rows' norms
@@ -75,7 +76,7 @@ def row_squares(linear: Any, dtype: torch.dtype) -> torch.Tensor:  # -> [out]
     of about 5,000 tokens, once.
     """
     base = linear.weight
-    n_in = linear.nx if hasattr(linear, "nx") else linear.in_features
+    n_in = in_out_features(linear)[0]
     squares: torch.Tensor | None = None
     for start in range(0, n_in, _UNITS_AT_ONCE):
         n_rows = min(_UNITS_AT_ONCE, n_in - start)

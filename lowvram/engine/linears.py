@@ -24,6 +24,11 @@ def in_out_features(module: Any) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)
 
 
+def is_turned(module: Any) -> bool:
+    """Whether its weight is [in, out] on disk, as GPT-2's; a quantised layer knows what it was made of."""
+    return Conv1D in (type(module), getattr(module, "source_cls", None))
+
+
 def unquantized_modules(model: PreTrainedModel) -> list[str]:
     """Names of the linear layers that stay in 16 bits: the head, and T5's wo, which overflows."""
     head = model.get_output_embeddings()

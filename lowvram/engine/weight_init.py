@@ -34,11 +34,6 @@ def weight_of(base_layer: Any) -> torch.Tensor:  # -> [out, in]
     return weight.t() if isinstance(base_layer, Conv1D) else weight
 
 
-def is_turned(base_layer: Any) -> bool:
-    """Whether its weight is [in, out] on disk, as GPT-2's."""
-    return Conv1D in (type(base_layer), getattr(base_layer, "source_cls", None))
-
-
 def pissa(weight: torch.Tensor, rank: int, scaling: float, seed: int) -> Factors:  # [out, in]
     """s B A = the best rank-r approximation of W, shared evenly (PiSSA, arXiv 2404.02948, equations 2 and 3).
 

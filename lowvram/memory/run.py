@@ -15,10 +15,9 @@ from lowvram.engine.adapter_init import Means, initialise
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
 from lowvram.engine.host import Host
-from lowvram.engine.linears import in_out_features
+from lowvram.engine.linears import in_out_features, is_turned
 from lowvram.engine.model import DTYPES
 from lowvram.engine.step import SummedLoss, evaluate_batch, train_step
-from lowvram.engine.weight_init import is_turned
 from lowvram.memory.kernels import cublas_bytes
 from lowvram.memory.launches import no_launches_on_meta
 from lowvram.memory.load import record_loading

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from lowvram.data.stats import DataStats
+from lowvram.engine.config import DORA_INITS
 from lowvram.engine.shape import ModelShape
 from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware
@@ -74,9 +75,6 @@ def _adapter(request: Request, shape: ModelShape) -> Iterator[Conflict]:
         yield Conflict(message, remedy)
 
 
-_NOT_WITH_DORA = ("pissa", "olora", "loftq", "lora_ga", "lora_one")
-
-
 def adapter_methods(wishes: Wishes, shape: ModelShape) -> Iterator[Conflict]:
     """Ways to train an adapter that exclude each other, or that this model does not have."""
     if wishes.bias == "all" and shape.untrained_biases:
@@ -88,10 +86,10 @@ def adapter_methods(wishes: Wishes, shape: ModelShape) -> Iterator[Conflict]:
             f"--lora-plus {wishes.lora_plus:g} is B's learning rate over A's, and --lora-fa leaves A none.",
             "Leave one of them out.",
         )
-    if wishes.dora and wishes.init in _NOT_WITH_DORA:
+    if wishes.dora and wishes.init not in (None, *DORA_INITS):
         yield Conflict(
             f"--dora and --init {wishes.init}: DoRA's magnitudes are those of the base's own rows.",
-            "Use --init default or eva, or leave --dora out.",
+            f"Use --init {' or '.join(DORA_INITS)}, or leave --dora out.",
         )
     if wishes.inference_mode:
         yield from _trains(wishes)
