@@ -22,8 +22,9 @@ from lowvram.planner.recheck import checked as check_plan
 from lowvram.planning import RUN_FILES_BYTES, Planned, anywhere, run_bytes
 from lowvram.training.data import PreparedData, prepare
 from lowvram.training.live import make_view
-from lowvram.training.loop import Run, train
+from lowvram.training.loop import train
 from lowvram.training.result import RunResult
+from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder, require_disk
 
 if TYPE_CHECKING:

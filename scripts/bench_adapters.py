@@ -3,7 +3,7 @@
     PYTHONPATH=. python scripts/bench_adapters.py [--tokens N] [--seeds N] [--only METHOD ...] [--refresh]
 
 Every method reads the same examples in the same order for the same number of tokens, at rank 8 on all linear
-layers with alpha 16 and dropout 0.05, 8 examples a step, AdamW, a tenth of the steps to warm up, then cosine.
+layers with alpha 16 and dropout 0.05, 4 examples a step, AdamW, a tenth of the steps to warm up, then cosine.
 Its learning rate is the one of a small grid, the same for all, with the least loss on a validation split at
 seed 0 (the grid is longer where the least is at its end); with that rate it is trained from each seed, and
 the loss on a test split counts. Rows that are in
@@ -53,9 +53,9 @@ DATA = ROOT.parent / "shared" / "data" / "gsm8k-test.jsonl"
 OUT, TIMES = ROOT / "benchmarks" / "adapters.csv", ROOT / "benchmarks" / "adapter_steps.csv"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # half a decade apart; tried from the middle outwards
-FIRST_RATES = (3e-4, 1e-3, 3e-3)
+FIRST_RATES = (1e-3, 3e-3)
 N_VALIDATION, N_TEST = 32, 64
-MICRO_BATCH, EFFECTIVE_BATCH = 4, 8
+MICRO_BATCH, EFFECTIVE_BATCH = 4, 4
 INIT_BATCHES = 8  # micro-batches, 32 examples: LoRA-GA's own default
 A100 = (8, 0)  # for whose kernels the memory is traced
 

@@ -24,6 +24,7 @@ from lowvram.planner.profiles import profile_for
 from lowvram.planner.wishes import Wishes
 from lowvram.planning import run_bytes
 from lowvram.training import loop, start
+from lowvram.training.run import Run
 from lowvram.units import GiB
 from tests import test_pipeline
 
@@ -40,7 +41,7 @@ def _losses(folder: Path) -> list[float]:
 def _stops_after(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     report = loop._report
 
-    def stopped(state: loop.Run, *args: Any) -> None:
+    def stopped(state: Run, *args: Any) -> None:
         report(state, *args)
         if state.step == n:
             os.kill(os.getpid(), signal.SIGINT)

@@ -16,6 +16,7 @@ from lowvram.engine.step import StepResult
 from lowvram.training import loop
 from lowvram.training.live import BAR_WIDTH, HISTORY, LineView, LiveView, LossHistory, make_view, memory_bar
 from lowvram.training.metrics import StepRecord
+from lowvram.training.run import Run
 from lowvram.units import GiB, MiB
 
 HOSTILE = "[red]50%[/red] [/] \x1b[2J\x07\r out of memory"
@@ -235,5 +236,5 @@ def test_the_epoch_is_a_true_fraction() -> None:
     )
     for run.step in (3, 6):
         result = StepResult(torch.tensor(1.0), torch.tensor(1.0), 1)
-        loop._report(cast(loop.Run, run), result, 0.1, 1.0, [])
+        loop._report(cast(Run, run), result, 0.1, 1.0, [])
     assert seen == [0.75, 1.5]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from lowvram import cli
 from lowvram.training import loop
+from lowvram.training import run as training_run
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -91,7 +92,7 @@ def test_a_packed_run_learns_as_an_unpacked_one_and_resumes(
     _edit(tmp_path, "packing: ", "packing: true")
     assert run("train", plan, "-o", tmp_path / "whole")[0] == 0
 
-    def stopped_after_two(state: loop.Run, *args: Any) -> None:
+    def stopped_after_two(state: training_run.Run, *args: Any) -> None:
         report(state, *args)
         if state.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
@@ -152,7 +153,7 @@ def test_a_damaged_run_is_refused_before_the_model_is_loaded(
 
     (finished / "result.json").unlink()
     harm(finished)
-    monkeypatch.setattr("lowvram.training.loop.load", never)
+    monkeypatch.setattr("lowvram.training.set_up.load", never)
     code, _, err = run("resume", finished)
     assert (code, says in err, "What to do" in err) == (2, True, True), err
 

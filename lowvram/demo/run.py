@@ -22,8 +22,8 @@ from lowvram.plan_view import show_plan
 from lowvram.planner.profiles import profile_for
 from lowvram.planner.wishes import Wishes
 from lowvram.result_view import show_result
-from lowvram.training.loop import Run
 from lowvram.training.result import RunResult
+from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder
 
 _HERE = Path(__file__).parent

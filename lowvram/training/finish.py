@@ -11,7 +11,7 @@ from lowvram.training.receipt import write_receipt
 from lowvram.training.result import RunResult
 
 if TYPE_CHECKING:
-    from lowvram.training.loop import Run
+    from lowvram.training.run import Run
 
 
 def held_out_before(run: Run) -> float:

@@ -17,7 +17,7 @@ from lowvram.memory.receipt import PHASES, Phase, PhaseMemory, Receipt
 from lowvram.training.monitor import Peak
 
 if TYPE_CHECKING:
-    from lowvram.training.loop import Run
+    from lowvram.training.run import Run
 
 _VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 

@@ -17,6 +17,7 @@ from typing import IO
 
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.frozen import write_atomically
+from lowvram.training.events import Event
 from lowvram.training.metrics import StepRecord
 from lowvram.training.result import RunResult
 from lowvram.units import format_bytes
@@ -46,6 +47,10 @@ class RunFolder:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
 
     @property
     def receipt_file(self) -> Path:
@@ -123,7 +128,13 @@ class RunFolder:
         if not self.plan_file.exists():
             raise ConfigError(f"{self.plan_file} is missing.", "Restore it; a run cannot go on without it.")
         again = f"then: lowvram resume {self.path}"
-        for file in (self.plan_file, self.metrics_file, self.result_file, self.receipt_file):
+        for file in (
+            self.plan_file,
+            self.metrics_file,
+            self.events_file,
+            self.result_file,
+            self.receipt_file,
+        ):
             if file.is_dir():
                 raise ConfigError(f"{file} is a folder, not a file.", f"Move it away, {again}")
         for folder in (self.checkpoints, self.adapter):
@@ -164,9 +175,22 @@ class RunFolder:
 
     def append_metrics(self, record: StepRecord) -> None:
         """Adds one line to metrics.jsonl. It has left this process when the call returns."""
-        with self.metrics_file.open("a", encoding="utf-8", newline="\n") as handle:
-            handle.write(_as_line(record))
-            handle.flush()
+        _append(self.metrics_file, _as_line(record))
+
+    def append_event(self, event: Event) -> None:
+        """Adds one line to events.jsonl, which is never cut: what happened has happened."""
+        _append(self.events_file, event.model_dump_json() + "\n")
+
+    def read_events(self) -> list[Event]:
+        """Every event but what a crash cut short."""
+        if not self.events_file.exists():
+            return []
+        lines = self.events_file.read_text(encoding="utf-8", errors="replace").split("\n")
+        events = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                events.append(Event.model_validate_json(line))
+        return events
 
     def drop_metrics_after(self, step: int) -> None:
         """Removes the lines that a run resumed at `step` will write again, and what a crash left torn."""
@@ -276,6 +300,12 @@ else:
 
     def _unlock(handle: IO[str]) -> None:
         fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def _append(file: Path, line: str) -> None:
+    with file.open("a", encoding="utf-8", newline="\n") as handle:
+        handle.write(line)
+        handle.flush()
 
 
 def _as_line(record: StepRecord) -> str:

@@ -14,7 +14,7 @@ from lowvram.engine.host import Host
 from lowvram.engine.weight_init import OriginalWeights
 
 if TYPE_CHECKING:
-    from lowvram.training.loop import Run
+    from lowvram.training.run import Run
 
 _SHARE = 0.5  # of the free host memory may hold sums of gradients
 
