@@ -26,11 +26,11 @@ def write_table(rows: list[Row], times: list[Row], readme: Path) -> None:
 
 
 def block(rows: list[Row], times: list[Row]) -> str:
-    """Of the rows with the largest token budget, best first."""
-    most = max(int(row["tokens"]) for row in rows)
+    """Of each base's rows with the largest token budget, best first."""
+    most = {base: most_tokens(rows, base) for base in (False, True)}
     by_method: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if int(row["tokens"]) == most:
+        if int(row["tokens"]) == most[on_16_bits(row["method"])]:
             by_method[row["method"]].append(row)
     finals = {method: final_rows(found) for method, found in by_method.items()}
     ratio = {row["method"]: float(row["ratio"]) for row in times}
@@ -39,14 +39,15 @@ def block(rows: list[Row], times: list[Row]) -> str:
         for method, found in finals.items()
         if method in ratio and reference_of(method) in finals
     ]
-    lines.sort(key=lambda line: line[0])
+    lines.sort(key=lambda line: line[0])  # NF4 first
     first = rows[0]
     return "\n".join(
         [
             *_HEAD,
             *(line for _, line in lines),
             "",
-            f"({most:,} tokens a training, {len(rows)} trainings, mean ± standard deviation of the seeds; "
+            f"({most[False]:,} tokens a training on NF4 and {most[True]:,} on bf16, {len(rows)} trainings, "
+            "mean ± standard deviation of the seeds; "
             f"{first['machine']}, torch {first['torch']}, peft {first['peft']})",
             "",
         ]
@@ -59,19 +60,31 @@ def final_rows(found: list[Row]) -> dict[int, Row]:
     return {int(r["seed"]): r for r in found if float(r["learning_rate"]) == float(best["learning_rate"])}
 
 
+def most_tokens(rows: list[Row], base_of_16_bits: bool) -> int:
+    """The largest budget on one kind of base; 0 where it has no row yet."""
+    return max((int(r["tokens"]) for r in rows if on_16_bits(r["method"]) == base_of_16_bits), default=0)
+
+
+def on_16_bits(method: str) -> bool:
+    """Whether a method's base is not quantised."""
+    return method.endswith("16 bits")
+
+
 def reference_of(method: str) -> str:
     """Plain LoRA on the same base."""
-    return "lora, 16 bits" if "16 bits" in method else "lora"
+    return "lora, 16 bits" if on_16_bits(method) else "lora"
 
 
-def _line(method: str, found: dict[int, Row], reference: dict[int, Row], ratio: float) -> tuple[float, str]:
+def _line(
+    method: str, found: dict[int, Row], reference: dict[int, Row], ratio: float
+) -> tuple[tuple[bool, float], str]:
     losses = [float(row["test_loss"]) for row in found.values()]
     less = [float(reference[s]["test_loss"]) - float(found[s]["test_loss"]) for s in found if s in reference]
     some = next(iter(found.values()))
     peak = some["predicted_peak_bytes"]
     cells = (
         method.removesuffix(", 16 bits").replace("_", "-"),
-        "bf16" if "16 bits" in method else "nf4",
+        "bf16" if on_16_bits(method) else "nf4",
         f"{float(some['learning_rate']):g}",
         _spread(losses, "{:.4f}"),
         _spread(less, "{:+.4f}"),
@@ -79,7 +92,7 @@ def _line(method: str, found: dict[int, Row], reference: dict[int, Row], ratio: 
         f"{statistics.median(float(row['init_seconds']) for row in found.values()):.0f} s",
         f"{int(peak) / 2**20:,.0f} MiB" if peak else "",
     )
-    return statistics.mean(losses), f"| {' | '.join(cells)} |"
+    return (on_16_bits(method), statistics.mean(losses)), f"| {' | '.join(cells)} |"
 
 
 def _spread(values: list[float], form: str) -> str:
