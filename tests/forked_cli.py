@@ -49,8 +49,13 @@ class Command:
         self._wait, self._folder = wait, folder
 
     def send(self, number: int) -> None:
-        """A signal; nothing when the process has ended but was not waited for yet."""
+        """A signal, from outside."""
         os.kill(self.pid, number)
+
+    @property
+    def said(self) -> str:
+        """On standard output so far."""
+        return self._read("out")
 
     def until(self, true: Callable[[], bool], timeout: float = 120) -> None:
         """Waits for something that the command does."""
@@ -128,8 +133,13 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             _become(order)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        _answer(pid)
+        _answer(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def _answer(number: int) -> None:
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
 
 
 def _become(order: dict[str, Any]) -> None:
