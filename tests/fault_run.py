@@ -52,13 +52,14 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def save_plan(cli: ForkedCli, home: Path, file: Path, **changes: Any) -> Path:
-    """What `lowvram plan` saves for this model, edited as a user may edit it."""
-    file.unlink(missing_ok=True)
-    data = ("--model", home / "model", "--data", home / "rows.jsonl")
-    ended = cli.run("plan", *data, *_WISHES, "-o", file)
-    assert ended.code == 0, ended.err
+    """What `lowvram plan` saves for this model, once, edited as a user may edit it."""
+    planned = home / "planned.yaml"
+    if not planned.exists():
+        data = ("--model", home / "model", "--data", home / "rows.jsonl")
+        ended = cli.run("plan", *data, *_WISHES, "-o", planned)
+        assert ended.code == 0, ended.err
     values = {"micro_batch": 2, "accumulation": 2, "warmup_steps": 2, "evaluate_every": 5, "save_every": 3}
-    plan = Plan.from_yaml(file).model_copy(update={**values, "total_steps": 12, **changes})
+    plan = Plan.from_yaml(planned).model_copy(update={**values, "total_steps": 12, **changes})
     file.write_text(plan.to_yaml(), encoding="utf-8")
     return file
 
