@@ -1,4 +1,4 @@
-"""Learning the same: accumulation, clipping, schedules, optimizers and seeds, beside torch and transformers."""
+"""Learning the same: accumulation, clipping, schedules, optimizers, seeds; beside torch and transformers."""
 
 from __future__ import annotations
 
