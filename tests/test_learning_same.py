@@ -12,16 +12,23 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import (
+    AutoConfig,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
 
+from lowvram.device_rates import DeviceRates
 from lowvram.engine.adapters import trainable
 from lowvram.engine.batch import collate
 from lowvram.engine.config import StepConfig
 from lowvram.engine.optimizer import make_optimizer
+from lowvram.engine.shape import shape_of
 from lowvram.engine.step import SummedLoss, train_step
+from lowvram.memory.estimate import estimate
+from lowvram.planner.arithmetic import resident_bytes
+from lowvram.planner.time_model import TimeModel
+from lowvram.planner.workload import Workload
 from lowvram.training import checkpoint
 from lowvram.training.run_folder import RunFolder
 from tests.fault_run import adapter_bytes, learned, save_plan
@@ -233,6 +240,30 @@ def test_each_optimizer_goes_on_from_a_checkpoint_to_the_last_bit(name: str, tmp
     for optimizer, parameters in ((straight, whole), (second, resumed)):
         _take(optimizer, parameters, range(3, 6))
     assert all(torch.equal(whole[key], resumed[key]) for key in NAMES)
+
+
+ROUND = DeviceRates(
+    flops=1e13, memory_bytes_per_second=1e11, host_bytes_per_second=1e10, measured=False, source="round"
+)
+
+
+def test_a_paged_float32_state_takes_adamw_s_eight_bytes_and_the_way_to_the_host() -> None:
+    """A parameter's two moments, which torch joins by a counter of one float a tensor (512 bytes on a GPU)."""
+    wide = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("llama", **wide, vocab_size=1000)
+    shape, work = shape_of(config), Workload((512, 512), 512, 2)
+    step = StepConfig(seq_len=64, rank=8, target_modules=("q_proj", "down_proj"), accumulation=1)
+    state, seconds = {}, {}
+    for name in OPTIMIZERS:
+        asked = step.model_copy(update={"optimizer": name})
+        state[name] = estimate(config, asked).components_bytes["optimizer_state"]
+        seconds[name] = TimeModel(shape, ROUND, on_cpu=False).of(asked, work).optimizer
+    assert state["paged_adamw"] == pytest.approx(8 * shape.n_trainable(step), rel=0.1)
+    assert 0.9 * state["adamw"] < state["paged_adamw"] <= state["adamw"]
+    assert seconds["adamw"] < seconds["paged_adamw8bit"] < seconds["paged_adamw"]
+    assert resident_bytes(step, shape) == resident_bytes(
+        step.model_copy(update={"optimizer": "paged_adamw"}), shape
+    )
 
 
 # Seeds
