@@ -90,7 +90,7 @@ def test_a_signal_lets_the_step_finish_and_be_saved(
     number: int, code: int, forked_cli: ForkedCli, plan: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = forked_cli.start("train", plan, "-o", run, fault="slow_steps", seconds=0.2)
+    command = forked_cli.start("train", plan, "-o", run, fault="slow_steps", seconds=0.5)
     command.until(lambda: run.is_dir() and len(RunFolder(run).read_metrics()) >= 2)
     command.send(number)
     ended = command.ended()
@@ -349,7 +349,7 @@ def test_data_that_vanishes_is_not_missed_until_the_run_is_resumed(
 ) -> None:
     copied, rows = _on_a_copy(plan, fault_home, tmp_path)
     run, content = tmp_path / "run", rows.read_bytes()
-    command = forked_cli.start("train", copied, "-o", run, fault="slow_steps", seconds=0.1)
+    command = forked_cli.start("train", copied, "-o", run, fault="slow_steps", seconds=0.3)
     command.until(lambda: run.is_dir() and len(RunFolder(run).read_metrics()) >= 2)
     rows.unlink()
     command.until(lambda: len(RunFolder(run).read_metrics()) >= 5)

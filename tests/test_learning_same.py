@@ -248,7 +248,7 @@ ROUND = DeviceRates(
 
 
 def test_a_paged_float32_state_takes_adamw_s_eight_bytes_and_the_way_to_the_host() -> None:
-    """A parameter's two moments, which torch joins by a counter of one float a tensor (512 bytes on a GPU)."""
+    """A parameter's two moments; torch counts its steps in a float a tensor, 512 bytes on a GPU."""
     wide = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model("llama", **wide, vocab_size=1000)
     shape, work = shape_of(config), Workload((512, 512), 512, 2)
