@@ -95,13 +95,14 @@ class TrainingData:
         order = (micro_batch for step in self.steps_of_epoch(0) for micro_batch in step)
         return [[self.train[i] for i in micro_batch] for micro_batch in itertools.islice(order, n)]
 
-    def collate(self, examples: list[Example]) -> Batch:
+    def collate(self, examples: list[Example], packed: bool) -> Batch:
+        """One micro-batch, or one packed row."""
         if self.start_token_id is not None:
             return collate_pairs(examples, self.pad_token_id, self.start_token_id)
-        return collate_packed(examples) if self.plan.packing else collate(examples, self.pad_token_id)
+        return collate_packed(examples) if packed else collate(examples, self.pad_token_id)
 
-    def held_out_batches(self) -> Iterator[Batch]:
-        """Longest first, in the plan's micro-batch size, packed or padded."""
+    def held_out_micro_batches(self) -> Iterator[list[Example]]:
+        """Longest first, in the plan's micro-batch size, or the examples of a packed row."""
         lengths = self.held_out.lengths.tolist()
         size = self.plan.micro_batch
         if self.plan.packing:
@@ -110,7 +111,7 @@ class TrainingData:
             ordered = sorted(range(len(lengths)), key=lambda index: -lengths[index])
             batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         for batch in batches:
-            yield self.collate([self.held_out[index] for index in batch])
+            yield [self.held_out[index] for index in batch]
 
 
 def training_data(

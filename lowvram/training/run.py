@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lowvram.engine.config import StepConfig
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import evaluate
+from lowvram.memory.rung import Rung
 from lowvram.planner.plan import Plan
 from lowvram.training.data import TrainingData
 from lowvram.training.events import Event, EventKind
@@ -42,11 +44,23 @@ class Run:
     seconds: float = 0.0
     loss_before: float | None = None
     loss_after: float | None = None
+    rungs: list[Rung] = field(default_factory=list)  # taken so far; the last one is how steps run now
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.accelerator.device
         return device
+
+    @property
+    def now(self) -> StepConfig:
+        """The step as it is run: the plan's, or the last rung's."""
+        return self.rungs[-1].step if self.rungs else self.plan
+
+    @property
+    def predicted_bytes(self) -> int:
+        """Peak reserved bytes of the step as it is run."""
+        estimate = self.plan.estimate
+        return self.rungs[-1].predicted_peak_reserved_bytes if self.rungs else estimate.peak_reserved_bytes
 
     def held_out_loss(self) -> float:
         with self.monitor.during("evaluation"):
