@@ -15,12 +15,13 @@ from lowvram.errors import ConfigError, OutOfMemoryError, StoppedError
 from lowvram.planner.plan import Plan
 from lowvram.training import checkpoint
 from lowvram.training.data import PreparedData
+from lowvram.training.evaluation import evaluated, perplexity
 from lowvram.training.finish import finish, held_out_before
 from lowvram.training.live import View
 from lowvram.training.metrics import StepRecord
 from lowvram.training.monitor import MemoryMonitor, watched
 from lowvram.training.result import RunResult
-from lowvram.training.resuming import go_on, save
+from lowvram.training.resuming import go_on, is_due, save
 from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder
 from lowvram.training.set_up import set_up
@@ -82,8 +83,10 @@ def train(
 
 
 def _steps(run: Run, stop: StopRequest) -> None:
-    """Every optimizer step of the plan that is not done yet."""
+    """Every optimizer step of the plan that is not done yet, as far as no early stop ends them."""
     for epoch, micro_batches in run.data.steps_from(run.step):
+        if run.evaluations.ends_run(run.plan.early_stop):
+            return
         started = time.perf_counter()
         learning_rate = run.scheduler.get_last_lr()[0]
         result = _step(run, micro_batches)
@@ -96,7 +99,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
         run.tokens += sum(e.n_tokens for examples in micro_batches for e in examples)
         run.trained_tokens += result.trained_tokens
         _report(run, result, learning_rate, seconds, micro_batches)
-        if stop or run.step % run.plan.save_every == 0 or run.step == run.plan.total_steps:
+        if stop or is_due(run):
             save(run, epoch)
         if stop:
             assert stop.signal_number is not None
@@ -145,9 +148,7 @@ def _report(
 ) -> None:
     plan, left = run.plan, run.plan.total_steps - run.step
     evaluate_now = run.step % plan.evaluate_every == 0 or left == 0
-    held_out = run.held_out_loss() if evaluate_now else None
-    if left == 0:
-        run.loss_after = held_out
+    held_out = evaluated(run) if evaluate_now else None
     record = StepRecord(
         step=run.step,
         total_steps=plan.total_steps,
@@ -165,6 +166,7 @@ def _report(
         memory_predicted_bytes=plan.estimate.peak_reserved_bytes,
         memory_budget_bytes=plan.budget_bytes,
         held_out_loss=held_out,
+        held_out_perplexity=perplexity(held_out),
     )
     run.folder.append_metrics(record)
     run.view.step(record)

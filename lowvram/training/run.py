@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from lowvram.engine.source import ModelSource
-from lowvram.engine.step import evaluate
 from lowvram.planner.plan import Plan
 from lowvram.training.data import TrainingData
+from lowvram.training.evaluation import Evaluations
 from lowvram.training.events import Event, EventKind
 from lowvram.training.live import View
 from lowvram.training.monitor import MemoryMonitor
@@ -34,6 +34,8 @@ class Run:
     optimizer: Any
     scheduler: Any
     data: TrainingData
+    deciding: dict[str, Any]  # Plan.deciding, as it was when this process began
+    counts: dict[str, int]  # of examples, of the data and of the held-out file
     step: int = 0
     measured_steps: int = 0  # of this process; `step` counts those before a resume too
     largest_batch_tokens: int = 0
@@ -41,16 +43,15 @@ class Run:
     trained_tokens: int = 0
     seconds: float = 0.0
     loss_before: float | None = None
-    loss_after: float | None = None
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    n_checkpoints: int = 0
+    checkpoint_seconds: float = 0.0  # without the one that a resume began from
+    checkpoint_bytes: int = 0  # of the newest
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.accelerator.device
         return device
-
-    def held_out_loss(self) -> float:
-        with self.monitor.during("evaluation"):
-            return evaluate(self.loss_of, self.data.held_out_batches(), self.device)
 
     def tell(self, kind: EventKind, text: str) -> None:
         """On the screen, and in RUN/events.jsonl for whoever looks later."""
