@@ -35,7 +35,7 @@ ORDER = [
         ),
     },
     {"demo"},
-    {"cli", "cli_flags", "cli_profiles", "cli_data"},
+    {"cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -53,7 +53,7 @@ class LineView:
         rate = f"lr {record.learning_rate:.1e}  {record.tokens_per_second:.0f} tok/s"
         self.note(f"{place}  loss {record.loss:.4f}  {rate}  {memory}  ETA {_duration(record.eta_seconds)}")
         if record.held_out_loss is not None:
-            self.note(f"{place}  held-out loss {record.held_out_loss:.4f}")
+            self.note(f"{place}  held-out loss {_held_out(record)}")
 
     def note(self, text: str) -> None:
         # A line that the console broke at its width could not be searched for.
@@ -80,7 +80,7 @@ class LiveView:
     def step(self, record: StepRecord) -> None:
         self._losses.add(record.loss)
         if record.held_out_loss is not None:
-            held_out = f"  held-out {record.held_out_loss:.4f} at step {record.step}"
+            held_out = f"  held-out {_held_out(record)} at step {record.step}"
             self._held_out = Text(held_out, style="not bold cyan")
         self._live.update(self._panel(record))
 
@@ -201,6 +201,12 @@ def _block(height: float, value: float) -> str:
     if not math.isfinite(value):
         return "x"
     return BLOCKS[round(height * (len(BLOCKS) - 1))]
+
+
+def _held_out(record: StepRecord) -> str:
+    """`1.2345 (perplexity 3.44)`"""
+    known = record.held_out_perplexity
+    return f"{record.held_out_loss:.4f}" + ("" if known is None else f" (perplexity {known:.4g})")
 
 
 def _gib(n: int) -> str:

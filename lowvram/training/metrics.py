@@ -24,3 +24,4 @@ class StepRecord(Frozen):
     memory_predicted_bytes: int
     memory_budget_bytes: int
     held_out_loss: float | None = None  # where an evaluation ran
+    held_out_perplexity: float | None = None  # e to that; None too where no float holds it

@@ -17,7 +17,8 @@ from lowvram.engine.optimizer import forget_state
 from lowvram.engine.step import evaluate
 from lowvram.errors import ConfigError
 from lowvram.training import checkpoint
-from lowvram.training.recovery import MOST_RUNGS, drop_rung, gave_up, recovering
+from lowvram.training.receipt import save_receipt
+from lowvram.training.recovery import MOST_RUNGS, NoRungLeftError, drop_rung, recovering
 from lowvram.training.run import Run
 from lowvram.training.stepping import micro_batches_now, run_step
 from lowvram.units import format_bytes
@@ -32,7 +33,7 @@ def prove(run: Run) -> None:
     the receipt. Running out of memory, or needing more than the budget, drops a rung at once.
 
     Raises:
-        OutOfMemoryError: no rung makes it fit.
+        NoRungLeftError: nothing makes it fit.
     """
     started = time.perf_counter()
     for rungs in range(MOST_RUNGS + 1):
@@ -42,16 +43,16 @@ def prove(run: Run) -> None:
             _say(run, time.perf_counter() - started)
             return
         if rungs == MOST_RUNGS or not drop_rung(run, "proof", over):
-            raise gave_up(run, "proof", over)
+            raise NoRungLeftError("proof", over)
         run.monitor.forget()
 
 
 def _say(run: Run, seconds: float) -> None:
     peak, predicted = format_bytes(run.monitor.peak_bytes), format_bytes(run.predicted_bytes)
     shape = f"{run.now.micro_batch} x {run.now.seq_len} tokens"
-    run.tell(
-        "proof", f"The largest batch ({shape}) ran in {seconds:.1f} s: {peak} measured, {predicted} predicted."
-    )
+    save_receipt(run)
+    ran = f"The largest batch ({shape}) ran in {seconds:.1f} s"
+    run.tell("proof", f"{ran}: {peak} measured, {predicted} predicted.")
 
 
 def _over_budget(run: Run) -> str | None:
@@ -67,7 +68,7 @@ def _largest_step(run: Run) -> None:
     with undone(run):
         with run.monitor.during("evaluation"):
             evaluate(run.loss_of, micro_batches_now(run, largest[:1]), run.device)
-        run_step(run, micro_batches_now(run, largest))
+        run_step(run, list(micro_batches_now(run, largest)))
 
 
 def largest_micro_batch(run: Run) -> list[Example]:
@@ -97,7 +98,6 @@ def undone(run: Run) -> Iterator[None]:
     rng, scaler = checkpoint.collect_rng(), run.accelerator.scaler
     scale = scaler.state_dict() if scaler is not None else None
     before = {p: p.detach().to("cpu", copy=True) for p in trainable(run.model).values()}
-    measured = run.largest_batch_tokens
     try:
         yield
     finally:
@@ -109,7 +109,6 @@ def undone(run: Run) -> Iterator[None]:
         if scaler is not None:
             scaler.load_state_dict(scale)
         checkpoint.restore_rng(rng)
-        run.largest_batch_tokens = max(measured, run.largest_batch_tokens)
 
 
 def require_masked(run: Run, planned: Iterable[list[Example]]) -> None:
@@ -120,7 +119,8 @@ def require_masked(run: Run, planned: Iterable[list[Example]]) -> None:
     """
     examples = [example for group in planned for example in group if example.source_ids is None]
     trained, tokens = sum(e.n_trained for e in examples), sum(e.n_tokens for e in examples)
-    if not examples or 0 < trained < tokens - len(examples) or (trained and not run.asks_for_mask):
+    all_is_right = trained == tokens - len(examples) and run.plan.reading.shape == "text"
+    if not examples or 0 < trained < tokens - len(examples) or all_is_right:
         return
     raise ConfigError(
         f"The first step would train {trained} of its {tokens} tokens: the mask of the prompts is wrong.",
@@ -132,12 +132,12 @@ def require_gradients(parameters: dict[str, nn.Parameter], plan_targets: tuple[s
     """Every LoRA B learns from the first step on.
 
     Raises:
-        ConfigError: some have no gradient or one of zeros (open-unlearning issue 178: they stay zero for ever).
+        ConfigError: some have no gradient or one of zeros (they would stay zero: open-unlearning issue 178).
     """
     names = [name for name in parameters if ".lora_B." in name and _EXPERTS not in name]
     dead = [name for name in names if (grad := parameters[name].grad) is None or not bool(grad.any())]
     if dead:
         raise ConfigError(
             f"{len(dead)} of {len(names)} adapters got no gradient in the first step, such as {dead[0]}.",
-            f"Leave out the layers that the model does not use: --targets with fewer of {', '.join(plan_targets)}.",
+            f"Leave the layers that the model does not use out of --targets {','.join(plan_targets)}.",
         )

@@ -27,6 +27,14 @@ _IN_WORDS = re.compile(r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|DefaultCPUAllo
 Result = TypeVar("Result")
 
 
+class NoRungLeftError(Exception):
+    """Three rungs did not help, or there is none; the run is as it was before what failed."""
+
+    def __init__(self, moment: Moment, reason: str) -> None:
+        super().__init__(reason)
+        self.moment, self.reason = moment, reason
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a smaller step may succeed where this one failed."""
     if isinstance(error, torch.OutOfMemoryError):
@@ -41,7 +49,7 @@ def recovering(run: Run, moment: Moment, attempt: Callable[[], Result]) -> Resul
     optimizer are as they were, for the update itself is either whole or not begun (`whole_update`).
 
     Raises:
-        OutOfMemoryError: no rung helped; the run is saved.
+        NoRungLeftError: no rung helped.
     """
     rng, reason = checkpoint.collect_rng(), ""
     for rungs in range(MOST_RUNGS + 1):
@@ -56,7 +64,7 @@ def recovering(run: Run, moment: Moment, attempt: Callable[[], Result]) -> Resul
         checkpoint.restore_rng(rng)
         if rungs == MOST_RUNGS or not drop_rung(run, moment, reason):
             break
-    raise gave_up(run, moment, reason)
+    raise NoRungLeftError(moment, reason)
 
 
 def drop_rung(run: Run, moment: Moment, reason: str) -> bool:
@@ -74,10 +82,11 @@ def drop_rung(run: Run, moment: Moment, reason: str) -> bool:
         step=lower.step,
     )
     take(run, [*run.rungs, rung])
+    less = (
+        f"{format_bytes(rung.predicted_peak_reserved_bytes)} predicted, {format_bytes(_before(run))} before"
+    )
     run.tell(
-        "out of memory",
-        f"One rung down, with the same examples in each step: {rung.sentence}; predicted "
-        f"{format_bytes(rung.predicted_peak_reserved_bytes)} instead of {format_bytes(_before(run))}. {reason}",
+        "out of memory", f"One rung down, each step has the same examples: {rung.sentence}; {less}. {reason}"
     )
     return True
 
@@ -158,13 +167,13 @@ def _before(run: Run) -> int:
     return run.plan.estimate.peak_reserved_bytes
 
 
-def gave_up(run: Run, moment: Moment, reason: str) -> OutOfMemoryError:
-    """The refusal to go on, with what is safe and what would fit."""
+def gave_up(run: Run, why: NoRungLeftError) -> OutOfMemoryError:
+    """The end of a run that has been saved, with what is safe and what would fit."""
     room = room_bytes(run.device)
     had = f", {format_bytes(room)} are there" if room else ""
     message = (
-        f"The device ran out of memory in {moment} at step {run.step + 1}, {len(run.rungs)} rungs below the "
-        f"plan: predicted {format_bytes(run.predicted_bytes)}{had}. {reason} "
+        f"The device ran out of memory ({why.moment}, step {run.step + 1}), {len(run.rungs)} rungs below the "
+        f"plan: predicted {format_bytes(run.predicted_bytes)}{had}. {why.reason} "
         f"{checkpoint.what_is_safe(run.folder.checkpoints)}"
     )
     fits = plan_that_fits(run.plan, run.source, hardware.probe(trial=False), room)
@@ -174,4 +183,6 @@ def gave_up(run: Run, moment: Moment, reason: str) -> OutOfMemoryError:
     file = run.folder.path / "leaner_plan.yaml"
     write_atomically(file, fits.to_yaml())
     needs = f"it needs {format_bytes(fits.estimate.peak_reserved_bytes)}, {fits.seq_len} tokens"
-    return OutOfMemoryError(message, f"{again}; or begin anew with a plan that fits ({needs}): lowvram train {file}")
+    return OutOfMemoryError(
+        message, f"{again}; or begin anew with a plan that fits ({needs}): lowvram train {file}"
+    )

@@ -11,10 +11,10 @@ from torch import nn
 
 from lowvram.engine.config import StepConfig
 from lowvram.engine.source import ModelSource
-from lowvram.engine.step import evaluate
 from lowvram.memory.rung import Rung
 from lowvram.planner.plan import Plan
 from lowvram.training.data import TrainingData
+from lowvram.training.evaluation import Evaluations
 from lowvram.training.events import Event, EventKind
 from lowvram.training.live import View
 from lowvram.training.monitor import MemoryMonitor
@@ -36,6 +36,8 @@ class Run:
     optimizer: Any
     scheduler: Any
     data: TrainingData
+    deciding: dict[str, Any]  # Plan.deciding, as it was when this process began
+    counts: dict[str, int]  # of examples, of the data and of the held-out file
     step: int = 0
     measured_steps: int = 0  # of this process; `step` counts those before a resume too
     largest_batch_tokens: int = 0
@@ -43,8 +45,11 @@ class Run:
     trained_tokens: int = 0
     seconds: float = 0.0
     loss_before: float | None = None
-    loss_after: float | None = None
     rungs: list[Rung] = field(default_factory=list)  # taken so far; the last one is how steps run now
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    n_checkpoints: int = 0
+    checkpoint_seconds: float = 0.0  # without the one that a resume began from
+    checkpoint_bytes: int = 0  # of the newest
 
     @property
     def device(self) -> torch.device:
@@ -61,10 +66,6 @@ class Run:
         """Peak reserved bytes of the step as it is run."""
         estimate = self.plan.estimate
         return self.rungs[-1].predicted_peak_reserved_bytes if self.rungs else estimate.peak_reserved_bytes
-
-    def held_out_loss(self) -> float:
-        with self.monitor.during("evaluation"):
-            return evaluate(self.loss_of, self.data.held_out_batches(), self.device)
 
     def tell(self, kind: EventKind, text: str) -> None:
         """On the screen, and in RUN/events.jsonl for whoever looks later."""

@@ -14,8 +14,10 @@ from lowvram.engine.step import SummedLoss
 from lowvram.errors import ConfigError
 from lowvram.planner.plan import Plan
 from lowvram.training.data import PreparedData, training_data
+from lowvram.training.evaluation import evaluation_notes
 from lowvram.training.live import View
 from lowvram.training.monitor import MemoryMonitor
+from lowvram.training.plan_changes import counts
 from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder
 
@@ -40,6 +42,8 @@ def set_up(
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     data = training_data(plan, prepared, pad, _start_token(source))
+    for note in evaluation_notes(plan, prepared):
+        view.note(note)
     view.note(f"Loading {plan.model} in {plan.base_precision} on {accelerator.device}")
     model = add_adapters(load(source, plan, str(accelerator.device)), plan).train()
     loss_of = SummedLoss(model, plan)
@@ -60,6 +64,8 @@ def set_up(
         optimizer,
         scheduler,
         data,
+        plan.deciding,
+        counts(prepared),
     )
 
 

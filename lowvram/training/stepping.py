@@ -1,24 +1,23 @@
-"""One optimizer step of a run as it is run now: its micro-batches, and its memory measured phase by phase."""
+"""A step and an evaluation of a run as it is run now, its memory measured phase by phase."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from lowvram.data.tokens import Example
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import StepConfig
-from lowvram.engine.step import StepResult, train_step
+from lowvram.engine.step import StepResult, evaluate, train_step
 from lowvram.training.monitor import watched
+from lowvram.training.recovery import recovering
 from lowvram.training.run import Run
 
 
-def micro_batches_now(run: Run, planned: Sequence[list[Example]]) -> list[Batch]:
+def micro_batches_now(run: Run, planned: Iterable[list[Example]]) -> Iterator[Batch]:
     """The planned micro-batches, cut to what a step has room for after a rung: the same examples in order."""
-    return [
-        run.data.collate(examples, packed=run.now.packing)
-        for group in planned
-        for examples in parts(group, run.now)
-    ]
+    for group in planned:
+        for examples in parts(group, run.now):
+            yield run.data.collate(examples, packed=run.now.packing)
 
 
 def parts(examples: list[Example], step: StepConfig) -> Iterator[list[Example]]:
@@ -53,3 +52,25 @@ def run_step(run: Run, batches: list[Batch], update: Callable[[], None] | None =
             empty_cache=run.now.levers.empty_cache,
             **watched(run.monitor, run.accelerator.backward, run.accelerator.clip_grad_norm_),
         )
+
+
+def held_out_loss(run: Run) -> float:
+    """Mean loss of a held-out token, through the chunked loss of training: no logits are kept.
+
+    Raises:
+        NoRungLeftError: as `recovering`.
+    """
+
+    def attempt() -> float:
+        with run.monitor.during("evaluation"):
+            batches = micro_batches_now(run, run.data.held_out_micro_batches())
+            return evaluate(run.loss_of, batches, run.device)
+
+    return recovering(run, "evaluation", attempt)
+
+
+def evaluated(run: Run) -> float:
+    """The held-out loss after this step, and note whether it is the best."""
+    loss = held_out_loss(run)
+    run.evaluations.add(run.step, loss)
+    return loss
