@@ -8,15 +8,41 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from lowvram.training.run_folder import RunFolder
+from tests.test_pipeline import TINY, Run, run
 
-ASKED = ("--rank", "2", "--seq-len", "64", "--batch", "4", "--micro-batch", "2", "--learning-rate", "1e-2")
+Cli = Run
+command = run  # the command line inside this process
+ASKED = ("--rank", "2", "--seq-len", "128", "--batch", "4", "--micro-batch", "2", "--learning-rate", "2e-2")
+_END = "<end>"
 
 
-def write_rows(file: Path, numbers: range, words: int = 8) -> Path:
-    """Questions and answers, each of another length, up to `words` words more."""
+@pytest.fixture(scope="session")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers over 257 tokens, the bytes and an end: a step takes a tenth of one over 49,152."""
+    folder = tmp_path_factory.mktemp("byte_model")
+    bytes_and_end = {text: number for number, text in enumerate([*sorted(ByteLevel.alphabet()), _END])}
+    tokenizer = Tokenizer(models.BPE(vocab=bytes_and_end, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END).save_pretrained(
+        folder
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(**TINY, num_hidden_layers=2, vocab_size=len(bytes_and_end), tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_rows(file: Path, numbers: range, words: int = 6) -> Path:
+    """Questions and answers of many lengths, with up to `words` words more."""
     rows = [
-        {"question": f"What is {i} + 1?" + " please" * (i % words), "answer": "so " * (i * 7 % words) + str(i)}
+        {"question": f"{i} + 1?" + " please" * (i % words), "answer": "so " * (i * 5 % words) + str(i + 1)}
         for i in numbers
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
