@@ -229,6 +229,9 @@ def train(
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     force: Annotated[bool, typer.Option("--force", help="Go on with a changed plan or data.")] = False,
+    planned_levers: Annotated[
+        bool, typer.Option("--planned-levers", help="Go back up all rungs taken when memory ran out.")
+    ] = False,
     log_with: cli_flags.LogWith = None,
 ) -> None:
     """Continue an interrupted run from its newest whole checkpoint."""
@@ -236,7 +239,7 @@ def resume(
 
     _require_writable(run)
     _hide_loading_bars()
-    result = pipeline.resume(run, _console(), log_with or (), force=force)
+    result = pipeline.resume(run, _console(), log_with or (), force=force, planned_levers=planned_levers)
     _show_result(result, run, False)
 
 

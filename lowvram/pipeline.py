@@ -176,11 +176,13 @@ def resume(
     before: Hook = lambda _: None,
     after: Hook = lambda _: None,
     force: bool = False,
+    planned_levers: bool = False,
 ) -> RunResult:
     """Continue a run from its newest whole checkpoint; a finished run is left as it is.
 
     Args:
         force: go on although plan or data are not what they were at that checkpoint.
+        planned_levers: go back up all rungs that were taken when memory ran out.
 
     Raises:
         ConfigError: no run there, it is finished already, or it changed and `force` is off or cannot help.
@@ -193,7 +195,7 @@ def resume(
         raise ConfigError(f"The run in {run} is finished.", f"Merge it with: lowvram merge {run}")
     planned = from_saved(Plan.from_yaml(folder.plan_file), f"lowvram resume {run}")
     planned = _agreed(planned, folder, force)
-    return _train(planned, folder, console, log_with, before, after)
+    return _train(planned, folder, console, log_with, before, after, planned_levers)
 
 
 def _agreed(planned: Planned, folder: RunFolder, force: bool) -> Planned:
@@ -209,7 +211,13 @@ def _agreed(planned: Planned, folder: RunFolder, force: bool) -> Planned:
 
 
 def _train(
-    planned: Planned, folder: RunFolder, console: Console, log_with: Iterable[str], before: Hook, after: Hook
+    planned: Planned,
+    folder: RunFolder,
+    console: Console,
+    log_with: Iterable[str],
+    before: Hook,
+    after: Hook,
+    planned_levers: bool = False,
 ) -> RunResult:
     if planned.prepared is None:
         raise ConfigError("This plan names no data.", "Make one with lowvram plan --data FILE.")
@@ -223,6 +231,7 @@ def _train(
         tuple(log_with),
         before,
         after,
+        planned_levers,
     )
 
 

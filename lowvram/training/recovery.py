@@ -82,12 +82,9 @@ def drop_rung(run: Run, moment: Moment, reason: str) -> bool:
         step=lower.step,
     )
     take(run, [*run.rungs, rung])
-    less = (
-        f"{format_bytes(rung.predicted_peak_reserved_bytes)} predicted, {format_bytes(_before(run))} before"
-    )
-    run.tell(
-        "out of memory", f"One rung down, each step has the same examples: {rung.sentence}; {less}. {reason}"
-    )
+    before, after = format_bytes(_before(run)), format_bytes(rung.predicted_peak_reserved_bytes)
+    told = f"One rung down, with the same examples in each step: {rung.sentence}"
+    run.tell("out of memory", f"{told}; {after} predicted instead of {before}. {reason}")
     return True
 
 

@@ -59,7 +59,7 @@ class Run:
     @property
     def now(self) -> StepConfig:
         """The step as it is run: the plan's, or the last rung's."""
-        return self.rungs[-1].step if self.rungs else self.plan
+        return self.rungs[-1].step if self.rungs else self.plan.step
 
     @property
     def predicted_bytes(self) -> int:
