@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lowvram import __version__, cli_data, cli_flags, cli_profiles
+from lowvram import __version__, cli_data, cli_flags, cli_profiles, cli_watch
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
 from lowvram.gc_pause import no_collections
@@ -232,6 +232,9 @@ def resume(
     _hide_loading_bars()
     result = pipeline.resume(run, _console(), log_with or ())
     _show_result(result, run, False)
+
+
+app.command()(cli_watch.watch)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lowvram.phases_view import show_phases
 from lowvram.training.result import RunResult
 from lowvram.units import format_bytes, format_count, format_seconds
 
@@ -24,4 +25,5 @@ def show_result(result: RunResult, folder: Path, console: Console) -> None:
     table.add_row("time", f"{format_seconds(result.seconds)}, {result.tokens_per_second:.0f} tokens/s")
     table.add_row("adapter", f"{escape(str(folder / 'adapter'))} ({format_bytes(result.adapter_bytes)})")
     console.print(table)
+    show_phases(folder / "receipt.json", console)
     console.print(f"Next: lowvram merge {escape(str(folder))}", soft_wrap=True)
