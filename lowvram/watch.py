@@ -136,11 +136,7 @@ class _Watching:
 
     def _standing(self, holder: str | None) -> str:
         newest = self._newest
-        at = (
-            "before its first step"
-            if newest is None
-            else f"step {newest.step} of {newest.total_steps} is done"
-        )
+        at = f"{newest.step} of {newest.total_steps} steps done" if newest else "no step done yet"
         if holder is not None:
             return f"Running (process {holder}), {at}."
         return f"Not running, {at}. Continue with: lowvram resume {self._folder.path}"
