@@ -125,7 +125,7 @@ class _Watching:
         records, cut = self._steps.new_lines()
         if cut:
             last = records[-1].step if records else 0
-            self._view.note(f"The run went back to step {last}, which its checkpoint holds.")
+            self._view.note(f"The run was resumed: its newest step is now {last}.")
         if cut or not self._began:
             self._view.catch_up(records)
             self._newest = records[-1] if records else None
