@@ -112,6 +112,13 @@ def test_growth_that_becomes_too_much_is_a_second_warning(tape: Tape) -> None:
     assert "run out" in second
 
 
+def test_what_already_leaves_too_little_is_not_said_again_when_it_grows(tape: Tape) -> None:
+    tape.reserved = 5 * GiB
+    tape.run(5, gpu_others_bytes=500 * MiB, gpu_free_bytes=GiB)
+    assert len(tape.run(30, gpu_others_bytes=600 * MiB, gpu_free_bytes=924 * MiB)) == 1
+    assert tape.run(30, gpu_others_bytes=900 * MiB, gpu_free_bytes=624 * MiB) == []
+
+
 def test_where_the_driver_names_no_sizes_the_new_ones_are_named(tape: Tape) -> None:
     tape.reserved = PLANNED
     tape.processes = (program(7, "dwm.exe", None),)

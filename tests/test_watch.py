@@ -179,10 +179,10 @@ def test_no_run_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_not_begun_is_waited_for(folder: RunFolder) -> None:
-    with held(folder) as process:
+    with folder.lock():
         lines = follow(folder, lambda: None, lambda: folder.append_metrics(record(1)))
     assert lines[0] == f"watching {folder.path}"
-    assert lines[1] == f"Running (process {process.pid}), no step done yet."
+    assert lines[1] == f"Running (process {os.getpid()}), no step done yet."
     assert [line.split("  ")[0] for line in lines[2:]] == ["step 1/60"]
 
 
@@ -191,7 +191,7 @@ def test_a_running_run_shows_its_newest_step_then_each_new_one(folder: RunFolder
         folder.append_metrics(record(step))
     for number in range(9):
         folder.append_event(Event.now("machine", f"text {number}", 3))
-    with held(folder) as process:
+    with folder.lock():
         lines = follow(
             folder,
             lambda: folder.append_metrics(record(31, held_out_loss=1.5)),
@@ -200,7 +200,7 @@ def test_a_running_run_shows_its_newest_step_then_each_new_one(folder: RunFolder
     text = "\n".join(lines)
     assert [int(n) for n in re.findall(r"step (\d+)/60  loss", text)] == [30, 31]
     assert re.findall(r"text (\d)", text) == ["4", "5", "6", "7", "8"]
-    assert f"Running (process {process.pid}), 30 of 60 steps done." in lines
+    assert f"Running (process {os.getpid()}), 30 of 60 steps done." in lines
     assert "step 31/60  held-out loss 1.5000" in lines
     assert re.fullmatch(r"\d\d:\d\d Close the other program\.", lines[-1])
 
@@ -238,12 +238,23 @@ def test_a_finished_run_shows_its_result_and_ends(folder: RunFolder) -> None:
 
 
 def test_a_run_that_finishes_while_it_is_watched(folder: RunFolder) -> None:
-    with held(folder):
+    with folder.lock():
         lines = follow(
             folder, lambda: folder.append_metrics(record(60)), lambda: finish(folder), lambda: None
         )
     assert any("2.0000 before" in line for line in lines)
     assert not any("Not running" in line for line in lines)
+
+
+def test_a_run_that_still_writes_its_receipt_is_waited_for(folder: RunFolder) -> None:
+    with folder.lock():
+        finish(folder)
+        receipt = folder.receipt_file.read_text()
+        folder.receipt_file.unlink()
+        shown = follow(folder, lambda: None)
+        assert not any("2.0000 before" in line for line in shown)
+        shown = follow(folder, lambda: folder.receipt_file.write_text(receipt))
+        assert any("2.0000 before" in line for line in shown)
 
 
 @pytest.mark.parametrize("width", [40, 120])
