@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lowvram import __version__, cli_data, cli_flags, cli_profiles, cli_requests
+from lowvram import __version__, cli_data, cli_flags, cli_profiles, cli_requests, cli_watch
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
 from lowvram.units import printable
@@ -241,6 +241,9 @@ def resume(
     _hide_loading_bars()
     result = pipeline.resume(run, _console(), log_with or (), force=force, planned_levers=planned_levers)
     _show_result(result, run, False)
+
+
+app.command()(cli_watch.watch)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lowvram.phases_view import show_phases
 from lowvram.training.result import RunResult
 from lowvram.units import format_bytes, format_count, format_seconds
 
@@ -31,4 +32,5 @@ def show_result(result: RunResult, folder: Path, console: Console) -> None:
     size = format_bytes(result.adapter_bytes)
     table.add_row("adapter", f"{escape(str(folder / 'adapter'))} ({size}{of_step})")
     console.print(table)
+    show_phases(folder / "receipt.json", console)
     console.print(f"Next: lowvram merge {escape(str(folder))}", soft_wrap=True)

@@ -187,7 +187,10 @@ def _report(
         memory_budget_bytes=plan.budget_bytes,
         held_out_loss=held_out,
         held_out_perplexity=perplexity(held_out),
+        machine=run.monitor.machine,
     )
     run.folder.append_metrics(record)
     run.view.step(record)
-    run.accelerator.log(record.model_dump(exclude_none=True, exclude={"step", "total_steps"}), step=run.step)
+    run.accelerator.log(record.numbers(), step=run.step)
+    for text in run.monitor.warnings():
+        run.tell("machine", text)

@@ -12,10 +12,12 @@ from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss
 from lowvram.errors import ConfigError
+from lowvram.hardware import host_memory
 from lowvram.planner.plan import Plan
 from lowvram.training.data import PreparedData, training_data
 from lowvram.training.evaluation import evaluation_notes
 from lowvram.training.live import View
+from lowvram.training.machine_warnings import MachineRules
 from lowvram.training.monitor import MemoryMonitor
 from lowvram.training.plan_changes import counts
 from lowvram.training.run import Run
@@ -37,7 +39,7 @@ def set_up(
         ConfigError: the weights or the data are not what was planned, or several processes were started.
     """
     accelerator = _accelerator(plan, folder, log_with)
-    monitor.start()
+    monitor.start(MachineRules(folder.path, plan.estimate.peak_reserved_bytes, host_memory()[0]))
     set_seed(plan.seed)
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
