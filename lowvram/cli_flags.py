@@ -47,7 +47,7 @@ Targets = Annotated[
 SeqLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens.")]
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Examples in one optimizer step.")]
 Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, int8, bf16, fp16 or fp32.")]
-Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit, paged_adamw or paged_adamw8bit.")]
 MicroBatch = Annotated[int | None, typer.Option(help="Examples in one forward pass.")]
 Packing = Annotated[
     bool | None, typer.Option("--packing/--no-packing", help="Examples in one row instead of padding.")

@@ -1,4 +1,4 @@
-"""Optimizers over what trains: torch's fused AdamW or bitsandbytes' 8-bit ones, and their state."""
+"""Optimizers over what trains, torch's fused AdamW or bitsandbytes' 8-bit and paged ones; their state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def make_optimizer(
         return torch.optim.AdamW(groups, fused=True, **common)  # type: ignore[arg-type]
     import bitsandbytes as bnb
 
-    kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
+    kinds = {
+        "adamw8bit": bnb.optim.AdamW8bit,
+        "paged_adamw": bnb.optim.PagedAdamW,
+        "paged_adamw8bit": bnb.optim.PagedAdamW8bit,
+    }
     optimizer: torch.optim.Optimizer = kinds[step.optimizer](groups, **common)
     return optimizer
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from lowvram.data.stats import DataStats
-from lowvram.engine.config import DORA_INITS
+from lowvram.engine.config import DORA_INITS, PAGED
 from lowvram.engine.shape import ModelShape
 from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware
@@ -160,9 +160,9 @@ def _precision(wishes: Wishes, hardware: Hardware) -> Iterator[Conflict]:
             f"--precision bf16: {hardware.name} has no bf16 arithmetic.",
             "Use --precision fp16 (with loss scaling, adapters in float32), int8 or nf4.",
         )
-    if wishes.optimizer == "paged_adamw8bit" and hardware.backend == "cpu":
+    if wishes.optimizer in PAGED and hardware.backend == "cpu":
         yield Conflict(
-            "--optimizer paged_adamw8bit: a CPU has no other memory to page to.",
+            f"--optimizer {wishes.optimizer}: a CPU has no other memory to page to.",
             "Use --optimizer adamw8bit or adamw.",
         )
 

@@ -11,7 +11,6 @@ Nothing is pickled, so a checkpoint from a stranger can do no more than be wrong
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lowvram.errors import ConfigError, DoesNotFitError
+from lowvram.errors import NO_ROOM, ConfigError, DoesNotFitError
 from lowvram.frozen import Frozen
 from lowvram.training.json_values import decode, encode
 from lowvram.units import format_bytes
@@ -46,8 +45,8 @@ _NAME = re.compile(r"step-(\d{6,})")
 # A step that is saved again sets its first checkpoint aside until the new one is in place.
 _SET_ASIDE = re.compile(r"\.step-(\d{6,})\.old")
 _UNFINISHED = re.compile(r"\.step-\d{6,}\.tmp")
-# safetensors says it in words only: ENOSPC, EDQUOT on Linux and on macOS, ERROR_DISK_FULL on Windows.
-_DISK_FULL = re.compile(r"os error (28|122|69|112)\)")
+# safetensors says it in words only: ENOSPC, EFBIG, EDQUOT on Linux and on macOS, ERROR_DISK_FULL on Windows.
+_DISK_FULL = re.compile(r"os error (28|27|122|69|112)\)")
 
 
 @dataclass
@@ -277,7 +276,7 @@ def _sync_folder(path: Path) -> None:
 
 def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        return error.errno in NO_ROOM
     return isinstance(error, SafetensorError) and _DISK_FULL.search(str(error)) is not None
 
 

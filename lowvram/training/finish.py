@@ -9,6 +9,7 @@ from lowvram.engine.adapter_start import saved_as_plain
 from lowvram.frozen import write_atomically
 from lowvram.training import checkpoint
 from lowvram.training.evaluation import Evaluations, perplexity
+from lowvram.training.finite import require_finite_start
 from lowvram.training.receipt import write_receipt
 from lowvram.training.result import RunResult
 from lowvram.training.resuming import set_adapter
@@ -24,6 +25,7 @@ def held_out_before(run: Run) -> float:
         return run.loss_before
     run.view.note(f"Measuring the untrained model on {len(run.data.held_out)} held-out examples")
     loss = held_out_loss(run)
+    require_finite_start(run, loss)
     run.view.note(f"Held-out loss before training: {loss:.4f}")
     return loss
 
@@ -52,8 +54,8 @@ def finish(run: Run) -> RunResult:
         checkpoint_seconds=run.checkpoint_seconds,
         stop_reason=_stop_reason(run),
     )
-    write_atomically(run.folder.result_file, result.model_dump_json(indent=2))
     write_receipt(run)
+    write_atomically(run.folder.result_file, result.model_dump_json(indent=2))  # last: now it is finished
     return result
 
 
@@ -103,9 +105,13 @@ def save_adapter(run: Run) -> int:
     temporary = run.folder.path / ".adapter.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     options = {"safe_serialization": True, "save_embedding_layers": False}
-    with saved_as_plain(run.model) as tensors:
-        run.model.save_pretrained(str(temporary), state_dict=tensors, **options)
-    run.source.tokenizer.save_pretrained(str(temporary))
-    shutil.rmtree(run.folder.adapter, ignore_errors=True)
-    temporary.replace(run.folder.adapter)
+    try:
+        with saved_as_plain(run.model) as tensors:
+            run.model.save_pretrained(str(temporary), state_dict=tensors, **options)
+        run.source.tokenizer.save_pretrained(str(temporary))
+        shutil.rmtree(run.folder.adapter, ignore_errors=True)
+        temporary.replace(run.folder.adapter)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk its room is needed
+        raise
     return sum(f.stat().st_size for f in run.folder.adapter.glob("adapter_model*.safetensors"))

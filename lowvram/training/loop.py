@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
@@ -12,12 +11,14 @@ from lowvram.data.tokens import Example
 from lowvram.engine.adapters import trainable
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import StepResult
-from lowvram.errors import ConfigError, OutOfMemoryError, StoppedError
+from lowvram.errors import OutOfMemoryError, StoppedError
 from lowvram.planner.plan import Plan
 from lowvram.training import checkpoint
 from lowvram.training.data import PreparedData
 from lowvram.training.evaluation import perplexity
+from lowvram.training.failures import told_as_ours
 from lowvram.training.finish import finish, held_out_before
+from lowvram.training.finite import require_finite_adapter, require_finite_held_out, require_finite_step
 from lowvram.training.live import View
 from lowvram.training.metrics import StepRecord
 from lowvram.training.monitor import MemoryMonitor
@@ -57,11 +58,12 @@ def train(
         StoppedError: a signal came; everything up to the last finished step is saved.
         OutOfMemoryError: the device is full, and no rung helped; the run is saved.
         ConfigError: the loss is not finite, or a checkpoint belongs to another plan.
+        DeviceLostError, DoesNotFitError, ConfigError: as `failures.told_as_ours`.
     """
     view.start()
     monitor = MemoryMonitor(plan.device.backend)
     try:
-        with stop_on_signal(view.note) as stop, folder.lock():
+        with stop_on_signal(view.note) as stop, folder.lock(), told_as_ours(folder):
             run = set_up(plan, folder, source, prepared, view, monitor, log_with)
             try:
                 return _trained(run, stop, before, after, planned_levers)
@@ -108,8 +110,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
         learning_rate = run.scheduler.get_last_lr()[0]
         result = _step(run, micro_batches)
         run.scheduler.step()
-        loss = float(result.loss)
-        _require_finite(run, loss, float(result.grad_norm))
+        require_finite_step(run, result)
         seconds = time.perf_counter() - started
         run.step += 1
         run.seconds += seconds
@@ -117,6 +118,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
         run.trained_tokens += result.trained_tokens
         _report(run, result, learning_rate, seconds, micro_batches)
         if stop or is_due(run):
+            require_finite_adapter(run)
             save(run, epoch)
         if stop:
             assert stop.signal_number is not None
@@ -147,18 +149,6 @@ def _update(run: Run) -> None:
     whole_update(run.optimizer, run.device)
 
 
-def _require_finite(run: Run, loss: float, grad_norm: float) -> None:
-    """fp16's loss scaling skips single overflowing updates, so there only the loss must be finite."""
-    fp16 = run.plan.compute_dtype == "fp16"
-    if math.isfinite(loss) and (fp16 or math.isfinite(grad_norm)):
-        return
-    raise ConfigError(
-        f"Step {run.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; training stopped. "
-        f"{checkpoint.what_is_safe(run.folder.checkpoints)}",
-        f"Use a smaller --learning-rate than {run.plan.learning_rate:g}.",
-    )
-
-
 def _report(
     run: Run,
     result: StepResult,
@@ -169,6 +159,8 @@ def _report(
     plan, left = run.plan, run.plan.total_steps - run.step
     evaluate_now = run.step % plan.evaluate_every == 0 or left == 0
     held_out = evaluated(run) if evaluate_now else None
+    if held_out is not None:
+        require_finite_held_out(run, held_out)
     record = StepRecord(
         step=run.step,
         total_steps=plan.total_steps,

@@ -279,9 +279,12 @@ def require_disk(
 
 
 def _append(file: Path, line: str) -> None:
-    with file.open("a", encoding="utf-8", newline="\n") as handle:
-        handle.write(line)
-        handle.flush()
+    """After a line that a kill or a full disk cut short, on a line of its own."""
+    with file.open("ab+") as handle:
+        if handle.tell():
+            handle.seek(-1, os.SEEK_END)
+            line = line if handle.read(1) == b"\n" else f"\n{line}"
+        handle.write(line.encode())
 
 
 def _as_line(record: StepRecord) -> str:
