@@ -226,6 +226,7 @@ def test_the_epoch_is_a_true_fraction() -> None:
     plan = SimpleNamespace(total_steps=9, evaluate_every=100, estimate=estimate, budget_bytes=1)
     run = SimpleNamespace(
         plan=plan,
+        predicted_bytes=1,
         data=SimpleNamespace(steps_per_epoch=4),
         tokens=1,
         seconds=1.0,

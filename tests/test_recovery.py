@@ -18,7 +18,7 @@ from lowvram.errors import LowvramError, OutOfMemoryError
 from lowvram.memory.receipt import Receipt
 from lowvram.planner.plan import Plan
 from lowvram.training import proof
-from lowvram.training.recovery import is_out_of_memory, whole_update
+from lowvram.training.recovery import forget_unscaling, is_out_of_memory, whole_update
 from lowvram.training.run import Run
 from tests import tiny_runs
 from tests.tiny_runs import ASKED, Cli, edit_plan, events, metrics, result, write_rows
@@ -317,3 +317,22 @@ def test_an_update_that_fails_twice_ends_the_run() -> None:
         parameter.grad = torch.ones(4)
     with pytest.raises(OutOfMemoryError, match="in the middle of an update"):
         whole_update(Halfway(parameters, lr=0.1), torch.device("cpu"))
+
+
+def test_a_repeated_step_of_fp16_unscales_again() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    forget_unscaling(scaler)  # before anything was scaled
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(parameter.sum()).backward()
+        scaler.unscale_(optimizer)
+        forget_unscaling(scaler)
+    optimizer.zero_grad()
+    scaler.scale(parameter.sum()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    assert scaler.get_scale() == 8.0
+    assert parameter.tolist() == [0.5, 0.5]
+    forget_unscaling(None)

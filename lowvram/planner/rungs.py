@@ -93,8 +93,7 @@ def plan_that_fits(
     """
     profile = load_profile(plan.profile)
     room = room_bytes or plan.estimate.peak_reserved_bytes * 7 // 8
-    pinned = {name: getattr(plan, name) for name in ("base_precision", "optimizer")}
-    search = _search(source, hardware, Freedom(pinned, profile.ladder, True, plan.packing))
+    search = _search(source, hardware, Freedom({}, profile.ladder, True, plan.packing))
     search.budget_bytes = room
     step = search.fastest(plan.step)
     if step is None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import nn
 
-from lowvram import hardware
 from lowvram.engine.recompute import switch_recompute
 from lowvram.engine.step import SummedLoss
 from lowvram.errors import OutOfMemoryError
 from lowvram.frozen import write_atomically
+from lowvram.hardware import Hardware
 from lowvram.memory.rung import Moment, Rung
 from lowvram.planner.rungs import next_rung, plan_that_fits
 from lowvram.training import checkpoint
@@ -60,7 +62,7 @@ def recovering(run: Run, moment: Moment, attempt: Callable[[], Result]) -> Resul
                 raise
             reason = str(error).splitlines()[0]
         # the error is gone, and with it the frames that held the failed step's tensors
-        _let_go(run.optimizer, run.device)
+        _let_go(run)
         checkpoint.restore_rng(rng)
         if rungs == MOST_RUNGS or not drop_rung(run, moment, reason):
             break
@@ -70,7 +72,7 @@ def recovering(run: Run, moment: Moment, attempt: Callable[[], Result]) -> Resul
 def drop_rung(run: Run, moment: Moment, reason: str) -> bool:
     """Change to a leaner step; False where there is none."""
     run.view.note(f"Out of memory ({moment}, step {run.step + 1}). Looking for a leaner step.")
-    lower = next_rung(run.now, run.source, hardware.probe(trial=False), room_bytes(run.device))
+    lower = next_rung(run.now, run.source, _hardware_now(run), room_bytes(run.device))
     if lower is None:
         return False
     rung = Rung(
@@ -137,10 +139,23 @@ def _ahead(optimizer: Any) -> list[nn.Parameter]:
     return [parameter for parameter, count in counts.items() if count > least]
 
 
-def _let_go(optimizer: Any, device: torch.device) -> None:
-    optimizer.zero_grad(set_to_none=True)
+def _let_go(run: Run) -> None:
+    run.optimizer.zero_grad(set_to_none=True)
+    forget_unscaling(run.accelerator.scaler)
     gc.collect()  # autograd's graphs are cycles
-    _empty_cache(device)
+    _empty_cache(run.device)
+
+
+def forget_unscaling(scaler: Any) -> None:
+    """fp16's GradScaler refuses to unscale twice before an update; the gradients that it did are gone."""
+    if scaler is not None:
+        with suppress(AssertionError):  # nothing has been scaled yet
+            scaler.update(scaler.get_scale())
+
+
+def _hardware_now(run: Run) -> Hardware:
+    """Probed before the model was loaded: a probe of a full GPU could find none."""
+    return run.hardware.model_copy(update={"host_free_bytes": psutil.virtual_memory().available})
 
 
 def _empty_cache(device: torch.device) -> None:
@@ -173,7 +188,7 @@ def gave_up(run: Run, why: NoRungLeftError) -> OutOfMemoryError:
         f"plan: predicted {format_bytes(run.predicted_bytes)}{had}. {why.reason} "
         f"{checkpoint.what_is_safe(run.folder.checkpoints)}"
     )
-    fits = plan_that_fits(run.plan, run.source, hardware.probe(trial=False), room)
+    fits = plan_that_fits(run.plan, run.source, _hardware_now(run), room)
     again = f"Close other programs on the GPU, then: lowvram resume {run.folder.path}"
     if fits is None:
         return OutOfMemoryError(message, f"{again}; or take a smaller model.")

@@ -11,6 +11,7 @@ from torch import nn
 
 from lowvram.engine.config import StepConfig
 from lowvram.engine.source import ModelSource
+from lowvram.hardware import Hardware
 from lowvram.memory.rung import Rung
 from lowvram.planner.plan import Plan
 from lowvram.training.data import TrainingData
@@ -31,6 +32,7 @@ class Run:
     view: View
     accelerator: Accelerator
     monitor: MemoryMonitor
+    hardware: Hardware  # before the model was loaded
     model: Any  # PeftModel
     loss_of: nn.Module
     optimizer: Any

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, set_seed
 from transformers import get_scheduler
 
+from lowvram import hardware
 from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.model import load
 from lowvram.engine.optimizer import make_optimizer
@@ -40,6 +41,7 @@ def set_up(
     """
     accelerator = _accelerator(plan, folder, log_with)
     monitor.start(MachineRules(folder.path, plan.estimate.peak_reserved_bytes, host_memory()[0]))
+    here = hardware.probe(trial=False)
     set_seed(plan.seed)
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -61,6 +63,7 @@ def set_up(
         view,
         accelerator,
         monitor,
+        here,
         model,
         loss_of,
         optimizer,
