@@ -45,7 +45,7 @@ from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss, evaluate, train_step
 from lowvram.engine.weight_init import OriginalWeights
-from lowvram.memory.estimate import estimate
+from lowvram.memory.cache import RememberedModel
 from lowvram.training.data import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -174,7 +174,8 @@ def traced_bytes(method: str, source: ModelSource) -> int | None:
     """Predicted peak on an Ampere GPU; None for what our engine does not run."""
     if "by peft" in method:
         return None
-    return estimate(source.config, step_config(method), "cuda", A100).peak_allocated_bytes
+    remembered = RememberedModel(source)  # a method has many rows
+    return remembered.estimate(step_config(method), "cuda", A100).peak_allocated_bytes
 
 
 def run(

@@ -202,7 +202,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     def refuse(_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_folder, "_lock", refuse)
+    monkeypatch.setattr(run_folder, "lock", refuse)
     error = refusal(RunFolder(tmp_path).lock().__enter__)
     assert "No locks available" in error.message
     assert "local disk" in error.remedy

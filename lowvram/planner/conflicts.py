@@ -42,6 +42,7 @@ def refuse_conflicts(request: Request, shape: ModelShape) -> None:
             *_batch(request),
             *_precision(request.wishes, request.hardware),
             *_levers(request, shape),
+            *_early_stop(request.wishes),
         ]
     )
 
@@ -97,7 +98,8 @@ def adapter_methods(wishes: Wishes, shape: ModelShape) -> Iterator[Conflict]:
 
 def _trains(wishes: Wishes) -> Iterator[Conflict]:
     """Flags that say how to train, where nothing trains."""
-    flags = ("optimizer", "lora_plus", "lora_fa", "learning_rate", "epochs", "steps")
+    flags: tuple[str, ...] = ("optimizer", "lora_plus", "lora_fa", "learning_rate", "epochs", "steps")
+    flags += ("keep_checkpoints", "early_stop")
     for flag in flags:
         if getattr(wishes, flag):
             name = f"--{flag.replace('_', '-')}"
@@ -135,6 +137,15 @@ def _batch(request: Request) -> Iterator[Conflict]:
         yield Conflict(
             f"--micro-batch {micro_batch} does not divide the {whole} examples of an optimizer step.",
             f"Use --micro-batch {near}, or --batch {math.ceil(whole / micro_batch) * micro_batch}.",
+        )
+
+
+def _early_stop(wishes: Wishes) -> Iterator[Conflict]:
+    """The first held-out loss is the best so far: so many more without a better one take as many steps."""
+    if wishes.early_stop and wishes.steps and wishes.steps <= wishes.early_stop:
+        yield Conflict(
+            f"--early-stop {wishes.early_stop} waits for longer than --steps {wishes.steps} last.",
+            "Raise --steps, or leave --early-stop out.",
         )
 
 
