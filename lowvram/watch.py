@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel
 from rich.console import Console
 
+from lowvram.errors import refusals_of_the_system
 from lowvram.result_view import show_result
 from lowvram.training.events import Event
 from lowvram.training.live import make_view
@@ -30,10 +32,16 @@ def watch(
     """Show the run in `path` until it is finished or Ctrl-C is pressed; `once`: as it is now.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: there is no run, or it cannot be read.
     """
-    folder = RunFolder.open(path)
-    watching = _Watching(folder, console)
+    with refusals_of_the_system(f"{path} cannot be read", "Ask its owner to let you read it."):
+        result = _followed(_Watching(RunFolder.open(path), console), once, pause)
+    if result is not None:
+        show_result(result, path, console)
+
+
+def _followed(watching: _Watching, once: bool, pause: Callable[[float], None]) -> RunResult | None:
+    """The result of the run when it ends before the watching does."""
     result: RunResult | None = None
     try:
         result = watching.look()
@@ -44,8 +52,7 @@ def watch(
         pass
     finally:
         watching.end()
-    if result is not None:
-        show_result(result, path, console)
+    return result
 
 
 class Tail(Generic[Line]):
@@ -69,6 +76,10 @@ class Tail(Generic[Line]):
                 if cut:
                     handle.seek(0)
                     data, self._offset, self._last = handle.read(), 0, b""
+        except PermissionError:
+            if sys.platform != "win32":
+                raise
+            return [], False  # it is being replaced at this moment
         except FileNotFoundError:
             cut, data = bool(self._offset), b""
             self._offset, self._last = 0, b""

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -287,6 +288,25 @@ def test_the_panel_of_a_resumed_run_forgets_the_steps_that_are_gone(folder: RunF
     assert "1.0000  ▁▁▁▁ " in last  # ▁▁▁▁████ had the steps been kept
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are another matter there")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", LOCK])
+def test_a_run_of_somebody_else_is_refused_without_a_traceback(name: str) -> None:
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as parent:  # pytest's own folders are closed to others
+        os.chmod(parent, 0o755)
+        folder = RunFolder(Path(parent) / "run")
+        folder.path.mkdir()
+        for file in ("plan.yaml", name):
+            (folder.path / file).write_text("")
+        (folder.path / name).chmod(0)
+        os.seteuid(user or 65534)
+        try:
+            with pytest.raises(ConfigError, match=rf"cannot be read: Permission denied: .*{name}"):
+                watch(folder.path, plain(), once=True)
+        finally:
+            os.seteuid(user)
+
+
 # --- it only reads ---
 
 
@@ -340,7 +360,7 @@ def test_many_looks_beside_a_run_that_takes_the_lock_again_and_again(folder: Run
     for thread in threads:
         thread.start()
     try:
-        for _ in range(100):
+        for _ in range(30):
             with folder.lock():
                 assert (folder.path / LOCK).read_text() == str(os.getpid())
     finally:

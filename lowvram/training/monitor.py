@@ -18,7 +18,7 @@ from lowvram.training.machine import GpuUse, Machine, MachineSample
 from lowvram.training.machine_warnings import MachineRules
 from lowvram.training.sampler import Sampler
 
-_SAMPLE_SECONDS = 0.05  # a CPU step takes seconds; 20 looks a second cost under 0.1 % of a core
+_SAMPLE_SECONDS = 0.05  # a CPU step takes seconds; 20 reads cost 0.4 to 4 ms of a second
 
 
 class Peak(NamedTuple):
@@ -57,7 +57,7 @@ class MemoryMonitor:
         self._read_at_bytes = -1  # reserved when the driver was asked last
         self._baseline = self._resident = 0
         self._lock = threading.Lock()
-        self._sampler: Sampler | None = None
+        self.sampler: Sampler | None = None
         self.context_bytes: int | None = None  # highest so far; kernels are loaded at their first use
 
     def start(self, rules: MachineRules | None = None) -> None:
@@ -65,24 +65,24 @@ class MemoryMonitor:
         if self._allocator:
             self._driver = _own_memory() if self._asks_driver else None
             self._allocator.reset_peak_memory_stats()
-            self._sampler = Sampler(Machine(self._gpu_use()), rules)
+            self.sampler = Sampler(Machine(self._gpu_use()), rules)
         else:
             self._baseline = self._resident = self._process.memory_info().rss
-            self._sampler = Sampler(Machine(), rules, self._look_at_resident, _SAMPLE_SECONDS)
-        self._sampler.start()
+            self.sampler = Sampler(Machine(), rules, self._look_at_resident, _SAMPLE_SECONDS)
+        self.sampler.start()
 
     def stop(self) -> None:
-        if self._sampler:
-            self._sampler.stop()
+        if self.sampler:
+            self.sampler.stop()
 
     @property
     def machine(self) -> MachineSample | None:
         """The newest look at the machine, at most a second old."""
-        return self._sampler.latest if self._sampler else None
+        return self.sampler.latest if self.sampler else None
 
     def warnings(self) -> list[str]:
         """What the rules say about the machine, new since this was asked last."""
-        return self._sampler.warnings() if self._sampler else []
+        return self.sampler.warnings() if self.sampler else []
 
     def enter(self, phase: Phase) -> None:
         """The phase so far is over, `phase` begins."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from lowvram.training.machine import Machine, MachineSample
 from lowvram.training.machine_warnings import MachineRules
 
-LOOK_SECONDS = 1.0  # a look costs under 1 ms of a core: scripts/bench_monitor.py
+LOOK_SECONDS = 1.0  # a look costs 0.4 to 1 ms of a core: scripts/bench_monitor.py
 _JOIN_SECONDS = 2.0  # a driver that hangs must not keep a finished run
 
 
