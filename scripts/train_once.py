@@ -19,44 +19,34 @@ from typing import Any
 
 def by_lowvram(job: dict[str, Any]) -> tuple[list[float], str]:
     """Our own loop on the plan, as `lowvram train` runs it; held-out losses before and after, none between."""
+    from rich.console import Console
+
     from lowvram import pipeline
     from lowvram.planner.plan import Plan
+    from lowvram.training.live import LineView
     from lowvram.training.loop import train
     from lowvram.training.run_folder import RunFolder
+
+    ends: list[float] = []
+
+    class Clock(LineView):
+        def step(self, record: Any) -> None:
+            super().step(record)
+            ends.append(time.perf_counter())
 
     plan = Plan.from_yaml(Path(job["plan"]))
     planned = pipeline.from_saved(plan, "")
     assert planned.prepared is not None
     folder = RunFolder.create(Path(job["output"]))
-    view = _Clock()
     train(
         plan,
         folder,
         planned.source,
         planned.prepared,
-        view,
+        Clock(Console(stderr=True), "lowvram"),
         before=lambda run: same_start(run.model, job["seed"]),
     )
-    return view.ends, str(folder.adapter)
-
-
-class _Clock:
-    """What lowvram's loop shows itself on: notes when each step ended."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def start(self) -> None:
-        pass
-
-    def step(self, record: Any) -> None:
-        self.ends.append(time.perf_counter())
-
-    def note(self, text: str) -> None:
-        print(text, file=sys.stderr)
-
-    def stop(self) -> None:
-        pass
+    return ends, str(folder.adapter)
 
 
 def by_trl(job: dict[str, Any]) -> tuple[list[float], str]:
