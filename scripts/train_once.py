@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 
 def by_lowvram(job: dict[str, Any]) -> tuple[list[float], str]:
-    """Our own loop on the plan, as `lowvram train` runs it; held-out losses before and after, none between."""
+    """Our own loop on the plan, as `lowvram train` runs it."""
     from rich.console import Console
 
     from lowvram import pipeline
@@ -60,7 +59,7 @@ def by_trl(job: dict[str, Any]) -> tuple[list[float], str]:
     ends: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
     setting = dict(job["setting"])
@@ -130,8 +129,7 @@ def main() -> None:
     who, file = sys.argv[1:]
     job = json.loads(Path(file).read_text(encoding="utf-8"))
     ends, adapter = {"lowvram": by_lowvram, "trl": by_trl}[who](job)
-    answer = {"ends": ends, "peak_bytes": peak_resident_bytes(), "adapter": adapter, "cpu": sum(os.times()[:2])}
-    print(json.dumps(answer))
+    print(json.dumps({"ends": ends, "peak_bytes": peak_resident_bytes(), "adapter": adapter}))
 
 
 if __name__ == "__main__":
