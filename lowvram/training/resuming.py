@@ -40,8 +40,8 @@ def go_on(run: Run, planned_levers: bool = False) -> None:
     saved = Plan.from_yaml(run.folder.plan_file)
     known = Known(0, saved.deciding, {})
     state = checkpoint.load(newest) if newest is not None else None
-    if state is not None and state.extra["rungs"] and not planned_levers:
-        take(run, [Rung.model_validate(rung) for rung in state.extra["rungs"]])
+    if state is not None and not planned_levers:
+        _take_rungs(run, state)
     prove(run)
     if newest is not None and state is not None:
         known = Known(state.step, state.extra["plan"], state.extra["counts"])
@@ -54,6 +54,14 @@ def go_on(run: Run, planned_levers: bool = False) -> None:
         write_atomically(run.folder.plan_file, run.plan.to_yaml())
     if newest is not None:
         run.tell("resume", f"Continuing after step {run.step} of {run.plan.total_steps}")
+
+
+def _take_rungs(run: Run, state: CheckpointState) -> None:
+    """How steps were run last; another plan is proved anew from its own levers on."""
+    rungs = [Rung.model_validate(rung) for rung in state.extra["rungs"]]
+    if rungs and state.plan_sha256 == run.plan.sha256:
+        take(run, rungs)
+        run.tell("resume", f"{len(rungs)} rungs below the plan, as before; up again with --planned-levers")
 
 
 def _take_over(run: Run, state: CheckpointState) -> None:
