@@ -33,7 +33,7 @@ def whole(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = ("auto", "--model", byte_model, "--data", data, *asked, "-o", folder / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["lowvram", *map(str, given)])
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             cli.main()
     return folder / "run"
 
