@@ -220,6 +220,19 @@ def test_a_lost_best_one_is_said_and_looked_for_anew(
     assert result(resumed)["adapter_step"] == min(losses, key=lambda step: losses[step])
 
 
+def test_a_best_one_lost_after_the_last_step_leaves_the_last(
+    byte_model: Path, tmp_path: Path, command: Cli
+) -> None:
+    whole = overshooting(byte_model, tmp_path, command, save_every=1)
+    resumed = killed_after(8, whole, tmp_path / "resumed")
+    shutil.rmtree(resumed / "checkpoints" / f"step-{BEST:06d}")
+    code, _, err = command("resume", resumed)
+    assert code == 0, err
+    assert (result(resumed)["adapter_step"], len(metrics(resumed))) == (8, 8)
+    assert result(resumed)["held_out_loss_after"] == metrics(resumed)[-1]["held_out_loss"]
+    assert _adapter(resumed) == _saved(resumed, 8)
+
+
 def test_an_early_stop_ends_the_run_and_a_resume_knows_it(
     byte_model: Path, tmp_path: Path, command: Cli
 ) -> None:

@@ -216,3 +216,15 @@ def test_every_difference_is_one_line(whole: Path) -> None:
         ("levers.loss_chunk_tokens", False),
     }
     assert {change.text for change in found} >= {"rank: 2 -> 8", "levers.head: 16bit -> nf4"}
+
+
+@pytest.mark.parametrize(
+    ("trains", "fixed"), [({}, False), ({"bias": "all"}, True), ({"use_dora": True}, True)]
+)
+def test_the_weight_decay_of_vectors_decides_groups(
+    trains: dict[str, object], fixed: bool, whole: Path
+) -> None:
+    plan = Plan.from_yaml(whole / "plan.yaml").model_copy(update=trains)
+    changed = plan.model_copy(update={"weight_decay": 0.1})
+    (found,) = changes(Known(4, plan.deciding, {}), changed, {})
+    assert (found.text, found.fixed) == ("weight_decay: 0.0 -> 0.1", fixed)
