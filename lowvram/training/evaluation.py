@@ -31,9 +31,11 @@ class Evaluations:
         else:
             self.n_since_best += 1
 
-    def forget_best(self) -> None:
-        """Its checkpoint is gone: the next evaluation is the best so far."""
+    def forget_best(self, step: int) -> None:
+        """Its checkpoint is gone: the best is the one of `step`, whose adapter is here, or else the next."""
         self.best_step, self.best_loss, self.n_since_best = 0, None, 0
+        if self.last_step == step and self.last_loss is not None:
+            self.add(step, self.last_loss)
 
     def ends_run(self, early_stop: int) -> bool:
         """Whether `early_stop` of them (0: however many) came in a row without a better one."""

@@ -80,7 +80,7 @@ def _best_adapter(run: Run) -> tuple[int, float]:
 def _why_last(found: Evaluations) -> str:
     if found.best_loss is None:
         return "no held-out loss is a number"
-    return f"its held-out loss {found.best_loss:.4f} is the lowest"
+    return f"its held-out loss {found.best_loss:.4f} is the best"
 
 
 def _last_loss(found: Evaluations) -> float:

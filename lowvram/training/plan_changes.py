@@ -75,8 +75,14 @@ def changes(known: Known, plan: Plan, counted: Mapping[str, int]) -> list[Change
             if field in _HASHES:
                 field = _HASHES[field]
                 before, after = _hash(before, known.counts.get(field)), _hash(after, counted.get(field))
-            found.append(Change(field, f"{field}: {_said(before)} -> {_said(after)}", name in _FIXED))
+            found.append(Change(field, f"{field}: {_said(before)} -> {_said(after)}", _is_fixed(name, plan)))
     return found
+
+
+def _is_fixed(name: str, plan: Plan) -> bool:
+    """Vectors that train are in a group of their own where matrices decay: so many states, in that order."""
+    trains_vectors = plan.bias != "none" or plan.use_dora
+    return name in _FIXED or (name == "weight_decay" and trains_vectors)
 
 
 def _differences(name: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:

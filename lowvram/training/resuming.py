@@ -25,14 +25,11 @@ from lowvram.units import format_bytes
 def go_on(run: Run, planned_levers: bool = False) -> None:
     """Continue from the newest whole checkpoint, if there is one; what of the plan has changed is said.
 
-    That it may change was asked at the door (pipeline.resume). The largest step is proved before anything of
+    Whether it may change was asked at the door (pipeline.resume). The largest step is proved before anything of
     the checkpoint is taken over but its rungs.
 
     Args:
         planned_levers: its rungs are not taken over either.
-
-    Raises:
-        ConfigError: the checkpoint does not say under which plan it was written.
     """
     newest, notes = checkpoint.newest(run.folder.checkpoints)
     for note in notes:
@@ -109,7 +106,7 @@ def _require_best(run: Run) -> None:
     path, problem = checkpoint.of_step(run.folder.checkpoints, best)
     if path is None:
         run.tell("checkpoint", f"{problem}; it was the best, which is now looked for from step {run.step} on")
-        run.evaluations.forget_best()
+        run.evaluations.forget_best(run.step)
 
 
 def _tell_changes(run: Run, found: list[Change]) -> None:
@@ -118,7 +115,7 @@ def _tell_changes(run: Run, found: list[Change]) -> None:
     if run.step and any(change.field in HELD_OUT for change in found):
         loss = "" if run.loss_before is None else f", the loss before training ({run.loss_before:.4f}) too"
         run.tell("resume", f"Held-out losses so far are of other examples{loss}: the best starts anew")
-        run.evaluations.forget_best()
+        run.evaluations = Evaluations()
 
 
 def is_due(run: Run) -> bool:
