@@ -25,8 +25,8 @@ from lowvram.units import format_bytes
 def go_on(run: Run, planned_levers: bool = False) -> None:
     """Continue from the newest whole checkpoint, if there is one; what of the plan has changed is said.
 
-    Whether it may change was asked at the door (pipeline.resume). The largest step is proved before anything of
-    the checkpoint is taken over but its rungs.
+    Whether it may change was asked at the door (pipeline.resume). The largest step is proved before anything
+    of the checkpoint is taken over but its rungs.
 
     Args:
         planned_levers: its rungs are not taken over either.
