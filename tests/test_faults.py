@@ -283,16 +283,22 @@ def test_a_folder_that_becomes_read_only_ends_the_run_and_loses_nothing_saved(
 # Numbers that are none
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("at", [5, 6])
+@pytest.mark.parametrize(
+    ("at", "value", "says"),
+    [
+        (4, math.inf, "Step 5: the loss is"),
+        (5, math.nan, "Step 5: the held-out loss is nan"),
+        (6, math.nan, "is no longer finite"),
+        (6, math.inf, "is no longer finite"),
+    ],
+)
 def test_a_poisoned_weight_stops_the_run_before_it_is_saved(
-    at: int, value: float, forked_cli: ForkedCli, plan: Path, whole: Path, tmp_path: Path
+    at: int, value: float, says: str, forked_cli: ForkedCli, plan: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """In step 6, which would be saved; and in the step before."""
+    """Seen in the next step's loss, in the held-out loss after step 5, and before step 6 is saved."""
     run = tmp_path / "run"
     ended = forked_cli.run("train", plan, "-o", run, fault="poisoned", number=at, value=value)
-    assert ended.code == 2
-    assert "training stopped" in ended.err
+    assert (ended.code, says in ended.err, "training stopped" in ended.err) == (2, True, True), ended.err
     assert "The checkpoint of step 3 is whole" in ended.err
     assert saved_step(run) == 3
     assert not (run / "adapter").exists()
