@@ -32,7 +32,8 @@ STEPS, SAVE_EVERY = 12, 3
 @pytest.fixture(scope="module")
 def plan(forked_cli: ForkedCli, fault_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("plan") / "plan.yaml"
-    return save_plan(forked_cli, fault_home, file, total_steps=STEPS, save_every=SAVE_EVERY)
+    changes = {"total_steps": STEPS, "save_every": SAVE_EVERY, "evaluate_every": 2 * SAVE_EVERY}
+    return save_plan(forked_cli, fault_home, file, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -284,23 +285,30 @@ def test_a_folder_that_becomes_read_only_ends_the_run_and_loses_nothing_saved(
 
 
 @pytest.mark.parametrize(
-    ("at", "value", "says"),
+    ("at", "value", "says", "safe"),
     [
-        (4, math.inf, "Step 5: the loss is"),
-        (5, math.nan, "Step 5: the held-out loss is nan"),
-        (6, math.nan, "is no longer finite"),
-        (6, math.inf, "is no longer finite"),
+        (4, math.inf, "Step 5: the loss is", 3),
+        (6, math.nan, "Step 6: the held-out loss is nan", 3),
+        (9, math.nan, "Step 9: base_model.model", 6),
+        (9, math.inf, "is no longer finite", 6),
     ],
 )
 def test_a_poisoned_weight_stops_the_run_before_it_is_saved(
-    at: int, value: float, says: str, forked_cli: ForkedCli, plan: Path, whole: Path, tmp_path: Path
+    at: int,
+    value: float,
+    says: str,
+    safe: int,
+    forked_cli: ForkedCli,
+    plan: Path,
+    whole: Path,
+    tmp_path: Path,
 ) -> None:
-    """Seen in the next step's loss, in the held-out loss after step 5, and before step 6 is saved."""
+    """Seen in the next step's loss, in the held-out loss, and before step 9 is saved."""
     run = tmp_path / "run"
     ended = forked_cli.run("train", plan, "-o", run, fault="poisoned", number=at, value=value)
     assert (ended.code, says in ended.err, "training stopped" in ended.err) == (2, True, True), ended.err
-    assert "The checkpoint of step 3 is whole" in ended.err
-    assert saved_step(run) == 3
+    assert f"The checkpoint of step {safe} is whole" in ended.err
+    assert saved_step(run) == safe
     assert not (run / "adapter").exists()
     assert _resumes(forked_cli, run, whole)
 
