@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowvram.engine.adapters import trainable
 from lowvram.export import merge
 from lowvram.training import checkpoint, events, finish, loop, receipt
+from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder
 
 # What happens just before which function: the moments at which a run writes.
@@ -66,17 +67,31 @@ def killed_at_save(number: int) -> None:
     checkpoint.save = saving
 
 
+def _around_steps(happens: Callable[[int, Run], None], before: bool) -> None:
+    """`happens(number, run)` before or after each optimizer step of this process, its proof not counted."""
+    real, calls = loop._step, [0]
+
+    def step(run: Run, planned: Any) -> Any:
+        calls[0] += 1
+        if before:
+            happens(calls[0], run)
+        result = real(run, planned)
+        if not before:
+            happens(calls[0], run)
+        return result
+
+    loop._step = step
+
+
 def slow_steps(seconds: float) -> None:
     """A larger model's: long enough for a signal from outside to come while one is under way."""
-    real = loop.train_step
 
-    def step(*args: Any, **options: Any) -> Any:
+    def wait(_number: int, _run: Run) -> None:
         sys.stdout.write("a step begins\n")
         sys.stdout.flush()
         time.sleep(seconds)
-        return real(*args, **options)
 
-    loop.train_step = step
+    _around_steps(wait, before=True)
 
 
 def interrupted(number: int) -> None:
@@ -116,17 +131,13 @@ def as_nobody(moment: str = "", number: int = 0, folder: str = "") -> None:
 
 def poisoned(number: int, value: float) -> None:
     """The update of the `number`-th step leaves `value` in the last weight of the adapter."""
-    real, calls = loop.train_step, [0]
 
-    def step(loss_of: Any, *args: Any, **options: Any) -> Any:
-        result = real(loss_of, *args, **options)
-        calls[0] += 1
-        if calls[0] == number:
+    def poison(at: int, run: Run) -> None:
+        if at == number:
             with torch.no_grad():
-                list(trainable(loss_of).values())[-1].view(-1)[0] = value
-        return result
+                list(trainable(run.model).values())[-1].view(-1)[0] = value
 
-    loop.train_step = step
+    _around_steps(poison, before=False)
 
 
 def clock_jumps_back(number: int, days: float) -> None:
@@ -164,17 +175,14 @@ class _Asked(TorchDispatchMode):
 
 def device_lost(number: int, message: str, asked: str) -> None:
     """The `number`-th step's backward finds no device; what is asked of it afterwards goes to `asked`."""
-    real, calls = loop.train_step, [0]
-
-    def step(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == number:
-            options["backward"] = lose
-        return real(*args, **options)
 
     def lose(_loss: torch.Tensor) -> None:
         Path(asked).touch()
         _Asked(Path(asked)).__enter__()
         raise torch.AcceleratorError(message)
 
-    loop.train_step = step
+    def break_backward(at: int, run: Run) -> None:
+        if at == number:
+            vars(run.accelerator)["backward"] = lose
+
+    _around_steps(break_backward, before=True)

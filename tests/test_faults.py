@@ -32,7 +32,8 @@ STEPS, SAVE_EVERY = 12, 3
 @pytest.fixture(scope="module")
 def plan(forked_cli: ForkedCli, fault_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("plan") / "plan.yaml"
-    return save_plan(forked_cli, fault_home, file, total_steps=STEPS, save_every=SAVE_EVERY)
+    changes = {"total_steps": STEPS, "save_every": SAVE_EVERY, "evaluate_every": 2 * SAVE_EVERY}
+    return save_plan(forked_cli, fault_home, file, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -283,18 +284,31 @@ def test_a_folder_that_becomes_read_only_ends_the_run_and_loses_nothing_saved(
 # Numbers that are none
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("at", [5, 6])
+@pytest.mark.parametrize(
+    ("at", "value", "says", "safe"),
+    [
+        (4, math.inf, "Step 5: the loss is", 3),
+        (6, math.nan, "Step 6: the held-out loss is nan", 3),
+        (9, math.nan, "Step 9: base_model.model", 6),
+        (9, math.inf, "is no longer finite", 6),
+    ],
+)
 def test_a_poisoned_weight_stops_the_run_before_it_is_saved(
-    at: int, value: float, forked_cli: ForkedCli, plan: Path, whole: Path, tmp_path: Path
+    at: int,
+    value: float,
+    says: str,
+    safe: int,
+    forked_cli: ForkedCli,
+    plan: Path,
+    whole: Path,
+    tmp_path: Path,
 ) -> None:
-    """In step 6, which would be saved; and in the step before."""
+    """Seen in the next step's loss, in the held-out loss, and before step 9 is saved."""
     run = tmp_path / "run"
     ended = forked_cli.run("train", plan, "-o", run, fault="poisoned", number=at, value=value)
-    assert ended.code == 2
-    assert "training stopped" in ended.err
-    assert "The checkpoint of step 3 is whole" in ended.err
-    assert saved_step(run) == 3
+    assert (ended.code, says in ended.err, "training stopped" in ended.err) == (2, True, True), ended.err
+    assert f"The checkpoint of step {safe} is whole" in ended.err
+    assert saved_step(run) == safe
     assert not (run / "adapter").exists()
     assert _resumes(forked_cli, run, whole)
 
@@ -376,7 +390,7 @@ def test_data_that_changes_is_trained_as_it_was_and_refused_by_a_resume(
     assert _same(run, whole)
     (run / "result.json").unlink()
     ended = forked_cli.run("resume", run)
-    assert (ended.code, "content hash differs" in ended.err) == (2, True), ended.err
+    assert (ended.code, "data: " in ended.err, "(31 examples) ->" in ended.err) == (2, True, True), ended.err
 
 
 # The clock

@@ -13,7 +13,7 @@ from torch import nn
 from lowvram.engine.config import StepConfig
 from lowvram.engine.optimizer import forget_state, make_optimizer, restore_state
 
-KINDS = ("adamw", "adamw8bit", "paged_adamw8bit")
+KINDS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
 
 
 @pytest.fixture(params=KINDS)
