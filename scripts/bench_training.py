@@ -64,6 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bf16, no autocast, a loader's process": {**PLAIN, "bf16": False, "dataloader_num_workers": 1},
     "bf16, no autocast, checkpointing": {**PLAIN, "bf16": False, "gradient_checkpointing": True},
     "fp32": {**PLAIN, "dtype": "float32", "bf16": False},
+    "bf16, no autocast, torch.compile": {**PLAIN, "bf16": False, "torch_compile": True},
 }
 BEST = "bf16, no autocast"
 
@@ -195,22 +196,19 @@ def a_round(source: ModelSource, steps: int, seed: int, venv: Path) -> dict[str,
 
 
 def try_settings(source: ModelSource, venv: Path) -> None:
-    """A few steps with each of TRL's settings."""
+    """A few steps with each of TRL's settings; one that fails has no numbers."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         task = task_for(source, TRIAL_STEPS, 0, Path(folder))
         for name, setting in SETTINGS.items():
-            found = trained("trl", venv / "bin" / "python", task, setting)
-            rows.append(
-                {
-                    "setting": name,
-                    "micro_batch": setting["micro_batch"],
-                    "tokens_per_s": found["tokens_per_s"],
-                    "peak_bytes": found["peak_bytes"],
-                    "trl": version_of("trl", venv),
-                    **here(*LIBRARIES),
-                }
-            )
+            try:
+                found = trained("trl", venv / "bin" / "python", task, setting)
+            except RuntimeError as error:
+                print(f"{name}: {error}")
+                found = {}
+            numbers = {key: found.get(key) for key in ("tokens_per_s", "s_per_step", "peak_bytes")}
+            about = {"trl": version_of("trl", venv), **here(*LIBRARIES)}
+            rows.append({"setting": name, "micro_batch": setting["micro_batch"], **numbers, **about})
             print(rows[-1], flush=True)
             write(rows, TRIED)
 
