@@ -46,7 +46,7 @@ from lowvram.units import MiB
 DATA = ROOT.parent / "shared" / "data" / "gsm8k-test.jsonl"
 FILE, TRIED = BENCH / "training.csv", BENCH / "training_settings.csv"
 BATCH = 8  # examples in an optimizer step: the cpu profile's
-TRIAL_STEPS = 4
+TRIAL_STEPS = MIN_STEPS = 4
 HELD_OUT_SHARE = 0.025  # 33 rows, 4,700 trained tokens: lowvram reads them twice, the judge three times
 
 # SFTConfig's, of what its documentation says of speed and memory and what runs on a CPU without the hub. Not
@@ -237,17 +237,23 @@ def main() -> None:
     parser.add_argument("--settings", action="store_true", help="only time TRL's settings")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lowvram-bench-training")
     options = parser.parse_args()
+    if options.steps < MIN_STEPS:
+        parser.error(
+            f"--steps {options.steps}: the first and the last are not timed, use {MIN_STEPS} or more"
+        )
     project = PROJECTS[0]
     venv = environment(project.package, project.requirements, options.work)
     source = ModelSource(demo_model(print))
     if options.settings:
         try_settings(source, venv)
         return
-    rows = [row for row in _known() if int(row["steps"]) == options.steps]
+    known = _known()
+    rows = [row for row in known if int(row["steps"]) == options.steps]
+    others = [row for row in known if row not in rows]
     for seed in range(len(rows), options.rounds):
         rows.append(a_round(source, options.steps, seed, venv))
         print(rows[-1], flush=True)
-        write(rows, FILE)
+        write([*others, *rows], FILE)
     print(summary(rows))
 
 
