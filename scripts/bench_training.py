@@ -46,7 +46,7 @@ from lowvram.units import MiB
 DATA = ROOT.parent / "shared" / "data" / "gsm8k-test.jsonl"
 FILE, TRIED = BENCH / "training.csv", BENCH / "training_settings.csv"
 BATCH = 8  # examples in an optimizer step: the cpu profile's
-TRIAL_STEPS = 4
+TRIAL_STEPS = MIN_STEPS = 4
 HELD_OUT_SHARE = 0.025  # 33 rows, 4,700 trained tokens: lowvram reads them twice, the judge three times
 
 # SFTConfig's, of what its documentation says of speed and memory and what runs on a CPU without the hub. Not
@@ -64,6 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bf16, no autocast, a loader's process": {**PLAIN, "bf16": False, "dataloader_num_workers": 1},
     "bf16, no autocast, checkpointing": {**PLAIN, "bf16": False, "gradient_checkpointing": True},
     "fp32": {**PLAIN, "dtype": "float32", "bf16": False},
+    "bf16, no autocast, torch.compile": {**PLAIN, "bf16": False, "torch_compile": True},
 }
 BEST = "bf16, no autocast"
 
@@ -195,22 +196,19 @@ def a_round(source: ModelSource, steps: int, seed: int, venv: Path) -> dict[str,
 
 
 def try_settings(source: ModelSource, venv: Path) -> None:
-    """A few steps with each of TRL's settings."""
+    """A few steps with each of TRL's settings; one that fails has no numbers."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         task = task_for(source, TRIAL_STEPS, 0, Path(folder))
         for name, setting in SETTINGS.items():
-            found = trained("trl", venv / "bin" / "python", task, setting)
-            rows.append(
-                {
-                    "setting": name,
-                    "micro_batch": setting["micro_batch"],
-                    "tokens_per_s": found["tokens_per_s"],
-                    "peak_bytes": found["peak_bytes"],
-                    "trl": version_of("trl", venv),
-                    **here(*LIBRARIES),
-                }
-            )
+            try:
+                found = trained("trl", venv / "bin" / "python", task, setting)
+            except RuntimeError as error:
+                print(f"{name}: {error}")
+                found = {}
+            numbers = {key: found.get(key) for key in ("tokens_per_s", "s_per_step", "peak_bytes")}
+            about = {"trl": version_of("trl", venv), **here(*LIBRARIES)}
+            rows.append({"setting": name, "micro_batch": setting["micro_batch"], **numbers, **about})
             print(rows[-1], flush=True)
             write(rows, TRIED)
 
@@ -239,17 +237,23 @@ def main() -> None:
     parser.add_argument("--settings", action="store_true", help="only time TRL's settings")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lowvram-bench-training")
     options = parser.parse_args()
+    if options.steps < MIN_STEPS:
+        parser.error(
+            f"--steps {options.steps}: the first and the last are not timed, use {MIN_STEPS} or more"
+        )
     project = PROJECTS[0]
     venv = environment(project.package, project.requirements, options.work)
     source = ModelSource(demo_model(print))
     if options.settings:
         try_settings(source, venv)
         return
-    rows = [row for row in _known() if int(row["steps"]) == options.steps]
+    known = _known()
+    rows = [row for row in known if int(row["steps"]) == options.steps]
+    others = [row for row in known if row not in rows]
     for seed in range(len(rows), options.rounds):
         rows.append(a_round(source, options.steps, seed, venv))
         print(rows[-1], flush=True)
-        write(rows, FILE)
+        write([*others, *rows], FILE)
     print(summary(rows))
 
 
