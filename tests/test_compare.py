@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram import cli, cli_requests
+from lowvram import cli_requests
 from tests.conftest import LLAMA_8B, QWEN2_7B
 from tests.test_plan_page import TINY, _main
 
