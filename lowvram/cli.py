@@ -17,14 +17,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lowvram import __version__, cli_data, cli_flags, cli_profiles
+from lowvram import __version__, cli_data, cli_flags, cli_profiles, cli_requests, cli_watch
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
-from lowvram.gc_pause import no_collections
 from lowvram.units import printable
 
 if TYPE_CHECKING:
-    from lowvram.hardware import Hardware
     from lowvram.planning import Planned
 
 app = typer.Typer(
@@ -78,6 +76,7 @@ def plan(
     fields: cli_flags.Fields = None,
     split: cli_flags.Split = None,
     skip_bad: cli_flags.SkipBad = False,
+    eval_data: cli_flags.EvalData = None,
     vram: cli_flags.Vram = None,
     rank: cli_flags.Rank = None,
     alpha: cli_flags.Alpha = None,
@@ -105,6 +104,8 @@ def plan(
     epochs: cli_flags.Epochs = None,
     steps: cli_flags.Steps = None,
     learning_rate: cli_flags.LearningRate = None,
+    early_stop: cli_flags.EarlyStop = None,
+    keep_checkpoints: cli_flags.KeepCheckpoints = None,
     trust_remote_code: cli_flags.Remote = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the plan as YAML.")] = None,
     html: Annotated[Path | None, typer.Option(help="Save the plan as a page for a browser.")] = None,
@@ -122,10 +123,10 @@ def plan(
 
     compare_view.require_comparable(model, files)
     if len(model) > 1:
-        _compare(flags, as_json)
+        cli_requests.compare(flags, as_json)
         return
     try:
-        planned = _planned({**flags, "model": model[0]}, with_survey=True, with_why=why)
+        planned = cli_requests.planned({**flags, "model": model[0]}, with_survey=True, with_why=why)
     except LowvramError as error:
         if as_json and error.exit_code == 3:
             typer.echo(json.dumps(compare_view.Column(model[0], error).as_json()))
@@ -142,6 +143,7 @@ def auto(
     fields: cli_flags.Fields = None,
     split: cli_flags.Split = None,
     skip_bad: cli_flags.SkipBad = False,
+    eval_data: cli_flags.EvalData = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop after the plan.")] = False,
     vram: cli_flags.Vram = None,
     rank: cli_flags.Rank = None,
@@ -170,6 +172,8 @@ def auto(
     epochs: cli_flags.Epochs = None,
     steps: cli_flags.Steps = None,
     learning_rate: cli_flags.LearningRate = None,
+    early_stop: cli_flags.EarlyStop = None,
+    keep_checkpoints: cli_flags.KeepCheckpoints = None,
     trust_remote_code: cli_flags.Remote = False,
     log_with: cli_flags.LogWith = None,
     output: cli_flags.Output = None,
@@ -178,7 +182,7 @@ def auto(
     """Probe, check the data, plan, train, save the adapter."""
     flags = dict(locals())
     if dry_run:
-        _show(_planned(flags), as_json)
+        _show(cli_requests.planned(flags), as_json)
         return
     from lowvram import pipeline
     from lowvram.engine.source import ModelSource
@@ -188,11 +192,11 @@ def auto(
     folder = output or default_path(Path("runs"), model, data)
     if vram is not None:
         pipeline.require_here(
-            _hardware(vram),
+            cli_requests.hardware_of(vram),
             "Add --dry-run to see the plan only, or leave --vram out to plan for this machine.",
         )
     pipeline.preflight(ModelSource(model, trust_remote_code), folder, log_with or (), inference_mode)
-    planned = _planned(flags)
+    planned = cli_requests.planned(flags)
     console = _console(stderr=as_json)  # with --json, stdout holds the one object and nothing else
     _show(planned, False, console)
     result = pipeline.start(planned, folder, console, log_with or ())
@@ -223,15 +227,23 @@ def train(
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(help="A run folder.")], log_with: cli_flags.LogWith = None
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    force: Annotated[bool, typer.Option("--force", help="Go on with a changed plan or data.")] = False,
+    planned_levers: Annotated[
+        bool, typer.Option("--planned-levers", help="Go back up all rungs taken when memory ran out.")
+    ] = False,
+    log_with: cli_flags.LogWith = None,
 ) -> None:
     """Continue an interrupted run from its newest whole checkpoint."""
     from lowvram import pipeline
 
     _require_writable(run)
     _hide_loading_bars()
-    result = pipeline.resume(run, _console(), log_with or ())
+    result = pipeline.resume(run, _console(), log_with or (), force=force, planned_levers=planned_levers)
     _show_result(result, run, False)
+
+
+app.command()(cli_watch.watch)
 
 
 @app.command()
@@ -257,55 +269,6 @@ def demo(
 
     _hide_loading_bars()
     run_demo(output, steps, _console())
-
-
-def _compare(flags: dict[str, Any], as_json: bool) -> None:
-    """Plan each model; one that does not fit is a column like the others. Exit code 3 when none fits."""
-    from lowvram import compare_view
-    from lowvram.errors import DoesNotFitError
-
-    columns: list[compare_view.Column] = []
-    for name in flags["model"]:
-        try:
-            columns.append(compare_view.Column(name, _planned(flags | {"model": name}, with_survey=True)))
-        except DoesNotFitError as error:
-            columns.append(compare_view.Column(name, error))
-    if as_json:
-        typer.echo(json.dumps([column.as_json() for column in columns], indent=2))
-    else:
-        compare_view.show_comparison(columns, _console())
-    if not any(column.planned for column in columns):
-        raise DoesNotFitError(f"None of the {len(columns)} models fits.", "Take one of the nearest plans.")
-
-
-def _planned(flags: dict[str, Any], **also: bool) -> Planned:
-    """Everything up to the plan, from a command's flags."""
-    from lowvram import planning
-    from lowvram.engine.source import ModelSource
-    from lowvram.planner.profiles import load_profile, profile_for
-    from lowvram.planner.wishes import Wishes, wishes_from
-
-    wishes = wishes_from(**{name: flags[name] for name in Wishes.model_fields})
-    wishes.pinned_levers()
-    reading = cli_data.reading_of(flags)
-    hardware = _hardware(flags["vram"])
-    profile = profile_for(hardware) if flags["profile"] is None else load_profile(flags["profile"])
-    source = ModelSource(flags["model"], flags["trust_remote_code"])
-    with Console(stderr=True).status("planning") as status, no_collections():
-
-        def say(text: str) -> None:
-            status.update(escape(text))
-
-        return planning.plan_for(
-            source, flags["data"], hardware, profile, wishes, say, reading=reading, **also
-        )
-
-
-def _hardware(vram: str | None) -> Hardware:
-    from lowvram import hardware
-    from lowvram.units import parse_bytes
-
-    return hardware.probe(trial=False) if vram is None else hardware.imagined_card(parse_bytes(vram))
 
 
 def _require_writable(run: Path) -> None:

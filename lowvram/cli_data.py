@@ -54,6 +54,8 @@ def reading_of(flags: dict[str, Any]) -> Reading:
     from lowvram.errors import ConfigError
 
     reading = reading_from(flags["data_format"], flags["fields"], flags["split"], flags["skip_bad"])
+    if flags["data"] is None and flags.get("eval_data") is not None:
+        raise ConfigError("--eval-data is held out beside data that trains.", "Give that too: --data FILE.")
     if flags["data"] is None and reading != Reading():
         raise ConfigError("There is no data to read in that way.", "Give it: --data FILE.")
     return reading

@@ -24,6 +24,10 @@ Fields = Annotated[
 ]
 Split = Annotated[str | None, typer.Option("--split", help="Of a data set, such as train[:10%].")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")]
+EvalData = Annotated[
+    str | None,
+    typer.Option("--eval-data", help="Held-out examples, read as --data is (default: a share of --data)."),
+]
 Vram = Annotated[str | None, typer.Option(help="Plan for a card of this size, such as 8GB.")]
 Rank = Annotated[int | None, typer.Option(help="LoRA rank r (default: the profile's).")]
 Alpha = Annotated[
@@ -43,7 +47,7 @@ Targets = Annotated[
 SeqLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens.")]
 BatchSize = Annotated[int | None, typer.Option("--batch", help="Examples in one optimizer step.")]
 Precision = Annotated[str | None, typer.Option(help="Of the base: nf4, int8, bf16, fp16 or fp32.")]
-Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit or paged_adamw8bit.")]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, adamw8bit, paged_adamw or paged_adamw8bit.")]
 MicroBatch = Annotated[int | None, typer.Option(help="Examples in one forward pass.")]
 Packing = Annotated[
     bool | None, typer.Option("--packing/--no-packing", help="Examples in one row instead of padding.")
@@ -96,6 +100,13 @@ Seed = Annotated[int, typer.Option(help="Of the data order, dropout and adapter.
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")]
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+KeepCheckpoints = Annotated[
+    int | None, typer.Option(help="Newest checkpoints that stay, beside the best one's (default: 2).")
+]
+EarlyStop = Annotated[
+    int | None,
+    typer.Option(help="Stop after so many held-out losses in a row without a better one (default: never)."),
+]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/MODEL-DATA).")]

@@ -45,6 +45,12 @@ class DataError(LowvramError):
     exit_code = 5
 
 
+class DeviceLostError(LowvramError):
+    """The device stopped answering while training; until this process ends it can be asked nothing more."""
+
+    exit_code = 6
+
+
 class StoppedError(LowvramError):
     """SIGINT or SIGTERM: the step was finished and saved; exit code 128 + signal."""
 
@@ -53,12 +59,16 @@ class StoppedError(LowvramError):
         self.exit_code = 128 + signal_number
 
 
-_NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+# A full disk, a full quota, and a file that a file system or `ulimit -f` lets grow no further.
+NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 
 
 @contextmanager
-def refusals_of_the_system(what: str, remedy: str) -> Iterator[None]:
+def refusals_of_the_system(what: str, remedy: str, no_room: str = "") -> Iterator[None]:
     """Say what the system would not let us do (no permission, no such folder, no room) as one of our errors.
+
+    Args:
+        no_room: the remedy for a full disk, where it is another one.
 
     Raises:
         DoesNotFitError: the disk or the quota is full.
@@ -67,6 +77,8 @@ def refusals_of_the_system(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = DoesNotFitError if error.errno in _NO_ROOM else ConfigError
         named = f": {error.filename}" if error.filename else ""
-        raise kind(f"{what}: {error.strerror or error}{named}.", remedy) from error
+        said = f"{what}: {error.strerror or error}{named}."
+        if error.errno in NO_ROOM:
+            raise DoesNotFitError(said, no_room or remedy) from error
+        raise ConfigError(said, remedy) from error

@@ -95,11 +95,17 @@ def own_bytes(before: Card | None, after: Card | None, fresh: bool) -> int:
     """
     if before is None or after is None:
         return 0
+    told = told_bytes(before, after, fresh)
+    if told is not None:
+        return told
+    return before.free_bytes - after.free_bytes if fresh else 0
+
+
+def told_bytes(before: Card, after: Card, fresh: bool) -> int | None:
+    """What the driver itself says that this process has; None in containers and on Windows."""
     # A process number that was on the card before this process was belongs to a stranger: inside a
     # container the driver counts in the host's numbers.
-    if after.own_bytes is not None and not (fresh and before.own_bytes is not None):
-        return after.own_bytes
-    return before.free_bytes - after.free_bytes if fresh else 0
+    return None if fresh and before.own_bytes is not None else after.own_bytes
 
 
 def is_context(n_bytes: int) -> bool:
@@ -118,13 +124,17 @@ class OwnMemory:
 
     def __init__(self, before: Driver, uuid: str, name: str, fresh: bool) -> None:
         self._before = before.card(uuid, name)
-        self._uuid, self._name, self._fresh = uuid, name, fresh
+        self.uuid, self.name, self._fresh = uuid, name, fresh
 
     def now_bytes(self) -> int | None:
         """None where the driver does not tell this process's share."""
         if self._before is None:
             return None
-        return own_bytes(self._before, read_driver().card(self._uuid, self._name), self._fresh) or None
+        return own_bytes(self._before, read_driver().card(self.uuid, self.name), self._fresh) or None
+
+    def told_bytes(self, card: Card) -> int | None:
+        """The driver's word in `card`, read later; None where it does not tell."""
+        return told_bytes(self._before, card, self._fresh) if self._before else None
 
     @property
     def held_by_others_bytes(self) -> int | None:
@@ -177,7 +187,7 @@ def _read(nvml: Any) -> Driver:
     cards: list[Card] = []
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
-            cards.append(_card(nvml, nvml.nvmlDeviceGetHandleByIndex(index), problems))
+            cards.append(read_card(nvml, nvml.nvmlDeviceGetHandleByIndex(index), problems))
         except Exception as error:  # one lost card must not hide the others, and may raise anything
             problems.append(_failure(f"GPU {index} does not answer the driver", error))
     number = nvml.nvmlSystemGetCudaDriverVersion()  # 12080 for CUDA 12.8
@@ -189,7 +199,12 @@ def _read(nvml: Any) -> Driver:
     )
 
 
-def _card(nvml: Any, handle: Any, problems: list[Problem]) -> Card:
+def read_card(nvml: Any, handle: Any, problems: list[Problem]) -> Card:
+    """The card behind NVML's `handle`; what is not answered is added to `problems`.
+
+    Raises:
+        NVMLError: the card itself does not answer.
+    """
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
     capability: tuple[int, int] | None = None
     with suppress(nvml.NVMLError):

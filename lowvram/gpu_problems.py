@@ -13,6 +13,10 @@ from pathlib import Path
 from lowvram.gpu_driver import Card, Driver, Problem, first_line, in_wsl, nvidia_seen, torch_command
 from lowvram.units import format_bytes
 
+NO_SPILL_STEPS = (
+    "NVIDIA Control Panel, Manage 3D settings, CUDA - Sysmem Fallback Policy, Prefer No Sysmem Fallback"
+)
+
 
 def broken_torch(driver: Driver, torch_version: str, error: Exception) -> Problem:
     """PyTorch is missing, or importing or using it raised `error`."""
@@ -116,10 +120,7 @@ def spill_problems() -> list[Problem]:
     if platform.system() != "Windows" and not in_wsl():
         return []
     what = "When GPU memory is full, Windows moves it to RAM: training crawls instead of stopping."
-    steps = (
-        "NVIDIA Control Panel, Manage 3D settings, CUDA - Sysmem Fallback Policy, Prefer No Sysmem Fallback"
-    )
-    return [Problem(what=what, remedy=steps)]
+    return [Problem(what=what, remedy=NO_SPILL_STEPS)]
 
 
 def _cpu_build(driver: Driver) -> list[Problem]:

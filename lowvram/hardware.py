@@ -147,8 +147,7 @@ def card_of_size(total_bytes: int, host: Hardware) -> Hardware:
 
 def _host(folder: Path) -> Hardware:
     """The machine as if it had no GPU."""
-    memory = psutil.virtual_memory()
-    total, free = _container_limit(memory.total, memory.available, CGROUP_FOLDER)
+    total, free = host_memory()
     disk_free, problems = _disk(folder)
     versions = _versions()
     missing = [name for name in PACKAGES if versions[name] == "missing" and name != "torch"]
@@ -179,6 +178,12 @@ def _host(folder: Path) -> Hardware:
         versions=versions,
         problems=tuple(problems),
     )
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of RAM that are there and that are free: the machine's, or a container's share of them."""
+    memory = psutil.virtual_memory()
+    return _container_limit(memory.total, memory.available, CGROUP_FOLDER)
 
 
 def _container_limit(total: int, free: int, cgroup: Path) -> tuple[int, int]:

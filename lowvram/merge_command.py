@@ -15,6 +15,7 @@ from lowvram.training.signals import Interrupted, stop_on_signal
 from lowvram.units import format_bytes
 
 _CHECK = "Check the permissions and the path, or give another --output."
+_NO_ROOM = "Free some room, or give an --output on another disk."
 
 
 def merge_run(run: Path, output: Path | None, console: Console, base: str | None = None) -> MergeResult:
@@ -29,7 +30,8 @@ def merge_run(run: Path, output: Path | None, console: Console, base: str | None
         StoppedError: a signal came; nothing is left behind.
     """
     target = output or run / "merged"
-    with refusals_of_the_system(f"'{run}' cannot be merged into '{target}'", _CHECK):
+    what = f"'{run}' cannot be merged into '{target}', nothing was written"
+    with refusals_of_the_system(what, _CHECK, _NO_ROOM):
         adapter = _adapter_of(run)
         source = ModelSource(base or _base_of(adapter))
         if base is None and Path(source.name).is_absolute() and not source.is_local:

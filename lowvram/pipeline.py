@@ -23,6 +23,7 @@ from lowvram.planning import RUN_FILES_BYTES, Planned, anywhere, run_bytes
 from lowvram.training.data import PreparedData, prepare
 from lowvram.training.live import make_view
 from lowvram.training.loop import train
+from lowvram.training.plan_changes import changes, counts, known_of, refuse_changes, refuse_shorter
 from lowvram.training.result import RunResult
 from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder, require_disk
@@ -103,6 +104,7 @@ def _prepared(plan: Plan, data: str, source: ModelSource) -> PreparedData:
             plan.held_out_share,
             plan.reading,
             lambda done, left: status.update(escape(progress_line(data, done, left))),
+            plan.eval_data,
         )
 
 
@@ -173,11 +175,18 @@ def resume(
     log_with: Iterable[str] = (),
     before: Hook = lambda _: None,
     after: Hook = lambda _: None,
+    force: bool = False,
+    planned_levers: bool = False,
 ) -> RunResult:
     """Continue a run from its newest whole checkpoint; a finished run is left as it is.
 
+    Args:
+        force: go on although plan or data are not what they were at that checkpoint.
+        planned_levers: go back up all rungs that were taken when memory ran out.
+
     Raises:
-        ConfigError: no run there, it is finished already, or its plan does not fit its data.
+        ConfigError: no run there, it is finished already, or it changed and `force` is off or cannot help.
+        DoesNotFitError: the changed plan.
     """
     require_trackers(log_with)
     folder = RunFolder.open(run)
@@ -185,11 +194,30 @@ def resume(
     if folder.finished():
         raise ConfigError(f"The run in {run} is finished.", f"Merge it with: lowvram merge {run}")
     planned = from_saved(Plan.from_yaml(folder.plan_file), f"lowvram resume {run}")
-    return _train(planned, folder, console, log_with, before, after)
+    planned = _agreed(planned, folder, force)
+    return _train(planned, folder, console, log_with, before, after, planned_levers)
+
+
+def _agreed(planned: Planned, folder: RunFolder, force: bool) -> Planned:
+    """As it was at the newest checkpoint, or changed as the user wants it and predicted anew."""
+    assert planned.prepared is not None
+    stats, known = planned.prepared.stats, known_of(folder, planned.plan)
+    hashes = {"data_sha256": stats.sha256, "eval_data_sha256": stats.eval_sha256}
+    plan = planned.plan.model_copy(update=hashes)
+    found = changes(known, plan, counts(planned.prepared))
+    refuse_changes(folder.path, known, found, force)
+    refuse_shorter(folder.path, known, plan)
+    return checked(replace(planned, plan=plan)) if found else planned
 
 
 def _train(
-    planned: Planned, folder: RunFolder, console: Console, log_with: Iterable[str], before: Hook, after: Hook
+    planned: Planned,
+    folder: RunFolder,
+    console: Console,
+    log_with: Iterable[str],
+    before: Hook,
+    after: Hook,
+    planned_levers: bool = False,
 ) -> RunResult:
     if planned.prepared is None:
         raise ConfigError("This plan names no data.", "Make one with lowvram plan --data FILE.")
@@ -203,6 +231,7 @@ def _train(
         tuple(log_with),
         before,
         after,
+        planned_levers,
     )
 
 

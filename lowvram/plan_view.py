@@ -39,7 +39,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     device.pop("backend")
     device.pop("capability")
     step = plan.model_dump(mode="json", include=set(StepConfig.model_fields))
-    schedule = ("learning_rate", "schedule", "warmup_steps", "total_steps", "seed", "n_trainable", "data")
+    schedule = ["learning_rate", "schedule", "warmup_steps", "total_steps", "seed", "n_trainable", "data"]
+    schedule += ["eval_data", "early_stop", "keep_checkpoints"]
     return {
         "fits": plan.fits,
         "model": plan.model,

@@ -26,7 +26,6 @@ from lowvram.units import MiB
 if TYPE_CHECKING:
     from lowvram.training.data import PreparedData
 
-_CHECKPOINTS_KEPT = 2
 RUN_FILES_BYTES = 64 * MiB  # tokenizer copies, metrics, plan
 
 
@@ -51,15 +50,17 @@ def plan_for(
     with_survey: bool = False,
     with_why: bool = False,
     reading: Reading = Reading(),  # noqa: B008  # frozen
+    eval_data: str | None = None,
 ) -> Planned:
     """Read the config and the data, then plan. No weights are read.
 
     Args:
+        eval_data: held-out examples of their own, read as the data is; None holds out a share of it.
         reading: how the data is read, where it does not speak for itself.
         with_survey: also what else would fit; with_why: also each lever beside its next setting.
     """
     _ = RememberedModel(source).shape  # a wrong model is refused before the data is read
-    prepared = _prepared(data, reading, source, say) if data is not None else None
+    prepared = _prepared(data, reading, eval_data, source, say) if data is not None else None
     stats = prepared.stats if prepared else None
     experience = experience_on(hardware)
     device = with_experience(hardware, experience)
@@ -72,7 +73,9 @@ def plan_for(
     return Planned(source, plan, prepared, around, levers)
 
 
-def _prepared(data: str, reading: Reading, source: ModelSource, say: Say) -> PreparedData:
+def _prepared(
+    data: str, reading: Reading, eval_data: str | None, source: ModelSource, say: Say
+) -> PreparedData:
     from lowvram.training.data import prepare
 
     say(f"reading {data}")
@@ -80,15 +83,17 @@ def _prepared(data: str, reading: Reading, source: ModelSource, say: Say) -> Pre
         data,
         source,
         reading=reading,
+        eval_name=eval_data,
         progress=lambda done, left: say(progress_line(data, done, left)),
     )
 
 
 def anywhere(plan: Plan, source: ModelSource) -> Plan:
-    """The plan with absolute names of a local model and data file, so that it runs from every directory."""
-    is_here = plan.data is not None and Path(plan.data).exists()  # a file, or a folder of datasets
-    data = absolute(str(plan.data)) if is_here else plan.data
-    return plan.model_copy(update={"model": source.name, "data": data})
+    """The plan with absolute names of a local model and data files, so that it runs from every directory."""
+    names = {field: getattr(plan, field) for field in ("data", "eval_data")}
+    # A file, or a folder of datasets; what is neither is on the hub.
+    local = {field: absolute(name) for field, name in names.items() if name and Path(name).exists()}
+    return plan.model_copy(update={"model": source.name, **local})
 
 
 def needs_on_disk(planned: Planned) -> tuple[int | None, int]:
@@ -107,4 +112,5 @@ def run_bytes(plan: Plan) -> int:
     if plan.subtracts_start:
         start = files if plan.compute_dtype == "fp32" else files // 2
     saved = 2 * files if start else files
-    return (moments + files + start) * (_CHECKPOINTS_KEPT + 1) + saved + RUN_FILES_BYTES
+    at_once = plan.keep_checkpoints + 2  # the newest, the best, and one that is being written
+    return (moments + files + start) * at_once + saved + RUN_FILES_BYTES

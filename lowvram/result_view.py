@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lowvram.phases_view import show_phases
 from lowvram.training.result import RunResult
 from lowvram.units import format_bytes, format_count, format_seconds
 
@@ -20,8 +21,16 @@ def show_result(result: RunResult, folder: Path, console: Console) -> None:
     change = f"{100 * result.improvement:.1f} % lower" if result.improvement > 0 else "not lower"
     before, after = result.held_out_loss_before, result.held_out_loss_after
     table.add_row("held-out loss", f"{before:.4f} before, [bold]{after:.4f}[/] after ({change})")
+    if result.held_out_perplexity_before is not None and result.held_out_perplexity_after is not None:
+        before, after = result.held_out_perplexity_before, result.held_out_perplexity_after
+        table.add_row("perplexity", f"{before:.4g} before, {after:.4g} after")
     table.add_row("trained", f"{result.steps} steps, {format_count(result.tokens)} tokens")
     table.add_row("time", f"{format_seconds(result.seconds)}, {result.tokens_per_second:.0f} tokens/s")
-    table.add_row("adapter", f"{escape(str(folder / 'adapter'))} ({format_bytes(result.adapter_bytes)})")
+    if result.stop_reason != "finished":
+        table.add_row("stopped", result.stop_reason)
+    of_step = "" if result.adapter_step in (None, result.steps) else f", of step {result.adapter_step}"
+    size = format_bytes(result.adapter_bytes)
+    table.add_row("adapter", f"{escape(str(folder / 'adapter'))} ({size}{of_step})")
     console.print(table)
+    show_phases(folder / "receipt.json", console)
     console.print(f"Next: lowvram merge {escape(str(folder))}", soft_wrap=True)

@@ -156,6 +156,7 @@ def levers_said(step: StepConfig, n_layers: int) -> str:
         "embedding on host": levers.embedding_on_host,
         f"{levers.head} head": levers.head != "16bit",
         "paged 8-bit AdamW": step.optimizer == "paged_adamw8bit",
+        "paged AdamW": step.optimizer == "paged_adamw",
         "checkpoints on host": levers.offload_checkpoints,
         f"tiles of {levers.tile_tokens:,}": levers.tile_tokens > 0,
     }

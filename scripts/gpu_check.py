@@ -37,10 +37,16 @@ HERE = Path(__file__).parent
 MODELS = ("qwen2-7b", "llama-8b", "13b", "30b")  # by size
 CARDS = (8.0, 12.0, 16.0, 24.0)
 REFERENCES = ((8.0, "qwen2-7b"), (8.0, "llama-8b"), (12.0, "13b"), (24.0, "30b"))  # what users ask for first
-PARTS = ("micro", "levers", "tiles", "cards")
+PARTS = ("micro", "levers", "recovery", "tiles", "cards")
 TOLERANCE = 0.01
-_STAGES = {"micro": ("kernels", 120.0), "levers": ("levers", 90.0), "tiles": ("a long step", 90.0)}  # at most
+_STAGES = {  # seconds at most
+    "micro": ("kernels", 120.0),
+    "levers": ("levers", 90.0),
+    "recovery": ("out of memory", 90.0),
+    "tiles": ("a long step", 90.0),
+}
 _WRONG = ("differs", "failed")
+_JUDGED = ("parity", "recovery")
 _POLL_SECONDS = 0.3
 _LEAST_SECONDS = 20.0  # a process that has imported torch has used half of them
 _SMALL_SECONDS = 180.0
@@ -158,7 +164,7 @@ def on_gpu(given: argparse.Namespace, console: Console) -> int:
         pool.shutdown(cancel_futures=True)
     _summary(check.rows, console)
     console.print(f"{len(check.rows)} rows added to {given.out}")
-    return int(any(row.check == "parity" and row.outcome in _WRONG for row in check.rows))
+    return int(any(row.check in _JUDGED and row.outcome in _WRONG for row in check.rows))
 
 
 def _small(check: Check, out: Path) -> Hardware | None:
@@ -257,7 +263,7 @@ def on_cpu(console: Console) -> int:
         console.print(
             f"[bold red]{row.outcome}[/]: {row.note}, {row.gradient_error}, {row.gradient_limit} allowed"
         )
-    console.print(f"{len(parity) - len(wrong)} of {len(parity)} checks of the levers' gradients passed")
+    console.print(f"{len(parity) - len(wrong)} of {len(parity)} checks of levers and of recovery passed")
     errors = [_error_said(row, console) for row in found if row.measured_allocated_bytes]
     return int(bool(wrong) or not errors or max(errors) > TOLERANCE)
 

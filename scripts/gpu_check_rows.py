@@ -37,7 +37,8 @@ class Row(Frozen):
     """One measurement; what does not apply is empty.
 
     `check` is context, cublas, gemm_4bit, attention, dropout (assumed against measured bytes), snapshot and
-    replay (a small step), parity (a lever's loss and gradients), tiles (a long step with every lever), or
+    replay (a small step), parity (a lever's loss and gradients), recovery (a run on too little memory; a
+    resumed one's paged state), tiles (a long step with every lever), or
     plan, largest, beyond, refused, stopped (a model on an emulated card).
     """
 

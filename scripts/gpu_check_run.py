@@ -14,6 +14,7 @@ import torch
 from gpu_check_levers import parity_checks
 from gpu_check_micro import micro_checks
 from gpu_check_model import config_of
+from gpu_check_recovery import recovery_checks
 from gpu_check_rows import Row
 from gpu_check_step import (
     ALL_LINEAR,
@@ -48,6 +49,7 @@ from lowvram.units import GiB, format_bytes
 Emit = Callable[[Row], None]
 _STEPS = 3  # the first makes the optimizer's state and loads kernels; the others are timed
 _BEYOND = 1.05
+STAGES = ("small", "micro", "levers", "recovery", "tiles", "plan", "card", "self-check")
 
 
 class Job(Frozen):
@@ -232,7 +234,7 @@ def _without_frames(value: Any) -> Any:
 def main() -> None:
     """`gpu_check_run.py STAGE --rows FILE ...`: each row is added to FILE as one line of JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("stage", choices=("small", "micro", "levers", "tiles", "plan", "card", "self-check"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--hardware", type=Path, help="written by small, read by plan")
     parser.add_argument("--job", type=Path, help="written by plan, read by card")
@@ -251,6 +253,8 @@ def main() -> None:
         micro_checks(emit)
     elif given.stage == "levers":
         parity_checks(emit, "cuda")
+    elif given.stage == "recovery":
+        recovery_checks(emit, "cuda")
     elif given.stage == "tiles":
         tiled_rows(emit, "qwen2-7b/4", "cuda", LONG_STEP)
     elif given.stage == "plan":
@@ -265,6 +269,7 @@ def main() -> None:
     else:
         self_checks(emit)
         parity_checks(emit, "cpu")
+        recovery_checks(emit, "cpu")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,12 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.forked_cli import ForkedCli
 
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|bitsandbytes")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -107,6 +111,26 @@ def lowvram() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forked_cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedCli]:
+    """The real command line in forks of a warm process, which faults may hit."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system does not fork")
+    from tests.forked_cli import ForkedCli
+
+    made = ForkedCli(tmp_path_factory.mktemp("forked"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def fault_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny real model with its data, which other users may read."""
+    from tests.fault_run import save_home
+
+    return save_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture

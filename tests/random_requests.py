@@ -113,7 +113,7 @@ def _wishes(draw: random.Random, name: str) -> Wishes:
         "batch": (1, 4, 4, 6),
         "micro_batch": (1, 2, 3, 4),
         "precision": ("nf4", "nf4", "int8", "bf16", "fp16", "fp32"),
-        "optimizer": ("adamw", "adamw8bit", "paged_adamw8bit"),
+        "optimizer": ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"),
         "levers": _LEVERS,
         "no_offload": (True,),
         "packing": (True, False),
@@ -227,7 +227,8 @@ def contradictions(request: Request) -> list[str]:
         return [error.message]
     asked = pinned | {"optimizer": wishes.optimizer}
     tiles = bool(pinned.get("tile_tokens") or pinned.get("offload_checkpoints"))
-    offloads = any(asked.get(k) == v for k, v in (ON_HOST | {"optimizer": "paged_adamw8bit"}).items())
+    paged = str(wishes.optimizer).startswith("paged")
+    offloads = paged or any(asked.get(k) == v for k, v in ON_HOST.items())
     nested = pinned.get("double_quantization") and wishes.levers != "all"
     whole_head = pinned.get("head", "" if "head" in profile.ladder else "16bit") == "16bit"
     length = min(wishes.seq_len or (stats.longest_tokens if stats else 8), shape.context_limit)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram import cli
+from lowvram import cli_requests
 from tests.conftest import LLAMA_8B, QWEN2_7B
 from tests.test_plan_page import TINY, _main
 
@@ -86,7 +86,7 @@ def test_what_does_not_go_together(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Print,
 ) -> None:
-    monkeypatch.setattr(cli, "_planned", lambda *_, **__: pytest.fail("planned"))
+    monkeypatch.setattr(cli_requests, "planned", lambda *_, **__: pytest.fail("planned"))
     monkeypatch.chdir(tmp_path)
     assert _main(monkeypatch, "plan", *_models(*pair[:1] * n), *more) == 2
     assert says in capsys.readouterr().err

@@ -56,7 +56,7 @@ def test_the_self_check_passes_without_a_gpu() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no NVIDIA GPU here" in done.stdout
     assert done.stdout.count("against the prediction; 1 % is allowed") == 2  # whole sequences and tiles
-    assert "27 of 27 checks of the levers' gradients passed" in done.stdout
+    assert "28 of 28 checks of levers and of recovery passed" in done.stdout
 
 
 @pytest.mark.parametrize(("measured", "code"), [(1000, 0), (1009, 0), (991, 0), (1020, 1), (980, 1)])

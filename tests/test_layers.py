@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "lowvram"
 ORDER = [
     {"errors", "units", "frozen", "cache", "alloc_conf", "gc_pause", "__init__"},
-    {"hardware", "gpu_driver", "gpu_problems", "data_sheets", "device_rates"},
+    {"hardware", "gpu_driver", "gpu_sensors", "gpu_problems", "data_sheets", "device_rates"},
     {"data"},
     {"engine"},
     {"memory"},
@@ -31,11 +31,13 @@ ORDER = [
             "profiles_view",
             "why_view",
             "merge_command",
+            "phases_view",
+            "watch",
             "data_page",
         ),
     },
     {"demo"},
-    {"cli", "cli_flags", "cli_profiles", "cli_data"},
+    {"cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests", "cli_watch"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

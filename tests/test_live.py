@@ -226,10 +226,11 @@ def test_the_epoch_is_a_true_fraction() -> None:
     plan = SimpleNamespace(total_steps=9, evaluate_every=100, estimate=estimate, budget_bytes=1)
     run = SimpleNamespace(
         plan=plan,
+        predicted_bytes=1,
         data=SimpleNamespace(steps_per_epoch=4),
         tokens=1,
         seconds=1.0,
-        monitor=SimpleNamespace(now_bytes=1, peak_bytes=1),
+        monitor=SimpleNamespace(now_bytes=1, peak_bytes=1, machine=None, warnings=list),
         folder=SimpleNamespace(append_metrics=lambda shown: seen.append(shown.epoch)),
         view=SimpleNamespace(step=lambda _: None),
         accelerator=SimpleNamespace(log=lambda *_, **__: None),

@@ -181,6 +181,7 @@ def _outcome(trace: Trace) -> tuple[int, int, int, int]:
     [
         ("llama", {"accumulation": 1, "levers": Levers(gradient_checkpointing=False)}),
         ("llama", {"optimizer": "adamw8bit", "levers": Levers(loss_chunk_tokens=64)}),
+        ("llama", {"optimizer": "paged_adamw"}),
         ("qwen2", {"micro_batch": 3}),
         ("mistral", {"seq_len": 1024}),  # beyond its window: with a mask
         ("gemma3_text", {"seq_len": 256}),  # alternates, 2 layers left over

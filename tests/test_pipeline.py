@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lowvram import cli
+from lowvram.training import data as training_data
 from lowvram.training import loop
 from lowvram.training import run as training_run
 
@@ -90,7 +91,12 @@ def test_a_packed_run_learns_as_an_unpacked_one_and_resumes(
     _edit(tmp_path, "accumulation: ", "accumulation: 14")
     assert run("train", plan, "-o", tmp_path / "unpacked")[0] == 0
     _edit(tmp_path, "packing: ", "packing: true")
-    assert run("train", plan, "-o", tmp_path / "whole")[0] == 0
+    packed = training_data.collate_packed
+    rows: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(training_data, "collate_packed", lambda some: (rows.append(len(some)), packed(some))[1])
+        assert run("train", plan, "-o", tmp_path / "whole")[0] == 0
+    assert max(rows) > 2  # examples in a row: more than a micro-batch has
 
     def stopped_after_two(state: training_run.Run, *args: Any) -> None:
         report(state, *args)
@@ -107,7 +113,7 @@ def test_a_packed_run_learns_as_an_unpacked_one_and_resumes(
     assert losses["stopped"] == losses["whole"]
     assert losses["whole"] == [pytest.approx(step, rel=1e-4) for step in losses["unpacked"]]
     shapes = [json.loads((tmp_path / n / "receipt.json").read_text()) for n in ("unpacked", "whole")]
-    assert shapes[0]["largest_batch_tokens"] < shapes[1]["largest_batch_tokens"] <= 2 * 64
+    assert {shape["largest_batch_tokens"] for shape in shapes} == {2 * 64}  # the proof's
 
 
 def _learned(finished: Path) -> list[tuple[float, int, int, float]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram import cli, hardware, plan_chart, plan_page, planning
+from lowvram import cli, cli_requests, hardware, plan_chart, plan_page, planning
 from lowvram.engine.source import ModelSource
 from lowvram.planner.profiles import profile_for
 from lowvram.planner.wishes import Wishes
@@ -166,7 +166,7 @@ def test_an_existing_file_is_refused_before_planning(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "_planned", lambda *_, **__: pytest.fail("planned"))
+    monkeypatch.setattr(cli_requests, "planned", lambda *_, **__: pytest.fail("planned"))
     html = tmp_path / "plan.html"
     html.write_text("mine")
     common = ("plan", "--model", config_only(QWEN2_7B))

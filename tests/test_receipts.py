@@ -219,6 +219,17 @@ class _Cuda:
         return self.reserved + self.context
 
     held_by_others_bytes = 7 * MiB
+    uuid, name = "", GPU
+
+    def told_bytes(self, _: Card) -> int:
+        return self.reserved + self.context
+
+
+class _NoSampler:
+    """No thread: tests/test_monitor.py has it."""
+
+    def __init__(self, *_: object) -> None: ...
+    def start(self) -> None: ...
 
 
 @pytest.fixture
@@ -226,6 +237,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> _Cuda:
     fake = _Cuda()
     monkeypatch.setattr(torch, "cuda", fake)
     monkeypatch.setattr(monitor_file, "_own_memory", lambda: fake)
+    monkeypatch.setattr(monitor_file, "Sampler", _NoSampler)
     return fake
 
 

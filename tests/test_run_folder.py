@@ -20,6 +20,7 @@ import pytest
 
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.training import run_folder
+from lowvram.training.events import Event
 from lowvram.training.metrics import StepRecord
 from lowvram.training.run_folder import RunFolder, default_path, require_disk
 from lowvram.units import GiB
@@ -201,7 +202,7 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     def refuse(_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_folder, "_lock", refuse)
+    monkeypatch.setattr(run_folder, "lock", refuse)
     error = refusal(RunFolder(tmp_path).lock().__enter__)
     assert "No locks available" in error.message
     assert "local disk" in error.remedy
@@ -245,6 +246,16 @@ def test_resuming_drops_later_steps_and_a_torn_line(torn: bytes, tmp_path: Path)
     run.append_metrics(record(3, loss=9.0))
     assert run.read_metrics() == [record(1), record(2), record(3, loss=9.0)]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_event_after_a_torn_one_is_read(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    events = [Event.now("start", "one", 0), Event.now("resume", "two", 3)]
+    run.append_event(events[0])
+    with run.events_file.open("ab") as handle:
+        handle.write(b'{"at": "2026')
+    run.append_event(events[1])
+    assert run.read_events() == events
 
 
 def test_dropping_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lowvram.data.stats import DataStats
-from lowvram.engine.config import StepConfig
+from lowvram.engine.config import PAGED, StepConfig
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware, card_of_size, probe
@@ -146,6 +146,15 @@ def test_unknown_targets_are_told_beside_a_cpu_s_refusals(source: ModelSource) -
     for precision in ("fp32", "int8", "nf4"):
         plan = make_plan(source, _cpu(), load_profile("cpu"), Wishes(**followed, precision=precision))
         assert (plan.base_precision, plan.optimizer) == (precision, "adamw8bit")
+
+
+@pytest.mark.parametrize("optimizer", PAGED)
+def test_a_paged_optimizer_asks_for_a_gpu_and_its_host(optimizer: str, source: ModelSource) -> None:
+    assert f"--optimizer {optimizer}: a CPU" in _refusal(source, _cpu(), optimizer=optimizer).message
+    error = _refusal(source, _gpu(), optimizer=optimizer, no_offload=True)
+    assert error.message == f"--no-offload and optimizer={optimizer} contradict each other."
+    plan = make_plan(source, _gpu(), PROFILE, Wishes(optimizer=optimizer, seq_len=64))
+    assert plan.optimizer == optimizer
 
 
 def test_one_contradiction_is_no_list(source: ModelSource) -> None:

@@ -26,6 +26,9 @@ class DataStats(Frozen):
     template: str = Field(description="whose chat template rendered it")
     n_examples: int = Field(ge=1, description="examples trained on; held-out ones do not count")
     n_held_out: int = Field(ge=0)
+    longest_held_out_tokens: int = Field(0, ge=0, description="longest held-out example")
+    eval_source: str | None = Field(None, description="of the held-out examples, where they have their own")
+    eval_sha256: str | None = Field(None, description="of its content")
     n_tokens: int = Field(ge=0, description="tokens of the examples trained on: one epoch")
     n_trained_tokens: int = Field(ge=0, description="those of n_tokens that the loss counts")
     longest_tokens: int = Field(ge=0, description="longest example trained on")
@@ -70,7 +73,12 @@ class DataStats(Frozen):
 
 
 def data_stats(train: Examples, held_out: Examples, reading: Reading, template: str) -> DataStats:
-    """The statistics of a prepared source, split; `template` as `template_name` says it."""
+    """The statistics of a prepared source, split; `template` as `template_name` says it.
+
+    Args:
+        held_out: of the same store, or of one of their own.
+    """
+    own = held_out.store is not train.store
     store, lengths = train.store, train.lengths
     known, pairs = store.entry.known, store.entry.pairs
     return DataStats(
@@ -79,11 +87,14 @@ def data_stats(train: Examples, held_out: Examples, reading: Reading, template: 
         shape_found=bool(known.first),
         reading=reading.model_copy(update={"shape": known.shape}),
         unread_fields=store.entry.unread,
-        n_skipped=len(store.bad_rows),
+        n_skipped=len(store.bad_rows) + (len(held_out.store.bad_rows) if own else 0),
         sha256=store.sha256(),
         template=template,
         n_examples=len(train),
         n_held_out=len(held_out),
+        longest_held_out_tokens=int(held_out.lengths.max()),
+        eval_source=held_out.store.entry.name if own else None,
+        eval_sha256=held_out.store.sha256() if own else None,
         n_tokens=train.n_tokens,
         n_trained_tokens=int(train.n_trained.sum()),
         longest_tokens=int(lengths.max()),

@@ -21,6 +21,7 @@ from lowvram.engine.dora import Dora, dora_linear, is_dora, start_magnitudes
 from lowvram.engine.linears import is_turned
 from lowvram.engine.lora import lora_linear
 from lowvram.engine.model import DTYPES
+from lowvram.engine.recompute import switch_recompute
 from lowvram.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,8 +101,7 @@ def add_adapters(model: PreTrainedModel, step: StepConfig) -> PeftModel:
         add_start(peft_model, DTYPES[step.compute_dtype])
     if not any(parameter.is_meta for parameter in peft_model.parameters()):
         start_magnitudes(peft_model)
-    if step.levers.gradient_checkpointing and not step.levers.tiles:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    switch_recompute(model, step.levers)
     return peft_model
 
 

@@ -12,9 +12,10 @@ BasePrecision = Literal["nf4", "int8", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
 TaskType = Literal["CAUSAL_LM", "SEQ2SEQ_LM"]
 HeadKind = Literal["16bit", "nf4", "int8", "streamed"]
-OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw8bit"]
+OptimizerName = Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"]
 Bias = Literal["none", "all", "lora_only"]
 AdapterInit = Literal["default", "pissa", "olora", "loftq", "eva", "lora_ga", "lora_one"]
+PAGED: tuple[OptimizerName, ...] = ("paged_adamw", "paged_adamw8bit")  # their state may move to the host
 QUANTIZED = ("int8", "nf4")  # of a base and of a head
 GRADIENT_INITS = ("lora_ga", "lora_one")  # made from the gradient of the whole weight
 DATA_INITS = (*GRADIENT_INITS, "eva")  # look at the first micro-batches
@@ -124,7 +125,9 @@ class StepConfig(Frozen):
         description="a step's examples share rows of up to micro_batch * seq_len tokens without padding; "
         "fewer passes, the same gradients",
     )
-    optimizer: OptimizerName = Field("adamw", description="its state in float32, or in 8 bits")
+    optimizer: OptimizerName = Field(
+        "adamw", description="its state in float32 or in 8 bits; a paged one gives way to the host"
+    )
     weight_decay: float = Field(0.0, ge=0, description="of the adapter's matrices")
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are scaled down to it")
     levers: Levers = Field(Levers(), description="switches that trade time for memory")

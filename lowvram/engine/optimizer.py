@@ -1,4 +1,4 @@
-"""Optimizers over what trains: torch's fused AdamW or bitsandbytes' 8-bit ones, with LoRA+'s two rates."""
+"""Optimizers over what trains, torch's fused AdamW or bitsandbytes' 8-bit and paged ones; their state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def make_optimizer(
         return torch.optim.AdamW(groups, fused=True, **common)  # type: ignore[arg-type]
     import bitsandbytes as bnb
 
-    kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
+    kinds = {
+        "adamw8bit": bnb.optim.AdamW8bit,
+        "paged_adamw": bnb.optim.PagedAdamW,
+        "paged_adamw8bit": bnb.optim.PagedAdamW8bit,
+    }
     optimizer: torch.optim.Optimizer = kinds[step.optimizer](groups, **common)
     return optimizer
 
@@ -55,3 +59,40 @@ def _groups(
         }
         for (fast, undecayed), some in sorted(found.items(), key=lambda item: item[0])
     ]
+
+
+def forget_state(optimizer: torch.optim.Optimizer) -> None:
+    """As before the first update, in the memory that the state has; bitsandbytes' code books stay."""
+    for values in optimizer.state.values():
+        for name, value in values.items():
+            if not name.startswith("qmap"):
+                values[name] = value.zero_() if isinstance(value, torch.Tensor) else 0
+
+
+def restore_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """`saved`, a state_dict, into the state that is there: each tensor keeps its place.
+
+    bitsandbytes' own load_state_dict brings paged state to the device, where the plan has no room for it.
+    """
+    if not optimizer.state:
+        optimizer.load_state_dict(dict(saved))
+        return
+    for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, index in zip(group["params"], old["params"], strict=True):
+            _restore(optimizer.state[parameter], _flat(saved["state"].get(index, {})))
+        group.update({name: value for name, value in old.items() if name != "params"})
+
+
+def _restore(live: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(live.get(name), torch.Tensor):
+            live[name].copy_(value)
+        else:
+            live[name] = value
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """bitsandbytes saves its quantised tensors one level down."""
+    inner = [value for value in values.values() if isinstance(value, Mapping)]
+    outer = {name: value for name, value in values.items() if not isinstance(value, Mapping)}
+    return {**outer, **{name: value for some in inner for name, value in some.items()}}

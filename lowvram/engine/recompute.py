@@ -19,6 +19,14 @@ def layers_of(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
+def switch_recompute(base: PreTrainedModel, levers: Levers) -> None:
+    """Gradient checkpointing by transformers as the levers say; tiles recompute by themselves."""
+    if levers.gradient_checkpointing and not levers.tiles:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    elif any(layer.gradient_checkpointing for layer in layers_of(base)):
+        base.activation_checkpointing_disable()
+
+
 def keep_last(base: PreTrainedModel, levers: Levers) -> None:
     """Except the last `kept_layers` from gradient checkpointing.
 

@@ -113,6 +113,7 @@ def train_step(
     backward: Backward = torch.Tensor.backward,
     clip: Clip = nn.utils.clip_grad_norm_,
     unsynced: Callable[[], AbstractContextManager[object]] = nullcontext,
+    update: Callable[[], None] | None = None,
     empty_cache: bool = False,
 ) -> StepResult:
     """Forward and backward over all micro-batches, clip, update.
@@ -123,6 +124,7 @@ def train_step(
     Args:
         batches: the step's micro-batches; each moves to the model's device when its turn comes.
         backward, clip: accelerate's versions while training.
+        update: instead of `optimizer.step`.
         unsynced: context of all micro-batches but the last, under DDP `no_sync`.
         empty_cache: the lever of that name.
     """
@@ -139,7 +141,7 @@ def train_step(
         del loss
     assert total is not None, "a step needs at least one micro-batch"
     grad_norm = clip(parameters, max_grad_norm)
-    optimizer.step()
+    (update or optimizer.step)()
     optimizer.zero_grad(set_to_none=True)
     if empty_cache and device.type == "cuda":
         torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ from typing import Literal
 
 from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
+from lowvram.memory.rung import Rung
 
 Phase = Literal["load", "initialisation", "forward", "backward", "clip", "optimizer", "evaluation", "other"]
 PHASES: tuple[Phase, ...] = Phase.__args__  # type: ignore[attr-defined]
@@ -43,6 +44,7 @@ class Receipt(Frozen):
     measured_context_bytes: int | None  # of the driver's bytes what the allocator did not take
     measured_held_bytes: int | None  # by the desktop and other processes, at the start
     measured_steps: int  # of the process that finished the run; those before a resume are not in it
+    rungs: tuple[Rung, ...] = ()  # taken when memory ran out: the measured peaks are of leaner steps too
     largest_batch_tokens: int  # padding included; the prediction is for micro_batch * seq_len
     phases: dict[Phase, PhaseMemory]
     versions: dict[str, str]
@@ -58,4 +60,5 @@ class Receipt(Frozen):
         if not measured or not predicted:
             return False
         full = self.step.micro_batch * self.step.seq_len
-        return self.largest_batch_tokens >= _FULL_SHAPE * full or measured > predicted
+        as_planned = self.largest_batch_tokens >= _FULL_SHAPE * full and not self.rungs
+        return as_planned or measured > predicted

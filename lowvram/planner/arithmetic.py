@@ -9,7 +9,7 @@ _BYTES = {"nf4": 0.5158, "int8": 1.0, "bf16": 2.0, "fp16": 2.0, "fp32": 4.0}  # 
 _PLAIN_SCALES = 0.0466  # bytes a weight that double quantisation saves: 0.37 bits
 _LOGIT_BYTES = 10  # of one token and one word: 16-bit logits, and their softmax and gradient in float32
 _HEAD_BYTES = {"int8": 1.0, "nf4": 0.5158, "streamed": 0.0}
-_STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2}
+_STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged_adamw": 8, "paged_adamw8bit": 2}
 
 
 def resident_bytes(step: StepConfig, shape: ModelShape) -> float:

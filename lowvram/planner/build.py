@@ -120,6 +120,8 @@ def _plan(request: Request, search: Search, step: StepConfig) -> Plan:
         data=stats.source if stats else None,
         data_sha256=stats.sha256 if stats else None,
         reading=stats.reading if stats else Reading(),
+        eval_data=stats.eval_source if stats else None,
+        eval_data_sha256=stats.eval_sha256 if stats else None,
         profile=profile.name,
         schedule=profile.schedule,
         seed=wishes.seed,

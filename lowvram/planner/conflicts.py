@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from lowvram.data.stats import DataStats
-from lowvram.engine.config import DORA_INITS
+from lowvram.engine.config import DORA_INITS, PAGED
 from lowvram.engine.shape import ModelShape
 from lowvram.errors import ConfigError
 from lowvram.hardware import Hardware
@@ -42,6 +42,7 @@ def refuse_conflicts(request: Request, shape: ModelShape) -> None:
             *_batch(request),
             *_precision(request.wishes, request.hardware),
             *_levers(request, shape),
+            *_early_stop(request.wishes),
         ]
     )
 
@@ -97,7 +98,8 @@ def adapter_methods(wishes: Wishes, shape: ModelShape) -> Iterator[Conflict]:
 
 def _trains(wishes: Wishes) -> Iterator[Conflict]:
     """Flags that say how to train, where nothing trains."""
-    flags = ("optimizer", "lora_plus", "lora_fa", "learning_rate", "epochs", "steps")
+    flags: tuple[str, ...] = ("optimizer", "lora_plus", "lora_fa", "learning_rate", "epochs", "steps")
+    flags += ("keep_checkpoints", "early_stop")
     for flag in flags:
         if getattr(wishes, flag):
             name = f"--{flag.replace('_', '-')}"
@@ -138,6 +140,15 @@ def _batch(request: Request) -> Iterator[Conflict]:
         )
 
 
+def _early_stop(wishes: Wishes) -> Iterator[Conflict]:
+    """The first held-out loss is the best so far: so many more without a better one take as many steps."""
+    if wishes.early_stop and wishes.steps and wishes.steps <= wishes.early_stop:
+        yield Conflict(
+            f"--early-stop {wishes.early_stop} waits for longer than --steps {wishes.steps} last.",
+            "Raise --steps, or leave --early-stop out.",
+        )
+
+
 def _precision(wishes: Wishes, hardware: Hardware) -> Iterator[Conflict]:
     wanted, own = wishes.precision, sixteen_bit(hardware)
     if wanted == "fp16" and hardware.backend == "cpu":
@@ -149,9 +160,9 @@ def _precision(wishes: Wishes, hardware: Hardware) -> Iterator[Conflict]:
             f"--precision bf16: {hardware.name} has no bf16 arithmetic.",
             "Use --precision fp16 (with loss scaling, adapters in float32), int8 or nf4.",
         )
-    if wishes.optimizer == "paged_adamw8bit" and hardware.backend == "cpu":
+    if wishes.optimizer in PAGED and hardware.backend == "cpu":
         yield Conflict(
-            "--optimizer paged_adamw8bit: a CPU has no other memory to page to.",
+            f"--optimizer {wishes.optimizer}: a CPU has no other memory to page to.",
             "Use --optimizer adamw8bit or adamw.",
         )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lowvram.engine.config import BasePrecision, ComputeDtype, StepConfig
+from lowvram.engine.config import PAGED, BasePrecision, ComputeDtype, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.hardware import Hardware
 from lowvram.planner.variants import TILE_TOKENS, tile_for
@@ -139,7 +139,7 @@ LEVERS: tuple[Lever, ...] = (
         "the state of AdamW in float32, or in 8 bits",
         lambda s: ("adamw", "paged_adamw8bit" if s.uses_host else "adamw8bit"),
         lambda s: "a CPU's 8-bit state is slow, and small beside the model" if s.on_cpu else "",
-        on_host=("paged_adamw8bit",),
+        on_host=PAGED,
     ),
     Lever(
         "offload_checkpoints",

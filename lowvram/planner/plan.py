@@ -15,6 +15,11 @@ from lowvram.frozen import Frozen
 from lowvram.memory.estimate import MemoryEstimate
 from lowvram.planner.profiles import parse_yaml
 
+# What a plan tells and what decides no gradient. What was read has its own hash, wherever it lies.
+_TOLD = {"reading", "data", "eval_data", "device", "budget_bytes", "estimate", "largest_seq_len"}
+_TOLD |= {"host_ram_bytes", "n_parameters", "n_trainable", "reasons", "seconds_per_step", "seconds_in_all"}
+_PACED = {"evaluate_every", "save_every", "keep_checkpoints", "early_stop"}  # may change while it runs
+
 
 class PlannedDevice(Frozen):
     """The device as it was when the plan was made."""
@@ -37,6 +42,8 @@ class Plan(StepConfig):
     data: str | None = Field(None, description="training data: file or hub id")
     data_sha256: str | None = Field(None, description="of the data's content; a changed file is refused")
     reading: Reading = Field(Reading(), description="how the data is read")
+    eval_data: str | None = Field(None, description="held out instead of a share of data; read as data is")
+    eval_data_sha256: str | None = Field(None, description="of its content; a changed file is refused")
     profile: str = Field(description="whose policy was used")
     learning_rate: float = Field(2e-4, gt=0, description="its peak, after the warm-up")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -47,6 +54,10 @@ class Plan(StepConfig):
     held_out_share: float = Field(0.05, gt=0, lt=1, description="of the examples, kept for the held-out loss")
     evaluate_every: int = Field(1, ge=1, description="optimizer steps between held-out losses")
     save_every: int = Field(1, ge=1, description="optimizer steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest ones that stay, and the best one besides")
+    early_stop: int = Field(
+        0, ge=0, description="so many held-out losses in a row without a better one end the run; 0: never"
+    )
     seed: int = Field(0, ge=0, description="of the data's order, dropout and the adapter")
     device: PlannedDevice = Field(description="for which the plan was made")
     budget_bytes: int = Field(
@@ -83,22 +94,14 @@ class Plan(StepConfig):
         return f"{self.largest_seq_len:,} tokens {how}"
 
     @property
-    def sha256(self) -> str:
-        """Of what decides the result of training: not of the device, the estimates or the reasons.
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result of training, as JSON values: all but `_TOLD` and `_PACED`."""
+        return self.model_dump(mode="json", exclude=_TOLD | _PACED)
 
-        Nor of `reading`: what was read has its own hash, `data_sha256`.
-        """
-        told = {
-            "reading",
-            "device",
-            "budget_bytes",
-            "estimate",
-            "largest_seq_len",
-            "host_ram_bytes",
-            "reasons",
-        }
-        paced = {"seconds_per_step", "seconds_in_all", "evaluate_every", "save_every"}
-        text = self.model_dump_json(exclude=told | paced)
+    @property
+    def sha256(self) -> str:
+        """Of what decides the result of training: not of the device, the estimates or the reasons."""
+        text = self.model_dump_json(exclude=_TOLD | _PACED)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -47,6 +47,7 @@ def explain(request: Request, search: Search, step: StepConfig) -> tuple[str, ..
         _batch(step, wishes, prefer),
         *_packing(step, search, wishes, stats),
         *_learning_rate(step, profile, wishes),
+        *evaluation_reasons(step, wishes, stats),
         *lever_reasons(step, wishes, prefer),
         *_unquantized(shape, step),
         *_untiled(shape, step),
@@ -194,6 +195,18 @@ def _learning_rate(step: StepConfig, profile: Profile, wishes: Wishes) -> Iterat
         return
     own = f"the profile's {profile.learning_rate:g} for {profile.effective_batch} examples"
     yield f"learning rate: {own} times {batch_factor(profile, whole):.2g}, the root of the batch's ratio"
+
+
+def evaluation_reasons(step: StepConfig, wishes: Wishes, stats: DataStats | None) -> Iterator[str]:
+    """Of held-out examples with a file of their own, and of an early stop."""
+    if stats and stats.eval_source:
+        longest = stats.longest_held_out_tokens
+        told = f"the longest has {longest} tokens and is cut to {step.seq_len}"
+        if longest <= step.seq_len:
+            told = f"the longest has {longest} tokens, none is cut"
+        yield f"held out: {stats.eval_source}, {_ASKED}, nothing of {stats.source}; {told}"
+    if wishes.early_stop:
+        yield f"early stop: after {wishes.early_stop} held-out losses in a row without a better, {_ASKED}"
 
 
 def lever_reasons(step: StepConfig, wishes: Wishes, prefer: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from lowvram.planner.profiles import Profile
 from lowvram.planner.search import Search
 from lowvram.units import GiB, format_bytes
 
+_IN_FLOAT32 = ("adamw", "paged_adamw")  # a paged state counts as on the device: there it is when it is used
 _LEANER = {"fp32": "int8", "bf16": "int8", "fp16": "int8", "int8": "nf4"}
 
 
@@ -54,8 +55,8 @@ def _nearest(search: Search, base: StepConfig, request: Request) -> Iterator[str
         yield f"--rank {rank}"
     if wishes.precision is not None and (precision := _leaner_precision(search, base)):
         yield f"--precision {precision}"
-    if wishes.optimizer == "adamw" and _fits_without(search, base, "optimizer"):
-        yield "without --optimizer adamw"
+    if wishes.optimizer in _IN_FLOAT32 and _fits_without(search, base, "optimizer"):
+        yield f"without --optimizer {wishes.optimizer}"
     if wishes.no_offload and _fits(_freer(search, uses_host=True), base):
         yield "without --no-offload"
     if wishes.packing and _fits_without(search, base, "packing"):

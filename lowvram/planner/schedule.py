@@ -13,7 +13,9 @@ from lowvram.planner.wishes import Wishes
 _MOST_SCALED = 4.0  # the learning rate's rule is not trusted further from the profile's batch
 _LONGEST_WARMUP = 0.2  # of all steps
 _EVALUATIONS = 5  # held-out losses in a run, beside the first
+_EVALUATIONS_TO_STOP = 2  # times as many as an early stop waits for: half a run may be saved
 _MOST_STEPS_LOST = 50  # between two checkpoints
+_CHECKPOINTS_KEPT = 2  # one to go on from, and one should it be damaged
 
 
 class Schedule(Frozen):
@@ -24,6 +26,8 @@ class Schedule(Frozen):
     total_steps: int
     evaluate_every: int
     save_every: int
+    keep_checkpoints: int
+    early_stop: int
 
 
 def schedule_for(
@@ -36,8 +40,10 @@ def schedule_for(
         learning_rate=wishes.learning_rate or float(f"{profile.learning_rate * factor:.2g}"),
         warmup_steps=_warmup_steps(profile, factor, steps),
         total_steps=steps,
-        evaluate_every=max(1, steps // _EVALUATIONS),
+        evaluate_every=max(1, steps // max(_EVALUATIONS, _EVALUATIONS_TO_STOP * (wishes.early_stop or 0))),
         save_every=max(1, min(steps // _EVALUATIONS, _MOST_STEPS_LOST)),
+        keep_checkpoints=wishes.keep_checkpoints or _CHECKPOINTS_KEPT,
+        early_stop=wishes.early_stop or 0,
     )
 
 

@@ -110,12 +110,15 @@ class Search:
         Of equals the one whose levers are further along: arithmetic sees only the larger of a layer's work
         and the logits, a trace may see both.
         """
+        return self.leanest_of(self.candidates(base) or self._space(base))
+
+    def leanest_of(self, some: list[Candidate]) -> StepConfig:
         shape = self.model.shape
 
         def least(one: Candidate) -> tuple[float, int]:
             return floor_bytes(one.step, shape) + max(working_bytes(one.step, shape)), -sum(one.place)
 
-        return min(self.candidates(base) or self._space(base), key=least).step
+        return min(some, key=least).step
 
     def largest_seq_len(self, step: StepConfig, limit: int, keeps: bool = False) -> int:
         """Longest sequence that fits with all else as in `step` (0 when none does), to 64 tokens or 2 %.

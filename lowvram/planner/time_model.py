@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lowvram.data.stats import DataStats
 from lowvram.device_rates import DeviceRates
-from lowvram.engine.config import StepConfig
+from lowvram.engine.config import PAGED, StepConfig
 from lowvram.engine.shape import ModelShape
 from lowvram.planner.schedule import Schedule
 from lowvram.planner.workload import Tokens, Workload
@@ -28,9 +28,11 @@ _EMPTY_CACHE_SECONDS = 0.05  # some dozens of cudaFree and cudaMalloc, each of w
 _OPTIMIZER_BYTES = {  # read and written a parameter: weight, gradient and two moments, in float32 or 8 bits
     "adamw": 28.0,
     "adamw8bit": 30.0,  # fewer bytes, and a search in a table of 256 for each new moment
+    "paged_adamw": 28.0,
     "paged_adamw8bit": 30.0,
 }
-_PAGED_BYTES = 4.0  # over PCIe and back: two moments of one byte, where memory is short
+# over PCIe and back, a parameter: two moments of four bytes or of one, where memory is short
+_PAGED_BYTES = {"paged_adamw": 16.0, "paged_adamw8bit": 4.0}
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,9 @@ class TimeModel:
     def _optimizer(self, step: StepConfig, busy: float) -> float:
         n = self.shape.n_trainable(step)
         seconds = n * _OPTIMIZER_BYTES[step.optimizer] / self.rates.memory_bytes_per_second
-        if step.optimizer == "paged_adamw8bit" and not self.on_cpu:
-            seconds += n * _PAGED_BYTES / self.rates.host_bytes_per_second + _PAGED_SHARE * busy
+        if step.optimizer in PAGED and not self.on_cpu:
+            paged = n * _PAGED_BYTES[step.optimizer] / self.rates.host_bytes_per_second
+            seconds += paged + _PAGED_SHARE * busy
         return seconds
 
     def _launches(self, step: StepConfig, tokens: Tokens, tiles: float, busy: float) -> float:

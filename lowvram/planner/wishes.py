@@ -66,6 +66,8 @@ class Wishes(Frozen):
     steps: int | None = Field(None, ge=1, le=10**9)
     learning_rate: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     seed: int = Field(0, ge=0, lt=1 << 32)  # numpy's range
+    keep_checkpoints: int | None = Field(None, ge=1, le=10**6)
+    early_stop: int | None = Field(None, ge=0, le=10**6)
 
     @property
     def pinned(self) -> dict[str, Any]:

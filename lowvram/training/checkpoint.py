@@ -11,7 +11,6 @@ Nothing is pickled, so a checkpoint from a stranger can do no more than be wrong
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -30,8 +29,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lowvram.errors import ConfigError, DoesNotFitError
+from lowvram.errors import NO_ROOM, ConfigError, DoesNotFitError
 from lowvram.frozen import Frozen
+from lowvram.training.json_values import decode, encode
 from lowvram.units import format_bytes
 
 FORMAT = 1
@@ -45,8 +45,8 @@ _NAME = re.compile(r"step-(\d{6,})")
 # A step that is saved again sets its first checkpoint aside until the new one is in place.
 _SET_ASIDE = re.compile(r"\.step-(\d{6,})\.old")
 _UNFINISHED = re.compile(r"\.step-\d{6,}\.tmp")
-# safetensors says it in words only: ENOSPC, EDQUOT on Linux and on macOS, ERROR_DISK_FULL on Windows.
-_DISK_FULL = re.compile(r"os error (28|122|69|112)\)")
+# safetensors says it in words only: ENOSPC, EFBIG, EDQUOT on Linux and on macOS, ERROR_DISK_FULL on Windows.
+_DISK_FULL = re.compile(r"os error (28|27|122|69|112)\)")
 
 
 @dataclass
@@ -99,11 +99,15 @@ def _cuda_in_use() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def save(folder: Path, state: CheckpointState, keep: int = 2) -> Path:
-    """Writes `folder`/step-000123, then removes what is older than the newest `keep`.
+def save(folder: Path, state: CheckpointState, keep: int = 2, best_step: int = 0) -> Path:
+    """Writes `folder`/step-000123, then removes what is older than the newest `keep`, but not `best_step`'s.
 
     A kill at any moment leaves the earlier checkpoints, and this one whole or not at all. Checkpoints of
     later steps are removed: the run has gone back behind them, and resuming from one would undo that.
+
+    Args:
+        best_step: whose checkpoint stays however old it is; 0: none. A best one that `state` replaces goes
+            only when `state` is in place.
 
     Raises:
         DoesNotFitError: the disk is full; the earlier checkpoints are untouched.
@@ -124,7 +128,7 @@ def save(folder: Path, state: CheckpointState, keep: int = 2) -> Path:
         if full is not None:
             raise full from error
         raise
-    _prune(folder, state.step, max(1, keep))
+    _prune(folder, state.step, max(1, keep), best_step)
     return path
 
 
@@ -137,6 +141,29 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             return path, notes
         notes.append(f"{path.name} is damaged: {damage}")
     return None, notes
+
+
+def of_step(folder: Path, step: int) -> tuple[Path | None, str]:
+    """The whole checkpoint of `step`; or None, and what is wrong with it."""
+    reason = "is gone"
+    for path in _checkpoints(folder):
+        if _step(path) == step:
+            damage = _damage(path)
+            if damage is None:
+                return path, ""
+            reason = f"is damaged: {damage}"
+    return None, f"The checkpoint of step {step} {reason}"
+
+
+def n_bytes(path: Path) -> int:
+    """Of all files of the checkpoint at `path`."""
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """`step` and `extra` of the checkpoint at `path`, where `extra` holds no tensor; nothing is checked."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return {name: decode(value, {}) for name, value in state["dict"] if name in ("step", "extra")}
 
 
 def what_is_safe(folder: Path) -> str:
@@ -157,7 +184,7 @@ def load(path: Path) -> CheckpointState:
     if damage is not None:
         raise ConfigError(f"{path} is damaged: {damage}.", f"lowvram resume {path.parent.parent}")
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    values = _decode(state, _read_tensors(path / TENSORS))
+    values = decode(state, _read_tensors(path / TENSORS))
     adapter = _read_tensors(path / ADAPTER)
     values["adapter"] = {name: adapter[name] for name in values["adapter"]}
     return CheckpointState(**values)
@@ -169,7 +196,7 @@ def load(path: Path) -> CheckpointState:
 def _write(folder: Path, state: CheckpointState) -> None:
     values = {**vars(state), "adapter": list(state.adapter)}  # safetensors sorts them: keep their order
     tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(_encode(values, "", tensors))
+    text = json.dumps(encode(values, "", tensors))
     save_file(_own_memory(state.adapter), folder / ADAPTER)
     save_file(_own_memory(tensors), folder / TENSORS)
     (folder / STATE).write_text(text, encoding="utf-8")
@@ -206,9 +233,11 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     _sync_folder(path.parent)
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
+def _prune(folder: Path, step: int, keep: int, best_step: int) -> None:
+    """One that was set aside goes as well: its step is in place again, or it is the best, which stays."""
     done = [path for path in _checkpoints(folder) if path.name.startswith("step-")]
     kept = [path for path in done if _step(path) <= step][:keep]
+    kept += [path for path in _checkpoints(folder) if _step(path) == best_step][:1]
     for path in _checkpoints(folder):
         if path not in kept:
             _remove(path)
@@ -247,13 +276,13 @@ def _sync_folder(path: Path) -> None:
 
 def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        return error.errno in NO_ROOM
     return isinstance(error, SafetensorError) and _DISK_FULL.search(str(error)) is not None
 
 
 def _disk_full(folder: Path, state: CheckpointState) -> DoesNotFitError:
     tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(_encode(vars(state), "", tensors))
+    text = json.dumps(encode(vars(state), "", tensors))
     needed = format_bytes(sum(tensor.nbytes for tensor in tensors.values()) + len(text))
     free = format_bytes(shutil.disk_usage(folder).free)
     return DoesNotFitError(
@@ -327,42 +356,3 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Copies: as safetensors gives the tensors they may be views of the file, which is pruned later."""
     with safe_open(path, framework="pt", device="cpu") as handle:
         return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
-
-
-# Values as JSON. {"a": (1, None), 0: tensor} becomes
-# {"dict": [["a", {"tuple": [1, null]}], [0, {"tensor": "0"}]]}: JSON alone would make a list of the tuple
-# and text of the key 0, and an optimizer's `state` has such keys.
-
-
-def _encode(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """`value` as JSON; its tensors go to `tensors`."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, torch.Tensor):
-        while place in tensors:  # the keys 0 and "0" have the same place
-            place += "'"
-        tensors[place] = value
-        return {"tensor": place}
-    if isinstance(value, (list, tuple)):
-        items = [_encode(item, _join(place, index), tensors) for index, item in enumerate(value)]
-        return {"tuple": items} if isinstance(value, tuple) else items
-    if isinstance(value, Mapping) and all(isinstance(key, (str, int)) for key in value):
-        return {"dict": [[key, _encode(item, _join(place, key), tensors)] for key, item in value.items()]}
-    raise TypeError(f"a checkpoint cannot hold the {type(value).__name__} at {place or 'its top'}")
-
-
-def _join(place: str, key: object) -> str:
-    return f"{place}/{key}" if place else str(key)
-
-
-def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "tuple":
-        return tuple(_decode(item, tensors) for item in content)
-    return {key: _decode(item, tensors) for key, item in content}

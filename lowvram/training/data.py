@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from lowvram.data.order import batches_of_epoch, steps_per_epoch
 from lowvram.data.packed_order import pack
 from lowvram.data.prepared import prepare_rows
-from lowvram.data.row_store import Examples
+from lowvram.data.row_store import Examples, RowStore
 from lowvram.data.shapes import Reading
 from lowvram.data.split import split_held_out
 from lowvram.data.stats import DataStats, data_stats
@@ -31,7 +32,10 @@ class PreparedData:
 
     def skipped(self, at_most: int | None = None) -> Iterator[str]:
         """`FILE:LINE: reason` of each row that was left out."""
-        return self.train.store.problems(at_most)
+        stores = [self.train.store]
+        if self.held_out.store is not self.train.store:
+            stores.append(self.held_out.store)
+        return itertools.islice((row for store in stores for row in store.problems()), at_most)
 
 
 def prepare(
@@ -40,18 +44,39 @@ def prepare(
     held_out_share: float = 0.05,
     reading: Reading = Reading(),  # noqa: B008  # frozen
     progress: Progress = lambda _done, _left: None,
+    eval_name: str | None = None,
 ) -> PreparedData:
     """Read, check, tokenise and split; what was prepared before is only looked up.
+
+    Args:
+        eval_name: a source of held-out examples, read as `name` is; then all of `name` is trained on.
 
     Raises:
         DataError: names the file and line.
     """
     pairs = bool(source.config.is_encoder_decoder)
     store = prepare_rows(name, reading, source.tokenizer, progress, pairs=pairs)
-    train, held_out = (store.select(side) for side in split_held_out(store.digests, held_out_share, name))
+    if eval_name is None:
+        train, held_out = (store.select(side) for side in split_held_out(store.digests, held_out_share, name))
+    else:
+        alike = _reading_of_eval(eval_name, reading, store)
+        other = prepare_rows(eval_name, alike, source.tokenizer, progress, pairs=pairs)
+        train, held_out = (_all_of(rows) for rows in (store, other))
     return PreparedData(
         train, held_out, data_stats(train, held_out, reading, template_name(source.tokenizer))
     )
+
+
+def _all_of(store: RowStore) -> Examples:
+    if not len(store):
+        raise DataError(f"{store.entry.name}:1: no row of it can be used.", "Add examples.")
+    return store.select(range(len(store)))
+
+
+def _reading_of_eval(name: str, reading: Reading, store: RowStore) -> Reading:
+    """As the training data, by the shape that was found there; a single file has no splits."""
+    split = None if Path(name).is_file() else reading.split
+    return reading.model_copy(update={"shape": store.entry.known.shape, "split": split})
 
 
 @dataclass(frozen=True)
@@ -95,13 +120,14 @@ class TrainingData:
         order = (micro_batch for step in self.steps_of_epoch(0) for micro_batch in step)
         return [[self.train[i] for i in micro_batch] for micro_batch in itertools.islice(order, n)]
 
-    def collate(self, examples: list[Example]) -> Batch:
+    def collate(self, examples: list[Example], packed: bool) -> Batch:
+        """One micro-batch, or one packed row."""
         if self.start_token_id is not None:
             return collate_pairs(examples, self.pad_token_id, self.start_token_id)
-        return collate_packed(examples) if self.plan.packing else collate(examples, self.pad_token_id)
+        return collate_packed(examples) if packed else collate(examples, self.pad_token_id)
 
-    def held_out_batches(self) -> Iterator[Batch]:
-        """Longest first, in the plan's micro-batch size, packed or padded."""
+    def held_out_micro_batches(self) -> Iterator[list[Example]]:
+        """Longest first, in the plan's micro-batch size, or the examples of a packed row."""
         lengths = self.held_out.lengths.tolist()
         size = self.plan.micro_batch
         if self.plan.packing:
@@ -110,7 +136,7 @@ class TrainingData:
             ordered = sorted(range(len(lengths)), key=lambda index: -lengths[index])
             batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         for batch in batches:
-            yield self.collate([self.held_out[index] for index in batch])
+            yield [self.held_out[index] for index in batch]
 
 
 def training_data(
@@ -122,14 +148,21 @@ def training_data(
         ConfigError: the content changed since the plan was made.
         DataError: nothing trainable is left after cutting.
     """
-    if plan.data_sha256 != prepared.stats.sha256:
-        raise ConfigError(
-            f"'{plan.data}' is not the data that this plan was made for: its content hash differs.",
-            "Restore the file, or make a new plan with lowvram auto.",
-        )
+    stats = prepared.stats
+    hashes = (
+        (plan.data, plan.data_sha256, stats.sha256),
+        (plan.eval_data, plan.eval_data_sha256, stats.eval_sha256),
+    )
+    for name, planned, found in hashes:
+        if planned != found:
+            raise ConfigError(
+                f"'{name}' is not the data that this plan was made for: its content hash differs.",
+                "Restore the file, or make a new plan with lowvram auto.",
+            )
     sides = [side.cut(plan.seq_len, plan.target_len) for side in (prepared.train, prepared.held_out)]
-    if not all(sides):
-        raise DataError(
-            f"{plan.data}: no trained token is left within {plan.seq_len} tokens.", "Raise --seq-len."
-        )
+    for side, name in zip(sides, (plan.data, plan.eval_data or plan.data), strict=True):
+        if not side:
+            raise DataError(
+                f"{name}: no trained token is left within {plan.seq_len} tokens.", "Raise --seq-len."
+            )
     return TrainingData(plan, sides[0], sides[1], pad_token_id, start_token_id)

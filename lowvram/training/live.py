@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
@@ -11,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lowvram.training.machine import MachineSample
 from lowvram.training.metrics import StepRecord
 from lowvram.units import GiB, format_bytes, format_seconds, printable
 
@@ -23,6 +25,7 @@ class View(Protocol):
     """What the loop shows itself on."""
 
     def start(self) -> None: ...
+    def catch_up(self, records: Sequence[StepRecord]) -> None: ...
     def step(self, record: StepRecord) -> None: ...
     def note(self, text: str) -> None: ...
     def stop(self) -> None: ...
@@ -45,6 +48,11 @@ class LineView:
     def start(self) -> None:
         self.note(self._title)
 
+    def catch_up(self, records: Sequence[StepRecord]) -> None:
+        """Of a run that is under way only the newest step; nothing shown before is shown again."""
+        for record in records[-1:]:
+            self.step(record)
+
     def step(self, record: StepRecord) -> None:
         place = f"step {record.step}/{record.total_steps}"
         memory = f"mem {_gib(record.memory_now_bytes)}/{_gib(record.memory_peak_bytes)} GiB peak"
@@ -53,7 +61,7 @@ class LineView:
         rate = f"lr {record.learning_rate:.1e}  {record.tokens_per_second:.0f} tok/s"
         self.note(f"{place}  loss {record.loss:.4f}  {rate}  {memory}  ETA {_duration(record.eta_seconds)}")
         if record.held_out_loss is not None:
-            self.note(f"{place}  held-out loss {record.held_out_loss:.4f}")
+            self.note(f"{place}  held-out loss {_held_out(record)}")
 
     def note(self, text: str) -> None:
         # A line that the console broke at its width could not be searched for.
@@ -71,18 +79,30 @@ class LiveView:
         self._title = Text(printable(title), style="bold")
         self._losses = LossHistory()
         self._held_out: Text | None = None
-        waiting = Group(self._title, Text("  The first step is under way.", style="dim"))
-        self._live = Live(waiting, console=console, refresh_per_second=4, transient=False)
+        self._live = Live(self._waiting(), console=console, refresh_per_second=4, transient=False)
 
     def start(self) -> None:
         self._live.start(refresh=True)
 
+    def catch_up(self, records: Sequence[StepRecord]) -> None:
+        """All steps so far of a run that is under way, or was set back; what was shown is forgotten."""
+        self._losses, self._held_out = LossHistory(), None
+        for record in records:
+            self._add(record)
+        self._live.update(self._panel(records[-1]) if records else self._waiting())
+
     def step(self, record: StepRecord) -> None:
+        self._add(record)
+        self._live.update(self._panel(record))
+
+    def _add(self, record: StepRecord) -> None:
         self._losses.add(record.loss)
         if record.held_out_loss is not None:
-            held_out = f"  held-out {record.held_out_loss:.4f} at step {record.step}"
+            held_out = f"  held-out {_held_out(record)} at step {record.step}"
             self._held_out = Text(held_out, style="not bold cyan")
-        self._live.update(self._panel(record))
+
+    def _waiting(self) -> RenderableType:
+        return Group(self._title, Text("  The first step is under way.", style="dim"))
 
     def note(self, text: str) -> None:
         # rich prints it above the panel; unbroken, so that a command in it can be copied
@@ -102,6 +122,8 @@ class LiveView:
         table.add_row("learning rate", Text(rate))
         table.add_row("memory", memory_bar(record, unicode=self._draws_blocks()))
         table.add_row("", _memory(record))
+        if record.machine is not None and (told := machine_line(record.machine)):
+            table.add_row("machine", Text(told))
         return Group(self._title, table)
 
     def _loss(self, record: StepRecord) -> Text:
@@ -186,6 +208,23 @@ def _memory(record: StepRecord) -> Text:
     return text
 
 
+def machine_line(sample: MachineSample) -> str:
+    """`GPU 71 °C, 160 of 170 W, 1700 of 2100 MHz, others 0.41 GiB   RAM 9.20 GiB left`, as far as told."""
+    told = {
+        "{} °C": (sample.gpu_temperature_celsius,),
+        "{:.0f} of {:.0f} W": (sample.gpu_power_watts, sample.gpu_power_limit_watts),
+        "{} of {} MHz": (sample.gpu_clock_mhz, sample.gpu_max_clock_mhz),
+    }
+    gpu = [text.format(*values) for text, values in told.items() if None not in values]
+    if sample.gpu_others_bytes is not None:
+        gpu.append(f"others {format_bytes(sample.gpu_others_bytes)}")
+    if sample.gpu_throttle:
+        gpu.append(f"held back: {', '.join(sample.gpu_throttle)}")
+    left = sample.host_available_bytes
+    parts = [f"GPU {', '.join(gpu)}" if gpu else "", f"RAM {format_bytes(left)} left" if left else ""]
+    return "   ".join(part for part in parts if part)
+
+
 def _alarm(record: StepRecord) -> str:
     """Red behind the budget, yellow behind the prediction."""
     if 0 < record.memory_budget_bytes < record.memory_peak_bytes:
@@ -201,6 +240,12 @@ def _block(height: float, value: float) -> str:
     if not math.isfinite(value):
         return "x"
     return BLOCKS[round(height * (len(BLOCKS) - 1))]
+
+
+def _held_out(record: StepRecord) -> str:
+    """`1.2345 (perplexity 3.44)`"""
+    known = record.held_out_perplexity
+    return f"{record.held_out_loss:.4f}" + ("" if known is None else f" (perplexity {known:.4g})")
 
 
 def _gib(n: int) -> str:

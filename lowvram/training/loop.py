@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from lowvram.data.tokens import Example
+from lowvram.engine.adapters import trainable
 from lowvram.engine.source import ModelSource
-from lowvram.engine.step import StepResult, train_step
-from lowvram.errors import ConfigError, OutOfMemoryError, StoppedError
+from lowvram.engine.step import StepResult
+from lowvram.errors import OutOfMemoryError, StoppedError
 from lowvram.planner.plan import Plan
 from lowvram.training import checkpoint
 from lowvram.training.data import PreparedData
+from lowvram.training.evaluation import perplexity
+from lowvram.training.failures import told_as_ours
 from lowvram.training.finish import finish, held_out_before
+from lowvram.training.finite import require_finite_adapter, require_finite_held_out, require_finite_step
 from lowvram.training.live import View
 from lowvram.training.metrics import StepRecord
-from lowvram.training.monitor import MemoryMonitor, watched
+from lowvram.training.monitor import MemoryMonitor
+from lowvram.training.proof import require_gradients, require_masked
+from lowvram.training.recovery import NoRungLeftError, gave_up, recovering, whole_update
 from lowvram.training.result import RunResult
-from lowvram.training.resuming import go_on, save
+from lowvram.training.resuming import go_on, is_due, save
 from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder
 from lowvram.training.set_up import set_up
 from lowvram.training.signals import Interrupted, StopRequest, stop_on_signal
 from lowvram.training.start import initialise_adapter
+from lowvram.training.stepping import evaluated, micro_batches_now, run_step
 from lowvram.units import format_bytes
+
+Hook = Callable[[Run], None]
 
 
 def train(
@@ -36,34 +44,33 @@ def train(
     prepared: PreparedData,
     view: View,
     log_with: tuple[str, ...] = (),
-    before: Callable[[Run], None] = lambda _: None,
-    after: Callable[[Run], None] = lambda _: None,
+    before: Hook = lambda _: None,
+    after: Hook = lambda _: None,
+    planned_levers: bool = False,
 ) -> RunResult:
     """Train `plan` from its newest checkpoint (or from the start) to its last step.
 
     Args:
         before, after: called with the loaded model before the first and after the last step.
+        planned_levers: go back up all rungs that the run had taken.
 
     Raises:
         StoppedError: a signal came; everything up to the last finished step is saved.
-        OutOfMemoryError: the device is full; the last checkpoint is intact.
+        OutOfMemoryError: the device is full, and no rung helped; the run is saved.
         ConfigError: the loss is not finite, or a checkpoint belongs to another plan.
+        DeviceLostError, DoesNotFitError, ConfigError: as `failures.told_as_ours`.
     """
     view.start()
     monitor = MemoryMonitor(plan.device.backend)
     try:
-        with stop_on_signal(view.note) as stop, folder.lock():
+        with stop_on_signal(view.note) as stop, folder.lock(), told_as_ours(folder):
             run = set_up(plan, folder, source, prepared, view, monitor, log_with)
-            go_on(run)
-            before(run)
-            run.loss_before = held_out_before(run)
-            initialise_adapter(run)
-            with stop.deferred():
-                _steps(run, stop)
-            result = finish(run)
-            after(run)
-            run.accelerator.end_training()
-            return result
+            try:
+                return _trained(run, stop, before, after, planned_levers)
+            except NoRungLeftError as error:
+                if run.step:
+                    save(run, run.step // run.data.steps_per_epoch)
+                raise gave_up(run, error) from None
     except Interrupted as interrupt:
         raise StoppedError(
             f"Stopped at once. {checkpoint.what_is_safe(folder.checkpoints)}",
@@ -81,22 +88,37 @@ def train(
         view.stop()
 
 
+def _trained(run: Run, stop: StopRequest, before: Hook, after: Hook, planned_levers: bool) -> RunResult:
+    go_on(run, planned_levers)
+    before(run)
+    run.loss_before = held_out_before(run)
+    initialise_adapter(run)
+    with stop.deferred():
+        _steps(run, stop)
+    result = finish(run)
+    after(run)
+    run.accelerator.end_training()
+    return result
+
+
 def _steps(run: Run, stop: StopRequest) -> None:
-    """Every optimizer step of the plan that is not done yet."""
+    """Every optimizer step of the plan that is not done yet, as far as no early stop ends them."""
     for epoch, micro_batches in run.data.steps_from(run.step):
+        if run.evaluations.ends_run(run.plan.early_stop):
+            return
         started = time.perf_counter()
         learning_rate = run.scheduler.get_last_lr()[0]
         result = _step(run, micro_batches)
         run.scheduler.step()
-        loss = float(result.loss)
-        _require_finite(run, loss, float(result.grad_norm))
+        require_finite_step(run, result)
         seconds = time.perf_counter() - started
         run.step += 1
         run.seconds += seconds
         run.tokens += sum(e.n_tokens for examples in micro_batches for e in examples)
         run.trained_tokens += result.trained_tokens
         _report(run, result, learning_rate, seconds, micro_batches)
-        if stop or run.step % run.plan.save_every == 0 or run.step == run.plan.total_steps:
+        if stop or is_due(run):
+            require_finite_adapter(run)
             save(run, epoch)
         if stop:
             assert stop.signal_number is not None
@@ -107,33 +129,24 @@ def _steps(run: Run, stop: StopRequest) -> None:
             )
 
 
-def _step(run: Run, micro_batches: list[list[Any]]) -> StepResult:
-    """One optimizer step, its memory measured phase by phase."""
-    with run.monitor.during("forward"):
-        batches = [run.data.collate(examples) for examples in micro_batches]
-        run.largest_batch_tokens = max(run.largest_batch_tokens, *(b.limited_tokens for b in batches))
-        result = train_step(
-            run.loss_of,
-            run.optimizer,
-            batches,
-            max_grad_norm=run.plan.max_grad_norm,
-            empty_cache=run.plan.levers.empty_cache,
-            **watched(run.monitor, run.accelerator.backward, run.accelerator.clip_grad_norm_),
-        )
+def _step(run: Run, planned: list[list[Example]]) -> StepResult:
+    """One optimizer step, leaner where the device runs out of memory."""
+    if not run.measured_steps:
+        require_masked(run, planned)
+
+    def attempt() -> StepResult:
+        batches = list(micro_batches_now(run, planned))
+        return run_step(run, batches, lambda: _update(run))
+
+    result = recovering(run, "training", attempt)
     run.measured_steps += 1
     return result
 
 
-def _require_finite(run: Run, loss: float, grad_norm: float) -> None:
-    """fp16's loss scaling skips single overflowing updates, so there only the loss must be finite."""
-    fp16 = run.plan.compute_dtype == "fp16"
-    if math.isfinite(loss) and (fp16 or math.isfinite(grad_norm)):
-        return
-    raise ConfigError(
-        f"Step {run.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; training stopped. "
-        f"{checkpoint.what_is_safe(run.folder.checkpoints)}",
-        f"Use a smaller --learning-rate than {run.plan.learning_rate:g}.",
-    )
+def _update(run: Run) -> None:
+    if not run.measured_steps:
+        require_gradients(trainable(run.model), run.plan.target_modules)
+    whole_update(run.optimizer, run.device)
 
 
 def _report(
@@ -141,13 +154,13 @@ def _report(
     result: StepResult,
     learning_rate: float,
     seconds: float,
-    micro_batches: list[list[Any]],
+    micro_batches: list[list[Example]],
 ) -> None:
     plan, left = run.plan, run.plan.total_steps - run.step
     evaluate_now = run.step % plan.evaluate_every == 0 or left == 0
-    held_out = run.held_out_loss() if evaluate_now else None
-    if left == 0:
-        run.loss_after = held_out
+    held_out = evaluated(run) if evaluate_now else None
+    if held_out is not None:
+        require_finite_held_out(run, held_out)
     record = StepRecord(
         step=run.step,
         total_steps=plan.total_steps,
@@ -162,10 +175,14 @@ def _report(
         eta_seconds=left * run.seconds / run.step,
         memory_now_bytes=run.monitor.now_bytes,
         memory_peak_bytes=run.monitor.peak_bytes,
-        memory_predicted_bytes=plan.estimate.peak_reserved_bytes,
+        memory_predicted_bytes=run.predicted_bytes,
         memory_budget_bytes=plan.budget_bytes,
         held_out_loss=held_out,
+        held_out_perplexity=perplexity(held_out),
+        machine=run.monitor.machine,
     )
     run.folder.append_metrics(record)
     run.view.step(record)
-    run.accelerator.log(record.model_dump(exclude_none=True, exclude={"step", "total_steps"}), step=run.step)
+    run.accelerator.log(record.numbers(), step=run.step)
+    for text in run.monitor.warnings():
+        run.tell("machine", text)

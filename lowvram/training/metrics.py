@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowvram.frozen import Frozen
+from lowvram.training.machine import MachineSample
 
 
 class StepRecord(Frozen):
@@ -24,3 +25,10 @@ class StepRecord(Frozen):
     memory_predicted_bytes: int
     memory_budget_bytes: int
     held_out_loss: float | None = None  # where an evaluation ran
+    held_out_perplexity: float | None = None  # e to that; None too where no float holds it
+    machine: MachineSample | None = None  # the newest look; lines of older versions have none
+
+    def numbers(self) -> dict[str, float]:
+        """What trackers plot, flat; the machine's under their own names."""
+        plain = self.model_dump(exclude_none=True, exclude={"step", "total_steps", "machine"})
+        return plain | (self.machine.numbers() if self.machine else {})

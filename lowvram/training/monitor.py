@@ -14,8 +14,11 @@ from torch import nn
 from lowvram.engine.step import Backward, Clip
 from lowvram.gpu_driver import OwnMemory, is_context, read_driver
 from lowvram.memory.receipt import Phase
+from lowvram.training.machine import GpuUse, Machine, MachineSample
+from lowvram.training.machine_warnings import MachineRules
+from lowvram.training.sampler import Sampler
 
-_SAMPLE_SECONDS = 0.05  # a CPU step takes seconds; 20 looks a second cost under 0.1 % of a core
+_SAMPLE_SECONDS = 0.05  # a CPU step takes seconds; 20 reads cost 0.4 to 4 ms of a second
 
 
 class Peak(NamedTuple):
@@ -54,23 +57,32 @@ class MemoryMonitor:
         self._read_at_bytes = -1  # reserved when the driver was asked last
         self._baseline = self._resident = 0
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True, name="lowvram-memory")
+        self.sampler: Sampler | None = None
         self.context_bytes: int | None = None  # highest so far; kernels are loaded at their first use
 
-    def start(self) -> None:
-        """Begin with the phase `load`, before the model is loaded."""
+    def start(self, rules: MachineRules | None = None) -> None:
+        """Begin with the phase `load`, before the model is loaded; `rules` make the warnings."""
         if self._allocator:
             self._driver = _own_memory() if self._asks_driver else None
             self._allocator.reset_peak_memory_stats()
-            return
-        self._baseline = self._resident = self._process.memory_info().rss
-        self._thread.start()
+            self.sampler = Sampler(Machine(self._gpu_use()), rules)
+        else:
+            self._baseline = self._resident = self._process.memory_info().rss
+            self.sampler = Sampler(Machine(), rules, self._look_at_resident, _SAMPLE_SECONDS)
+        self.sampler.start()
 
     def stop(self) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self.sampler:
+            self.sampler.stop()
+
+    @property
+    def machine(self) -> MachineSample | None:
+        """The newest look at the machine, at most a second old."""
+        return self.sampler.latest if self.sampler else None
+
+    def warnings(self) -> list[str]:
+        """What the rules say about the machine, new since this was asked last."""
+        return self.sampler.warnings() if self.sampler else []
 
     def enter(self, phase: Phase) -> None:
         """The phase so far is over, `phase` begins."""
@@ -128,8 +140,8 @@ class MemoryMonitor:
 
     def _current(self) -> Peak:
         if not self._allocator:
+            self._look_at_resident()
             with self._lock:
-                self._resident = max(self._resident, self._process.memory_info().rss)
                 return Peak(resident=max(self._resident - self._baseline, 0))
         stats = self._allocator.memory_stats()
         return Peak(stats.get("allocated_bytes.all.peak", 0), stats.get("reserved_bytes.all.peak", 0))
@@ -148,10 +160,20 @@ class MemoryMonitor:
         self.context_bytes = highest((self.context_bytes, n_bytes - reserved))
         return n_bytes
 
-    def _sample(self) -> None:
-        while not self._stop.wait(_SAMPLE_SECONDS):
-            with self._lock:
-                self._resident = max(self._resident, self._process.memory_info().rss)
+    def _look_at_resident(self) -> None:
+        with self._lock:
+            self._resident = max(self._resident, self._process.memory_info().rss)
+
+    def _gpu_use(self) -> GpuUse | None:
+        if self._driver is None:
+            return None
+        return GpuUse(
+            uuid=self._driver.uuid,
+            name=self._driver.name,
+            told_bytes=self._driver.told_bytes,
+            reserved_bytes=self._allocator.memory_reserved,
+            context_bytes=lambda: self.context_bytes,
+        )
 
 
 def _own_memory() -> OwnMemory:

@@ -24,12 +24,18 @@ _VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 def write_receipt(run: Run) -> None:
     """RUN/receipt.json, and its copy among all runs'; that the copy cannot be written is only said."""
-    receipt = make_receipt(run)
-    write_atomically(run.folder.receipt_file, receipt.model_dump_json(indent=2))
+    receipt = save_receipt(run)
     try:
         keep_copy(receipt)
     except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
         run.view.note(f"Later plans will not know this run's memory, no copy of its receipt is kept: {error}")
+
+
+def save_receipt(run: Run) -> Receipt:
+    """RUN/receipt.json as far as the run has come."""
+    receipt = make_receipt(run)
+    write_atomically(run.folder.receipt_file, receipt.model_dump_json(indent=2))
+    return receipt
 
 
 def keep_copy(receipt: Receipt) -> Path:
@@ -61,6 +67,7 @@ def make_receipt(run: Run) -> Receipt:
         measured_context_bytes=run.monitor.context_bytes,
         measured_held_bytes=run.monitor.held_bytes,
         measured_steps=run.measured_steps,
+        rungs=tuple(run.rungs),
         largest_batch_tokens=run.largest_batch_tokens,
         phases=by_phase(estimate.phases_bytes, peaks),
         versions={"lowvram": lowvram.__version__, **{name: version(name) for name in _VERSIONS}},

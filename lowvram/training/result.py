@@ -12,13 +12,19 @@ class RunResult(Frozen):
     data: str
     steps: int
     held_out_loss_before: float
-    held_out_loss_after: float
+    held_out_loss_after: float  # of RUN/adapter
+    held_out_perplexity_before: float | None = None  # e to the loss; None where no float holds it
+    held_out_perplexity_after: float | None = None
     trained_tokens: int
     tokens: int
     seconds: float  # of training steps, without evaluation and loading
     tokens_per_second: float
     adapter_bytes: int
-    stop_reason: str  # "finished"
+    adapter_step: int | None = None  # whose adapter RUN/adapter is: the best by held-out loss
+    checkpoint_bytes: int = 0  # of one
+    n_checkpoints: int = 0
+    checkpoint_seconds: float = 0.0  # of all, without the one that a resume began from
+    stop_reason: str  # "finished", or "early stop after 3 evaluations without a better one than step 40's"
 
     @property
     def improvement(self) -> float:

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,19 +17,13 @@ from typing import IO
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.frozen import write_atomically
 from lowvram.training.events import Event
+from lowvram.training.file_lock import HELD, holder_of, lock, unlock
 from lowvram.training.metrics import StepRecord
 from lowvram.training.result import RunResult
 from lowvram.units import format_bytes
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
 LOCK = ".lock"
 SHOWN_NAMES = 5
-# What the systems answer when another process has the lock.
-_HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 _DATA_ENDINGS = {".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", ".bz2", ".xz"}
 
 
@@ -171,7 +164,11 @@ class RunFolder:
                 yield
             finally:
                 # The file stays: a process that was about to lock it would lock a file without a name.
-                _unlock(handle)
+                unlock(handle)
+
+    def holder(self) -> str | None:
+        """The number of the process that trains in this folder now, None when none does; changes nothing."""
+        return holder_of(self.path / LOCK)
 
     def append_metrics(self, record: StepRecord) -> None:
         """Adds one line to metrics.jsonl. It has left this process when the call returns."""
@@ -232,9 +229,9 @@ class RunFolder:
 
     def _take(self, handle: IO[str]) -> None:
         try:
-            _lock(handle)
+            lock(handle)
         except OSError as error:
-            if error.errno not in _HELD:
+            if error.errno not in HELD:
                 raise ConfigError(
                     f"{self.path} cannot be locked against a second process: {error.strerror}.",
                     "Give an --output on a local disk.",
@@ -281,36 +278,19 @@ def require_disk(
         )
 
 
-if sys.platform == "win32":
-    # Windows locks bytes, and nobody else may read those: one far behind the pid leaves it readable.
-    _FAR = 1 << 30
-
-    def _lock(handle: IO[str]) -> None:
-        os.lseek(handle.fileno(), _FAR, os.SEEK_SET)
-        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-
-    def _unlock(handle: IO[str]) -> None:
-        os.lseek(handle.fileno(), _FAR, os.SEEK_SET)
-        msvcrt.locking(handle.fileno(), msvcrt.LK_UNLCK, 1)
-
-else:
-
-    def _lock(handle: IO[str]) -> None:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _unlock(handle: IO[str]) -> None:
-        fcntl.flock(handle, fcntl.LOCK_UN)
-
-
 def _append(file: Path, line: str) -> None:
-    with file.open("a", encoding="utf-8", newline="\n") as handle:
-        handle.write(line)
-        handle.flush()
+    """After a line that a kill or a full disk cut short, on a line of its own."""
+    with file.open("ab+") as handle:
+        if handle.tell():
+            handle.seek(-1, os.SEEK_END)
+            line = line if handle.read(1) == b"\n" else f"\n{line}"
+        handle.write(line.encode())
 
 
 def _as_line(record: StepRecord) -> str:
     """JSON has no NaN. As text it is still JSON, and StepRecord reads it back as the number."""
     values = record.model_dump()
+    values["machine"] = record.machine and record.machine.model_dump(exclude_none=True)  # half is None
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             values[name] = str(value)

@@ -6,16 +6,21 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, set_seed
 from transformers import get_scheduler
 
+from lowvram import hardware
 from lowvram.engine.adapters import add_adapters, trainable
 from lowvram.engine.model import load
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import SummedLoss
 from lowvram.errors import ConfigError
+from lowvram.hardware import host_memory
 from lowvram.planner.plan import Plan
 from lowvram.training.data import PreparedData, training_data
+from lowvram.training.evaluation import evaluation_notes
 from lowvram.training.live import View
+from lowvram.training.machine_warnings import MachineRules
 from lowvram.training.monitor import MemoryMonitor
+from lowvram.training.plan_changes import counts
 from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder
 
@@ -35,11 +40,14 @@ def set_up(
         ConfigError: the weights or the data are not what was planned, or several processes were started.
     """
     accelerator = _accelerator(plan, folder, log_with)
-    monitor.start()
+    monitor.start(MachineRules(folder.path, plan.estimate.peak_reserved_bytes, host_memory()[0]))
+    here = hardware.probe(trial=False)
     set_seed(plan.seed)
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     data = training_data(plan, prepared, pad, _start_token(source))
+    for note in evaluation_notes(plan, prepared):
+        view.note(note)
     view.note(f"Loading {plan.model} in {plan.base_precision} on {accelerator.device}")
     model = add_adapters(load(source, plan, str(accelerator.device)), plan).train()
     loss_of = SummedLoss(model, plan)
@@ -55,11 +63,14 @@ def set_up(
         view,
         accelerator,
         monitor,
+        here,
         model,
         loss_of,
         optimizer,
         scheduler,
         data,
+        plan.deciding,
+        counts(prepared),
     )
 
 

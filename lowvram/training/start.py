@@ -30,7 +30,7 @@ def initialise_adapter(run: Run) -> None:
         return
     started = time.perf_counter()
     looks = plan.init_batches if plan.init in DATA_INITS else 0
-    batches = [run.data.collate(examples) for examples in run.data.first_micro_batches(looks)]
+    batches = [run.data.collate(examples, plan.packing) for examples in run.data.first_micro_batches(looks)]
     with run.monitor.during("initialisation"):
         initialise(run.model, run.loss_of, plan, batches, _means(run))
         if run.device.type == "cuda":
