@@ -186,7 +186,8 @@ def test_the_planned_step_covers_the_longest_evaluation_batch(
     source = ModelSource(plan.model)
     prepared: PreparedData = prepare(str(plan.data), source, reading=plan.reading, eval_name=plan.eval_data)
     assert prepared.stats.longest_held_out_tokens > plan.seq_len
-    batches = list(training_data(plan, prepared, pad_token_id=0).held_out_batches())
+    data = training_data(plan, prepared, pad_token_id=0)
+    batches = [data.collate(some, packed=plan.packing) for some in data.held_out_micro_batches()]
     traced = meta_batch(plan.step)
     assert max(batch.limited_tokens for batch in batches) <= traced.limited_tokens
     assert max(batch.trained_tokens for batch in batches) <= traced.trained_tokens
