@@ -219,20 +219,12 @@ def test_the_profile_says_which_ranks_are_stabilised(rule: str, ranks_with: tupl
         assert {_adapted(rank, profile).alpha for rank in (2, 4, 64)} == {profile.alpha}
 
 
-def test_the_cpu_profile_says_why_it_scales_by_the_root(config_only: Any) -> None:
-    """And a wish of one's own is told as one's own."""
-    source, profile = ModelSource(str(config_only(SMALL))), load_profile("cpu")
-    (told,) = [r for r in _reasons(source, profile) if r.startswith("LoRA r=")]
-    assert "scaled by alpha/sqrt(r), which learnt most" in told
-    assert f"alpha={profile.alpha:g} (profile cpu)" in told
-    (told,) = [r for r in _reasons(source, profile, rslora=True) if r.startswith("LoRA r=")]
-    assert "scaled by alpha/sqrt(r) on" in told
-    (told,) = [r for r in _reasons(source, profile, rslora=False) if r.startswith("LoRA r=")]
-    assert "sqrt" not in told
-
-
-def _reasons(source: ModelSource, profile: Profile, **wishes: Any) -> tuple[str, ...]:
-    return make_plan(source, _cpu(), profile, Wishes(seq_len=64, precision="fp32", **wishes)).reasons
+def test_a_profile_that_always_scales_by_the_root_says_whose_alpha_it_is(config_only: Any) -> None:
+    source = ModelSource(str(config_only(SMALL)))
+    profile = load_profile("cpu").model_copy(update={"use_rslora": "always"})
+    plan = make_plan(source, _cpu(), profile, Wishes(seq_len=64, precision="fp32"))
+    (told,) = [reason for reason in plan.reasons if reason.startswith("LoRA r=")]
+    assert f"alpha={profile.alpha:g} (profile cpu), scaled by alpha/sqrt(r) on" in told
 
 
 # --- the schedule ---

@@ -104,8 +104,8 @@ def _adapter(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
     rank_of = _ASKED if wishes.rank else "the highest that fits" if raised else f"profile {profile.name}"
     alpha_of = _ASKED if wishes.alpha else _alpha_of(step, profile, wishes)
     targets = ", ".join(step.target_modules)
-    scaling = _scaling(step, profile, wishes)
-    return f"LoRA r={step.rank} ({rank_of}), alpha={step.alpha:g} ({alpha_of}){scaling} on {targets}"
+    rs = ", scaled by alpha/sqrt(r)" if step.use_rslora else ""
+    return f"LoRA r={step.rank} ({rank_of}), alpha={step.alpha:g} ({alpha_of}){rs} on {targets}"
 
 
 def _alpha_of(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
@@ -114,14 +114,6 @@ def _alpha_of(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
     if step.use_rslora and profile.use_rslora != "always":
         return f"as strong as the profile's at its r={profile.rank}"
     return f"profile {profile.name}"
-
-
-def _scaling(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
-    if not step.use_rslora:
-        return ""
-    own = profile.use_rslora == "always" and wishes.rslora is None and step.init == "default"
-    measured = ", which learnt most of the ways that were compared on a small model (README)"
-    return f", scaled by alpha/sqrt(r){measured if own else ''}"
 
 
 def adapter_reasons(step: StepConfig, shape: ModelShape) -> Iterator[str]:
