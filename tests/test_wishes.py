@@ -227,6 +227,18 @@ def test_a_profile_that_always_scales_by_the_root_says_whose_alpha_it_is(config_
     assert f"alpha={profile.alpha:g} (profile cpu), scaled by alpha/sqrt(r) on" in told
 
 
+def test_plain_lora_has_its_reason_and_other_ways_have_theirs(config_only: Any) -> None:
+    source, plain = ModelSource(str(config_only(SMALL))), "plain LoRA: of the other ways"
+    for asked, expected in (
+        ({}, True),
+        ({"rank": 3}, True),
+        ({"dora": True}, False),
+        ({"lora_fa": True}, False),
+    ):
+        plan = make_plan(source, _cpu(), load_profile("cpu"), Wishes(seq_len=64, precision="fp32", **asked))
+        assert any(reason.startswith(plain) for reason in plan.reasons) is expected, asked
+
+
 # --- the schedule ---
 
 

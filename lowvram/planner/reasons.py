@@ -117,7 +117,10 @@ def _alpha_of(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
 
 
 def adapter_reasons(step: StepConfig, shape: ModelShape) -> Iterator[str]:
-    """Of each way in which the adapter is not plain LoRA."""
+    """Of each way in which the adapter is not plain LoRA; and why it is, where it is."""
+    others = step.use_dora, step.freeze_a, step.lora_plus_ratio != 1, step.init != "default"
+    if not (step.inference_mode or any(others)):
+        yield "plain LoRA: of the other ways that were compared none kept a lead (README)"
     if step.inference_mode:
         yield f"inference mode, {_ASKED}: loading and a forward pass are counted, nothing trains"
     if step.bias != "none":
