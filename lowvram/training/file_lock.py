@@ -15,7 +15,7 @@ else:
     import fcntl
 
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # the systems' answers when another process has it
-_TRIES, _PAUSE_SECONDS = 4, 0.05
+_TRIES, _PAUSE_SECONDS = 40, 0.05  # 2 s: on a loaded machine a look may be set aside while it has the lock
 
 
 def lock(handle: IO[str]) -> None:
