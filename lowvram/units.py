@@ -1,8 +1,9 @@
-"""Units: bytes, counts, durations and foreign text as people read and write them."""
+"""Units: bytes, counts, durations, settings and foreign text as people read and write them."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from lowvram.errors import ConfigError
 
@@ -55,6 +56,11 @@ def format_seconds(s: float) -> str:
     if s < 48 * 3600:
         return f"{int(s // 3600)} h {int(s % 3600 // 60)} min"
     return f"{s / 86400:.1f} days"
+
+
+def said(value: Any) -> str:
+    """A setting as it is typed."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def printable(text: str) -> str:

@@ -24,10 +24,10 @@ from lowvram.planner.levers import LEVERS
 from lowvram.planner.plan import Plan
 from lowvram.planner.profiles import Profile, load_profile
 from lowvram.planner.search import Search
-from lowvram.planner.variants import said, value_of, with_value
+from lowvram.planner.variants import value_of, with_value
 from lowvram.planner.why import LeverWhy, why
 from lowvram.planner.wishes import Wishes, wishes_from
-from lowvram.units import GiB
+from lowvram.units import GiB, said
 from tests.conftest import QWEN2_7B
 from tests.tiny import stats_of
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from lowvram.engine.config import StepConfig
 from lowvram.frozen import Frozen
+from lowvram.units import said
 
 Moment = Literal["proof", "training", "evaluation"]
 
@@ -23,8 +24,4 @@ class Rung(Frozen):
     @property
     def sentence(self) -> str:
         """`micro_batch 4 -> 2, kept_layers 12 -> 0`"""
-        return ", ".join(f"{name} {_said(a)} -> {_said(b)}" for name, (a, b) in self.changes.items())
-
-
-def _said(value: Any) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+        return ", ".join(f"{name} {said(a)} -> {said(b)}" for name, (a, b) in self.changes.items())

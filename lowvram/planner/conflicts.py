@@ -15,8 +15,8 @@ from lowvram.planner.first_step import Request, effective_batch
 from lowvram.planner.initialisation import refusals
 from lowvram.planner.levers import LEVERS, sixteen_bit
 from lowvram.planner.optional import require_liger_on
-from lowvram.planner.variants import said
 from lowvram.planner.wishes import Wishes
+from lowvram.units import said
 
 _MOST_LOST = 0.5  # of the examples may be left out for their length
 

@@ -15,9 +15,9 @@ from lowvram.planner.levers import sixteen_bit
 from lowvram.planner.profiles import Profile
 from lowvram.planner.schedule import batch_factor
 from lowvram.planner.search import Search
-from lowvram.planner.variants import said, with_value
+from lowvram.planner.variants import with_value
 from lowvram.planner.wishes import Wishes
-from lowvram.units import format_bytes, format_count
+from lowvram.units import format_bytes, format_count, said
 
 _ASKED = "as you asked"
 _HEADS = {

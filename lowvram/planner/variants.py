@@ -24,11 +24,6 @@ def value_of(step: StepConfig, name: str) -> Any:
     return getattr(step.levers if name in Levers.model_fields else step, name)
 
 
-def said(value: Any) -> str:
-    """A setting as it is typed."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-
-
 def split(step: StepConfig, micro_batch: int) -> StepConfig:
     """The same effective batch in micro-batches of another size."""
     return step.model_copy(

@@ -11,8 +11,8 @@ from lowvram.frozen import Frozen
 from lowvram.planner.first_step import Request
 from lowvram.planner.levers import LEVERS, Lever, Setting, compute_dtype
 from lowvram.planner.search import Search
-from lowvram.planner.variants import said, value_of, with_value
-from lowvram.units import format_bytes
+from lowvram.planner.variants import value_of, with_value
+from lowvram.units import format_bytes, said
 
 _TILING = ("tile_tokens", "offload_checkpoints")
 

@@ -11,6 +11,7 @@ Nothing is pickled, so a checkpoint from a stranger can do no more than be wrong
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -45,8 +46,8 @@ _NAME = re.compile(r"step-(\d{6,})")
 # A step that is saved again sets its first checkpoint aside until the new one is in place.
 _SET_ASIDE = re.compile(r"\.step-(\d{6,})\.old")
 _UNFINISHED = re.compile(r"\.step-\d{6,}\.tmp")
-# safetensors says it in words only: ENOSPC, EFBIG, EDQUOT on Linux and on macOS, ERROR_DISK_FULL on Windows.
-_DISK_FULL = re.compile(r"os error (28|27|122|69|112)\)")
+_OS_ERROR = re.compile(r"os error (\d+)\)")  # how safetensors tells an error number
+_WINDOWS_DISK_FULL = 112  # ERROR_DISK_FULL
 
 
 @dataclass
@@ -123,7 +124,7 @@ def save(folder: Path, state: CheckpointState, keep: int = 2, best_step: int = 0
         _put_in_place(temporary, path)
     except BaseException as error:
         # Asked before the unfinished files give back what they took.
-        full = _disk_full(folder, state) if _is_disk_full(error) else None
+        full = _disk_full(folder, state) if error_number(error) in NO_ROOM else None
         shutil.rmtree(temporary, ignore_errors=True)
         if full is not None:
             raise full from error
@@ -274,10 +275,15 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def error_number(error: BaseException) -> int | None:
+    """The system's error number; None when the error is none of the system's."""
     if isinstance(error, OSError):
-        return error.errno in NO_ROOM
-    return isinstance(error, SafetensorError) and _DISK_FULL.search(str(error)) is not None
+        return error.errno
+    found = _OS_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
+    if found is None:
+        return None
+    number = int(found.group(1))
+    return errno.ENOSPC if sys.platform == "win32" and number == _WINDOWS_DISK_FULL else number
 
 
 def _disk_full(folder: Path, state: CheckpointState) -> DoesNotFitError:

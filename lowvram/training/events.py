@@ -7,7 +7,7 @@ from typing import Literal
 
 from lowvram.frozen import Frozen
 
-EventKind = Literal["start", "resume", "checkpoint", "out of memory", "proof", "machine", "stop", "finish"]
+EventKind = Literal["resume", "checkpoint", "out of memory", "proof", "machine", "finish"]
 
 
 class Event(Frozen):

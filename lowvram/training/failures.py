@@ -6,21 +6,19 @@ import errno
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
 from lowvram.errors import NO_ROOM, ConfigError, DeviceLostError, DoesNotFitError, LowvramError
+from lowvram.gpu_driver import first_line
 from lowvram.training import checkpoint
 from lowvram.training.run_folder import RunFolder
 from lowvram.units import format_bytes
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _OF_A_DISK = (*_READ_ONLY, errno.EIO)  # without a file's name others could come from a tracker's network
-_OS_ERROR = re.compile(r"os error (\d+)\)")  # how safetensors tells an error number
-_WINDOWS_DISK_FULL = 112  # ERROR_DISK_FULL
 # The driver's words when the device is gone: after any of them every call fails until the process ends. An
 # illegal address or a failed assertion ends a process too, but those are bugs and keep their traceback.
 _LOST = re.compile(
@@ -59,7 +57,7 @@ def _device_lost(error: BaseException, folder: RunFolder) -> DeviceLostError | N
         at = at.__cause__ or at.__context__
     for cause in causes:
         if isinstance(cause, RuntimeError) and _LOST.search(str(cause)):
-            said = str(cause).strip().splitlines()[0].rstrip(".")
+            said = first_line(cause).rstrip(".")
             return DeviceLostError(
                 f"The device stopped answering while training: {said}. "
                 f"{checkpoint.what_is_safe(folder.checkpoints)}",
@@ -70,7 +68,7 @@ def _device_lost(error: BaseException, folder: RunFolder) -> DeviceLostError | N
 
 
 def _refused_by_system(error: BaseException, folder: RunFolder) -> LowvramError | None:
-    number = _number(error)
+    number = checkpoint.error_number(error)
     if number is None:
         return None
     file, safe = getattr(error, "filename", None), checkpoint.what_is_safe(folder.checkpoints)
@@ -88,14 +86,3 @@ def _refused_by_system(error: BaseException, folder: RunFolder) -> LowvramError 
         f"{file or folder.path} cannot be written: {why}. {safe}",
         f"Put that right, then: lowvram resume {folder.path}",
     )
-
-
-def _number(error: BaseException) -> int | None:
-    """The system's error number; None when the error is none of the system's."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = _OS_ERROR.search(str(error)) if isinstance(error, SafetensorError) else None
-    if found is None:
-        return None
-    number = int(found.group(1))
-    return errno.ENOSPC if sys.platform == "win32" and number == _WINDOWS_DISK_FULL else number

@@ -69,7 +69,7 @@ def train(
                 return _trained(run, stop, before, after, planned_levers)
             except NoRungLeftError as error:
                 if run.step:
-                    save(run, run.step // run.data.steps_per_epoch)
+                    save(run)
                 raise gave_up(run, error) from None
     except Interrupted as interrupt:
         raise StoppedError(
@@ -103,7 +103,7 @@ def _trained(run: Run, stop: StopRequest, before: Hook, after: Hook, planned_lev
 
 def _steps(run: Run, stop: StopRequest) -> None:
     """Every optimizer step of the plan that is not done yet, as far as no early stop ends them."""
-    for epoch, micro_batches in run.data.steps_from(run.step):
+    for _, micro_batches in run.data.steps_from(run.step):
         if run.evaluations.ends_run(run.plan.early_stop):
             return
         started = time.perf_counter()
@@ -119,7 +119,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
         _report(run, result, learning_rate, seconds, micro_batches)
         if stop or is_due(run):
             require_finite_adapter(run)
-            save(run, epoch)
+            save(run)
         if stop:
             assert stop.signal_number is not None
             raise StoppedError(

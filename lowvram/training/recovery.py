@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import psutil
 import torch
 from torch import nn
 
@@ -16,7 +15,8 @@ from lowvram.engine.recompute import switch_recompute
 from lowvram.engine.step import SummedLoss
 from lowvram.errors import OutOfMemoryError
 from lowvram.frozen import write_atomically
-from lowvram.hardware import Hardware
+from lowvram.gpu_driver import first_line
+from lowvram.hardware import Hardware, host_memory
 from lowvram.memory.rung import Moment, Rung
 from lowvram.planner.rungs import next_rung, plan_that_fits
 from lowvram.training import checkpoint
@@ -60,7 +60,7 @@ def recovering(run: Run, moment: Moment, attempt: Callable[[], Result]) -> Resul
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         # the error is gone, and with it the frames that held the failed step's tensors
         _let_go(run)
         checkpoint.restore_rng(rng)
@@ -83,8 +83,8 @@ def drop_rung(run: Run, moment: Moment, reason: str) -> bool:
         predicted_peak_reserved_bytes=lower.peak_reserved_bytes,
         step=lower.step,
     )
+    before, after = format_bytes(run.predicted_bytes), format_bytes(rung.predicted_peak_reserved_bytes)
     take(run, [*run.rungs, rung])
-    before, after = format_bytes(_before(run)), format_bytes(rung.predicted_peak_reserved_bytes)
     told = f"One rung down, with the same examples in each step: {rung.sentence}"
     run.tell("out of memory", f"{told}; {after} predicted instead of {before}. {reason}")
     return True
@@ -107,28 +107,31 @@ def whole_update(optimizer: Any, device: torch.device) -> None:
     Raises:
         OutOfMemoryError: it failed twice and some parameters are ahead of others.
     """
-    try:
-        optimizer.step()
+    reason = _refused(optimizer.step)
+    if reason is None:
         return
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0]
     ahead = _ahead(optimizer)
     if not ahead:
         raise torch.OutOfMemoryError(reason)  # nothing is changed yet: the step may be repeated
     for parameter in ahead:
         parameter.grad = None  # as an optimizer skips those without
     _empty_cache(device)
-    try:
-        optimizer.step()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
+    if _refused(optimizer.step) is not None:
         raise OutOfMemoryError(
             f"The device ran out of memory in the middle of an update: {reason}",
             "Close other programs on the GPU and resume: the last checkpoint is whole.",
-        ) from error
+        )
+
+
+def _refused(attempt: Callable[[], object]) -> str | None:
+    """What the device said when it ran out of memory; None: it did not."""
+    try:
+        attempt()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return first_line(error)
+    return None
 
 
 def _ahead(optimizer: Any) -> list[nn.Parameter]:
@@ -155,7 +158,7 @@ def forget_unscaling(scaler: Any) -> None:
 
 def _hardware_now(run: Run) -> Hardware:
     """Probed before the model was loaded: a probe of a full GPU could find none."""
-    return run.hardware.model_copy(update={"host_free_bytes": psutil.virtual_memory().available})
+    return run.hardware.model_copy(update={"host_free_bytes": host_memory()[1]})
 
 
 def _empty_cache(device: torch.device) -> None:
@@ -169,14 +172,6 @@ def room_bytes(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
-
-
-def _before(run: Run) -> int:
-    """Predicted for the step that failed."""
-    rungs = run.rungs[:-1]
-    if rungs:
-        return rungs[-1].predicted_peak_reserved_bytes
-    return run.plan.estimate.peak_reserved_bytes
 
 
 def gave_up(run: Run, why: NoRungLeftError) -> OutOfMemoryError:

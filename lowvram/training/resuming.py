@@ -125,11 +125,11 @@ def is_due(run: Run) -> bool:
     return last or run.step % plan.save_every == 0 or found.best_step == run.step
 
 
-def save(run: Run, epoch: int) -> None:
+def save(run: Run) -> None:
     """A checkpoint of the run as it is after a whole step; what the first one cost is said."""
     started = time.perf_counter()
     path = checkpoint.save(
-        run.folder.checkpoints, _state(run, epoch), run.plan.keep_checkpoints, run.evaluations.best_step
+        run.folder.checkpoints, _state(run), run.plan.keep_checkpoints, run.evaluations.best_step
     )
     seconds = time.perf_counter() - started
     run.checkpoint_bytes = checkpoint.n_bytes(path)
@@ -140,11 +140,11 @@ def save(run: Run, epoch: int) -> None:
         run.tell("checkpoint", f"{cost}; the newest {run.plan.keep_checkpoints} and the best one stay")
 
 
-def _state(run: Run, epoch: int) -> CheckpointState:
+def _state(run: Run) -> CheckpointState:
     scaler = run.accelerator.scaler  # of fp16 only
     return CheckpointState(
         step=run.step,
-        epoch=epoch,
+        epoch=(run.step - 1) // run.data.steps_per_epoch,  # of the step that was finished last
         step_in_epoch=run.step % run.data.steps_per_epoch,
         plan_sha256=run.plan.sha256,
         adapter={name: tensor.detach() for name, tensor in adapter_state(run.model).items()},

@@ -25,12 +25,13 @@ def parts(examples: list[Example], step: StepConfig) -> Iterator[list[Example]]:
 
     As in data/packed_order.py an example beyond a row's first `micro_batch` takes the room of a token more.
     """
+    row_tokens = step.micro_batch * step.seq_len
     part: list[Example] = []
     used = 0
     for example in examples:
         extra = len(part) >= step.micro_batch
-        room = step.micro_batch * step.seq_len - used if step.packing else step.seq_len
-        if part and (len(example) + extra > room if step.packing else extra):
+        full = used + len(example) + extra > row_tokens if step.packing else extra
+        if part and full:
             yield part
             part, used, extra = [], 0, False
         part.append(example)
