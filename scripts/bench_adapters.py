@@ -17,7 +17,6 @@ beside it, at the rates that were the best on NF4, all three on half of the toke
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import statistics
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from adapter_table import on_16_bits, reference_of, write_table
-from bench_rows import LIBRARIES, here, ratios, write
+from bench_rows import LIBRARIES, here, ratios, read, write
 from transformers import get_scheduler
 from transformers.utils.logging import disable_progress_bar
 
@@ -282,11 +281,6 @@ def train_one(trial: Trial, step: list[Batch]) -> Callable[[], float]:
     return one_step
 
 
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    """None before it was written for the first time."""
-    return list(csv.DictReader(file.open(encoding="utf-8"))) if file.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=16_000, help="that each training on NF4 reads")
@@ -295,7 +289,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(METHODS))
     parser.add_argument("--refresh", action="store_true")
     options = parser.parse_args()
-    table = Table(rows_of(OUT))
+    table = Table(read(OUT))
     if not options.refresh:
         disable_progress_bar()
         source = ModelSource(demo_model(print))
@@ -308,7 +302,7 @@ def main() -> None:
             for seed in range(options.seeds):
                 table.row(method, best, n_tokens=tokens_of(method, options.tokens), seed=seed, **made)
         times([*map(reference_of, options.only), *options.only], options.rounds, **made)
-    write_table(table.rows, rows_of(TIMES), ROOT / "README.md")
+    write_table(table.rows, read(TIMES), ROOT / "README.md")
 
 
 if __name__ == "__main__":

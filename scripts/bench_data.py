@@ -13,7 +13,6 @@ split. Rounds are interleaved, each with empty caches. Needs PyPI, no GPU, no we
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -23,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench_rows import here, ratios, write
+from bench_rows import here, ratios, read, write
 from compare_estimators import BENCH, ROOT, environment, version_of
 from estimator_tools import TORCH
 
@@ -121,18 +120,10 @@ def main() -> None:
     options = parser.parse_args()
     options.model = str(Path(options.model).resolve())
     venv = environment("trl", [TORCH, TRL, str(ROOT)], options.work)
-    records = {row["shape"]: row for row in _known()}
+    records = {row["shape"]: row for row in read(FILE)}
     for shape in [options.shape] if options.shape else SHAPES:
         records[shape] = compare(shape, options, venv)
         write([records[name] for name in SHAPES if name in records], FILE)
-
-
-def _known() -> list[dict[str, Any]]:
-    """The rows of the table as it is; a run replaces those of its shapes."""
-    if not FILE.exists():
-        return []
-    with FILE.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -49,3 +49,11 @@ def write(records: list[dict[str, Any]], path: Path) -> None:
         writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(records)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The table as it is; no rows before it was written for the first time."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

@@ -18,7 +18,6 @@ benchmarks/training.csv for these steps are not made again. Needs PyPI, no GPU; 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -29,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_rows import LIBRARIES, here, ratios, write
+from bench_rows import LIBRARIES, here, ratios, read, write
 from compare_estimators import BENCH, ROOT, environment, version_of
 from trace_others import PROJECTS
 
@@ -247,7 +246,7 @@ def main() -> None:
     if options.settings:
         try_settings(source, venv)
         return
-    known = _known()
+    known = read(FILE)
     rows = [row for row in known if int(row["steps"]) == options.steps]
     others = [row for row in known if row not in rows]
     for seed in range(len(rows), options.rounds):
@@ -255,14 +254,6 @@ def main() -> None:
         print(rows[-1], flush=True)
         write([*others, *rows], FILE)
     print(summary(rows))
-
-
-def _known() -> list[dict[str, Any]]:
-    """The rounds that were made already."""
-    if not FILE.exists():
-        return []
-    with FILE.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from lowvram.training import checkpoint
 from lowvram.training.failures import told_as_ours
 from lowvram.training.run_folder import RunFolder
 from tests.fault_run import adapter_bytes, learned, save_plan, saved_step
-from tests.forked_cli import Ended, ForkedCli
+from tests.forked_cli import Command, Ended, ForkedCli
 
 STEPS, SAVE_EVERY = 12, 3
 
@@ -66,6 +66,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+def _two_steps_of(cli: ForkedCli, plan: Path, run: Path, step_seconds: float) -> Command:
+    """A training that goes on, slowly enough for something to happen to it."""
+    command = cli.start("train", plan, "-o", run, fault="slow_steps", seconds=step_seconds)
+    command.until(lambda: run.is_dir() and len(RunFolder(run).read_metrics()) >= 2)
+    return command
+
+
 def _same(run: Path, whole: Path) -> bool:
     """To the last bit: every step's figures, and the adapter."""
     return learned(run) == learned(whole) and adapter_bytes(run) == adapter_bytes(whole)
@@ -91,8 +98,7 @@ def test_a_signal_lets_the_step_finish_and_be_saved(
     number: int, code: int, forked_cli: ForkedCli, plan: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = forked_cli.start("train", plan, "-o", run, fault="slow_steps", seconds=0.5)
-    command.until(lambda: run.is_dir() and len(RunFolder(run).read_metrics()) >= 2)
+    command = _two_steps_of(forked_cli, plan, run, step_seconds=0.5)
     command.send(number)
     ended = command.ended()
     done = len(learned(run))
@@ -363,8 +369,7 @@ def test_data_that_vanishes_is_not_missed_until_the_run_is_resumed(
 ) -> None:
     copied, rows = _on_a_copy(plan, fault_home, tmp_path)
     run, content = tmp_path / "run", rows.read_bytes()
-    command = forked_cli.start("train", copied, "-o", run, fault="slow_steps", seconds=0.3)
-    command.until(lambda: run.is_dir() and len(RunFolder(run).read_metrics()) >= 2)
+    command = _two_steps_of(forked_cli, copied, run, step_seconds=0.3)
     rows.unlink()
     command.until(lambda: len(RunFolder(run).read_metrics()) >= 5)
     command.send(signal.SIGTERM)
@@ -382,8 +387,7 @@ def test_data_that_changes_is_trained_as_it_was_and_refused_by_a_resume(
 ) -> None:
     copied, rows = _on_a_copy(plan, fault_home, tmp_path)
     run, content = tmp_path / "run", rows.read_bytes()
-    command = forked_cli.start("train", copied, "-o", run, fault="slow_steps", seconds=0.1)
-    command.until(lambda: run.is_dir() and len(RunFolder(run).read_metrics()) >= 2)
+    command = _two_steps_of(forked_cli, copied, run, step_seconds=0.1)
     rows.write_bytes(content.replace(b"What", b"Who_"))
     ended = command.ended()
     assert ended.code == 0, ended.err

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lowvram import cli
 from lowvram.training import data as training_data
 from lowvram.training import loop
 from lowvram.training import run as training_run
+from tests.tiny_models import save_llama
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -44,10 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def home(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer model of SmolLM2's vocabulary and 30 rows."""
     folder = tmp_path_factory.mktemp("home")
-    tokenizer = AutoTokenizer.from_pretrained(smollm)
-    config = LlamaConfig(**TINY, num_hidden_layers=2, vocab_size=len(tokenizer), tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
-    tokenizer.save_pretrained(folder / "tiny")
+    save_llama(smollm, folder / "tiny", **TINY, num_hidden_layers=2, tie_word_embeddings=True)
     rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from lowvram import hardware, planning
 from lowvram.engine.config import StepConfig
@@ -25,6 +25,7 @@ from lowvram.training import monitor as monitor_file
 from lowvram.training.monitor import MemoryMonitor
 from lowvram.training.receipt import by_phase, keep_copy
 from lowvram.units import GiB, MiB
+from tests.tiny_models import save_llama
 
 PREDICTED = 1000 * MiB
 STEP = StepConfig(seq_len=1024, micro_batch=2)
@@ -347,17 +348,15 @@ def test_own_memory(
 def job(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A two-layer model of SmolLM2's vocabulary, and 30 rows."""
     folder = tmp_path_factory.mktemp("job")
-    tokenizer = AutoTokenizer.from_pretrained(smollm)
-    config = LlamaConfig(
+    save_llama(
+        smollm,
+        folder / "tiny",
         hidden_size=64,
         intermediate_size=96,
         num_attention_heads=4,
         num_key_value_heads=2,
         num_hidden_layers=2,
-        vocab_size=len(tokenizer),
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
-    tokenizer.save_pretrained(folder / "tiny")
     rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(30)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "tiny", folder / "rows.jsonl"

@@ -14,7 +14,6 @@ import pytest
 import torch
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lowvram import hardware, planning
 from lowvram.engine.source import ModelSource
@@ -24,6 +23,7 @@ from lowvram.training.live import LineView
 from lowvram.training.loop import train
 from lowvram.training.run_folder import RunFolder
 from lowvram.units import MiB
+from tests.tiny_models import save_llama
 
 STEPS = 2000
 WARM = 400  # until the allocators' pools and Python's caches have their size
@@ -80,18 +80,16 @@ def _is_real_tensor(found: Any) -> bool:
 @pytest.fixture
 def home(smollm: Path, tmp_path: Path) -> Path:
     """A one-layer model of SmolLM2's vocabulary, and 60 rows of unequal lengths."""
-    tokenizer = AutoTokenizer.from_pretrained(smollm)
-    config = LlamaConfig(
+    save_llama(
+        smollm,
+        tmp_path / "tiny",
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        vocab_size=len(tokenizer),
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
     rows = [{"question": "What is it? " * (i % 4 + 1), "answer": str(i)} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -126,3 +128,11 @@ def assert_same(gradients: dict[str, Any], references: dict[str, Any]) -> None:
     for name, reference in references.items():
         atol = 1e-9 * float(reference.abs().max()) + rounding
         torch.testing.assert_close(gradients[name], reference, rtol=1e-9, atol=atol, msg=name)
+
+
+def save_llama(tokens_of: Path, folder: Path, **shape: Any) -> Path:
+    """A Llama of that shape and random weights over the vocabulary of another model, with its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tokens_of)
+    LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
