@@ -59,6 +59,12 @@ class StoppedError(LowvramError):
         self.exit_code = 128 + signal_number
 
 
+def first_line(error: object) -> str:
+    """The first line of an error that says something, shortened; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
+
+
 # A full disk, a full quota, and a file that a file system or `ulimit -f` lets grow no further.
 NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 
+from lowvram.errors import first_line
 from lowvram.frozen import Frozen
 from lowvram.units import GiB, MiB
 
@@ -174,12 +175,6 @@ def torch_command(driver: Driver) -> str:
     elif capability and capability >= (10, 0):
         build = "cu129"
     return f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{build}"
-
-
-def first_line(error: object) -> str:
-    """The first line of an error that says something, shortened; its type where it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _read(nvml: Any) -> Driver:

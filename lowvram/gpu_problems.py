@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowvram.gpu_driver import Card, Driver, Problem, first_line, in_wsl, nvidia_seen, torch_command
+from lowvram.errors import first_line
+from lowvram.gpu_driver import Card, Driver, Problem, in_wsl, nvidia_seen, torch_command
 from lowvram.units import format_bytes
 
 NO_SPILL_STEPS = (

@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 import psutil
 
 import lowvram
+from lowvram.errors import first_line
 from lowvram.frozen import Frozen
 from lowvram.gpu_driver import (
     Card,
     Driver,
     GpuProcess,
     Problem,
-    first_line,
     in_wsl,
     is_context,
     own_bytes,

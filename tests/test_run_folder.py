@@ -250,7 +250,7 @@ def test_resuming_drops_later_steps_and_a_torn_line(torn: bytes, tmp_path: Path)
 
 def test_an_event_after_a_torn_one_is_read(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    events = [Event.now("start", "one", 0), Event.now("resume", "two", 3)]
+    events = [Event.now("proof", "one", 0), Event.now("resume", "two", 3)]
     run.append_event(events[0])
     with run.events_file.open("ab") as handle:
         handle.write(b'{"at": "2026')

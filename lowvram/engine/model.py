@@ -18,7 +18,7 @@ from lowvram.engine.nf4 import nf4_linear
 from lowvram.engine.source import ModelSource
 from lowvram.engine.structure import attention_modules
 from lowvram.engine.vocabulary import place_vocabulary, without_vocabulary_levers
-from lowvram.errors import ConfigError
+from lowvram.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -54,9 +54,8 @@ def skeleton(config: PretrainedConfig, step: StepConfig) -> PreTrainedModel:
                 trust_remote_code=type(config).__module__.startswith("transformers_modules."),
             )
     except (ValueError, ImportError, KeyError, AttributeError, TypeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"lowvram cannot build a language model of type '{config.model_type}': {reason}",
+            f"lowvram cannot build a language model of type '{config.model_type}': {first_line(error)}",
             _TRAINABLE,
         ) from error
     model.set_attn_implementation(attention_for(model))

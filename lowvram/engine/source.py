@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lowvram.engine import hub
 from lowvram.engine.known_models import known_model, nearest_known
-from lowvram.errors import ConfigError, refusals_of_the_system
+from lowvram.errors import ConfigError, first_line, refusals_of_the_system
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -302,7 +302,7 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     """Without the opening of a list whose items stand on the lines below."""
-    return re.sub(r"( from one of)?:\s*$", "", str(error).strip().split("\n")[0])
+    return re.sub(r"( from one of)?:\s*$", "", first_line(error))
 
 
 def _why_not(name: str, error: BaseException, refusal: hub.Refusal | None) -> tuple[str, str]:

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
-from lowvram.errors import NO_ROOM, ConfigError, DeviceLostError, DoesNotFitError, LowvramError
-from lowvram.gpu_driver import first_line
+from lowvram.errors import NO_ROOM, ConfigError, DeviceLostError, DoesNotFitError, LowvramError, first_line
 from lowvram.training import checkpoint
 from lowvram.training.run_folder import RunFolder
 from lowvram.units import format_bytes

@@ -11,7 +11,7 @@ from lowvram.data.tokens import Example
 from lowvram.engine.adapters import trainable
 from lowvram.engine.source import ModelSource
 from lowvram.engine.step import StepResult
-from lowvram.errors import OutOfMemoryError, StoppedError
+from lowvram.errors import OutOfMemoryError, StoppedError, first_line
 from lowvram.planner.plan import Plan
 from lowvram.training import checkpoint
 from lowvram.training.data import PreparedData
@@ -80,7 +80,7 @@ def train(
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"The device ran out of memory: predicted {format_bytes(plan.estimate.peak_reserved_bytes)}, "
-            f"budget {format_bytes(plan.budget_bytes)}. {str(error).splitlines()[0]}",
+            f"budget {format_bytes(plan.budget_bytes)}. {first_line(error)}",
             f"Close other programs on the GPU, then: lowvram resume {folder.path}",
         ) from error
     finally:

@@ -13,9 +13,8 @@ from torch import nn
 
 from lowvram.engine.recompute import switch_recompute
 from lowvram.engine.step import SummedLoss
-from lowvram.errors import OutOfMemoryError
+from lowvram.errors import OutOfMemoryError, first_line
 from lowvram.frozen import write_atomically
-from lowvram.gpu_driver import first_line
 from lowvram.hardware import Hardware, host_memory
 from lowvram.memory.rung import Moment, Rung
 from lowvram.planner.rungs import next_rung, plan_that_fits
