@@ -1,0 +1,84 @@
+"""Which tensors a GGUF holds, under llama.cpp's names, and their values as llama.cpp computes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowvram.errors import ConfigError
+from lowvram.export.gguf_architectures import MERGE_INSTEAD, Architecture
+from lowvram.export.gguf_hyperparameters import rope_factors
+from lowvram.export.tensors import Tensors
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_BUFFERS = (".rotary_emb.inv_freq",)  # old files store what transformers computes
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor of the file to be."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]  # float32, as llama.cpp wants it
+
+    @property
+    def is_matrix(self) -> bool:
+        """Norms, biases and the like stay in 32 bits, as in every GGUF."""
+        return len(self.shape) > 1
+
+
+def placed(tensors: Tensors, config: Any, architecture: Architecture) -> list[Placed]:
+    """The tensors in the order of the source files; nothing is read but, where both are there, tied ends.
+
+    Raises:
+        ConfigError: a tensor that the architecture does not have, or one of another shape.
+    """
+    names = [name for name in tensors.names if not name.endswith(_BUFFERS)]
+    if HEAD in names and config.tie_word_embeddings and _same(tensors, HEAD, EMBEDDING):
+        names.remove(HEAD)  # llama.cpp takes the embedding where there is no head
+    renamed = architecture.renamed(names, config.num_hidden_layers)
+    unknown = [name for name in names if name not in renamed]
+    if unknown:
+        raise ConfigError(f"llama.cpp's {architecture.name} has no place for {unknown[:3]}.", MERGE_INSTEAD)
+    found = [
+        Placed(renamed[name], tensors.shape(name), _reader(tensors, name, config, architecture)) for name in names
+    ]
+    factors = rope_factors(config)
+    if factors is not None:
+        found.append(Placed("rope_freqs.weight", tuple(factors.shape), lambda: factors))
+    return found
+
+
+def _same(tensors: Tensors, one: str, other: str) -> bool:
+    return tensors.shape(one) == tensors.shape(other) and torch.equal(tensors.tensor(one), tensors.tensor(other))
+
+
+def _reader(
+    tensors: Tensors, name: str, config: Any, architecture: Architecture
+) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        value = tensors.tensor(name).float()
+        if architecture.norm_offset and name.endswith("norm.weight"):
+            value = value + architecture.norm_offset
+        order = row_order(name, value.shape[0], config, architecture)
+        return value if order is None else value[order]
+
+    return read
+
+
+def row_order(name: str, n_rows: int, config: Any, architecture: Architecture) -> torch.Tensor | None:
+    """From which row of transformers' q or k each of llama.cpp's comes; None where they are the same.
+
+    Rotary positions turn pairs of features: transformers i with i + d/2 of a head of d, llama.cpp's Llama 2i
+    with 2i + 1. So the two halves of a head are dealt out alternately.
+    """
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    module = name.split(".")[-2]
+    if not architecture.neighbours or module not in heads:
+        return None
+    halves = torch.arange(n_rows).view(heads[module], 2, -1)  # [heads, 2, d/2]
+    return halves.transpose(1, 2).reshape(-1)

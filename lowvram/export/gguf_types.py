@@ -1,0 +1,95 @@
+"""The number formats of a GGUF: what --type may say, what each tensor becomes, and its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
+
+from lowvram.errors import ConfigError
+
+Type = GGMLQuantizationType
+Bytes = npt.NDArray[np.uint8]
+Quantize = Callable[[torch.Tensor, Type], Bytes]
+_LARGEST_F16 = 65504.0
+
+
+@dataclass(frozen=True)
+class FileType:
+    """What most matrices of a file become; `mixed` ones also use wider types (export/gguf_kquants.py)."""
+
+    name: str
+    code: LlamaFileType
+    main: Type
+    mixed: bool = False
+
+
+_PLAIN = (
+    FileType("f32", LlamaFileType.ALL_F32, Type.F32),
+    FileType("f16", LlamaFileType.MOSTLY_F16, Type.F16),
+    FileType("bf16", LlamaFileType.MOSTLY_BF16, Type.BF16),
+    FileType("q8_0", LlamaFileType.MOSTLY_Q8_0, Type.Q8_0),
+)
+_MIXED = (
+    FileType("q4_k_m", LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K, mixed=True),
+    FileType("q5_k_m", LlamaFileType.MOSTLY_Q5_K_M, Type.Q5_K, mixed=True),
+    FileType("q6_k", LlamaFileType.MOSTLY_Q6_K, Type.Q6_K, mixed=True),
+)
+FILE_TYPES = {found.name: found for found in (*_PLAIN, *_MIXED)}
+
+
+def file_type(name: str) -> FileType:
+    """The type of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return FILE_TYPES[name.lower()]
+    except KeyError:
+        raise ConfigError(f"There is no GGUF type '{name}'.", f"Give one of {', '.join(FILE_TYPES)}.") from None
+
+
+def plain_type(kind: FileType, shape: tuple[int, ...]) -> Type:
+    """Of one tensor in a file without a mix: 32 bits for vectors, 16 where blocks do not fill a row."""
+    if len(shape) < 2:
+        return Type.F32
+    return kind.main if fits(kind.main, shape) else Type.F16
+
+
+def fits(kind: Type, shape: tuple[int, ...]) -> bool:
+    """Whether blocks of this type fill the rows."""
+    return shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
+
+
+def n_bytes(kind: Type, shape: tuple[int, ...]) -> int:
+    """Of a tensor in this type."""
+    per_block, block_bytes = GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape, dtype=np.int64)) // per_block * block_bytes
+
+
+def encoded(name: str, value: torch.Tensor, kind: Type, quantize: Quantize | None = None) -> Bytes:
+    """The bytes of a float32 tensor in that type.
+
+    Args:
+        quantize: for the types with mixed blocks, which the gguf package reads but does not write.
+
+    Raises:
+        ConfigError: a value is too large for 16 bits with a 5-bit exponent.
+    """
+    if kind == Type.F16 and float(value.abs().max()) > _LARGEST_F16:
+        raise ConfigError(
+            f"'{name}' holds {float(value.abs().max()):,.0f}; F16 ends at {_LARGEST_F16:,.0f}.",
+            "Take a type with a wider exponent: --type bf16",
+        )
+    wide = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
+    if kind in wide:
+        return value.to(wide[kind]).contiguous().view(torch.uint8).numpy()
+    if quantize is not None:
+        return quantize(value, kind)
+    quantized: Bytes = quants.quantize(value.contiguous().numpy(), kind)
+    return quantized
