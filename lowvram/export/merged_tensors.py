@@ -1,4 +1,4 @@
-"""MergedTensors: base and adapter as one model's tensors, computed when asked for, straight from the files."""
+"""MergedTensors: base and adapter as one model's tensors, computed from the files when asked for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowvram.errors import ConfigError
 from lowvram.export.adapter_files import ModuleUpdate, read_adapter
 from lowvram.export.base_files import base_folder
 from lowvram.export.tensor_changes import Change, LowRank, Rows
-from lowvram.export.tensor_files import StoredTensor, tensors_of_folder
+from lowvram.export.tensor_files import StoredTensor, name_in_file, tensors_of_folder
 from lowvram.export.tied_weights import settle
 
 MERGEABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -137,9 +137,9 @@ def _changes(
     module: str, update: ModuleUpdate, stored: dict[str, StoredTensor], turned: bool
 ) -> dict[str, Change]:
     """Tensor name -> change, of one module."""
-    weight, bias = (_name_in_base(f"{module}.{kind}", stored) for kind in ("weight", "bias"))
+    weight, bias = (name_in_file(f"{module}.{kind}", stored) for kind in ("weight", "bias"))
     made = {
-        _name_in_base(f"{module}.{parameter}", stored): Change(replaced=values)
+        name_in_file(f"{module}.{parameter}", stored): Change(replaced=values)
         for parameter, values in update.replaced.items()
     }
     low_rank = None
@@ -168,21 +168,14 @@ def _low_rank(update: ModuleUpdate, shape: tuple[int, ...] | None, turned: bool)
     return LowRank(update.a, update.b, update.scaling, False, update.magnitude)
 
 
-def _name_in_base(name: str, stored: dict[str, StoredTensor]) -> str:
-    """GPT-2's file on the hub says "h.0.attn" where the model says "transformer.h.0.attn"."""
-    shorter = name.partition(".")[2]
-    return shorter if name not in stored and shorter in stored else name
-
-
 def _outputs(
     stored: dict[str, StoredTensor], untied: dict[str, StoredTensor], changes: dict[str, Change]
 ) -> dict[str, _Output]:
     bases: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         bases[name] = untied.get(name, tensor)
-        bases.update(
-            {other: base for other, base in untied.items() if base is tensor and other not in stored}
-        )
+        new = (other for other, base in untied.items() if base is tensor and other not in stored)
+        bases.update(dict.fromkeys(new, tensor))
     return {name: _Output(base, changes.get(name)) for name, base in bases.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -106,11 +106,17 @@ def _tensor(file: Path, name: str, start: int, entry: dict[str, Any]) -> StoredT
     made = StoredTensor(file, name, start + begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
     if begin < 0 or end - begin != made.n_bytes or min(made.shape, default=0) < 0:
         raise ConfigError(
-            f"'{name}' in '{file}' takes {end - begin:,} bytes by its place and {made.n_bytes:,} by its shape "
-            f"{list(made.shape)} in {entry['dtype']}.",
+            f"'{name}' in '{file}' has {end - begin:,} bytes by its place and {made.n_bytes:,} by its "
+            f"shape {list(made.shape)} in {entry['dtype']}.",
             _AGAIN,
         )
     return made
+
+
+def name_in_file(name: str, stored: Container[str]) -> str:
+    """GPT-2's file on the hub says "h.0.attn" where the model says "transformer.h.0.attn"."""
+    shorter = name.partition(".")[2]
+    return shorter if name not in stored and shorter in stored else name
 
 
 def tensors_of_folder(folder: Path) -> dict[str, StoredTensor]:

@@ -11,7 +11,7 @@ from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
 from lowvram.export.empty_model import empty_model
 from lowvram.export.tensor_changes import Change
-from lowvram.export.tensor_files import StoredTensor
+from lowvram.export.tensor_files import StoredTensor, name_in_file
 
 
 def tied_names(base: ModelSource) -> list[set[str]]:
@@ -42,7 +42,8 @@ def settle(
     if not any(outside_layers(name) for name in changes):
         return {}
     untied: dict[str, StoredTensor] = {}
-    for group in tied_names(base):
+    for names in tied_names(base):
+        group = {name_in_file(name, stored) for name in names}
         touched = [name for name in sorted(group) if name in changes]
         one = next((stored[name] for name in sorted(group, key=_embedding_first) if name in stored), None)
         if not touched or one is None:
