@@ -53,7 +53,7 @@ def architecture_of(config: Any) -> Architecture:
     """The family of a model by its config.
 
     Raises:
-        ConfigError: none of those that are supported here, or a variant that llama.cpp would compute otherwise.
+        ConfigError: none of the supported ones, or a variant that llama.cpp would compute otherwise.
     """
     name = (config.architectures or ["no architecture"])[0]
     if name not in ARCHITECTURES:
@@ -74,13 +74,18 @@ def _variants(config: Any, arch: MODEL_ARCH) -> list[tuple[bool, str]]:
     found = [(bool(getattr(config, "use_bidirectional_attention", False)), "bidirectional attention")]
     if arch == MODEL_ARCH.SMOLLM3:
         found += [
-            (list(config.no_rope_layers) != [int((i + 1) % 4 != 0) for i in layers], "these rope-free layers"),
+            (
+                list(config.no_rope_layers) != [int((i + 1) % 4 != 0) for i in layers],
+                "these rope-free layers",
+            ),
             (bool(config.use_sliding_window), "a sliding window"),
         ]
     if arch in (MODEL_ARCH.GEMMA2, MODEL_ARCH.GEMMA3):
         period = 2 if arch == MODEL_ARCH.GEMMA2 else 6
         full = [kind == "full_attention" for kind in config.layer_types]
-        largest = config.num_hidden_layers == (46 if arch == MODEL_ARCH.GEMMA2 else 62)  # 27B, told by its depth
+        largest = config.num_hidden_layers == (
+            46 if arch == MODEL_ARCH.GEMMA2 else 62
+        )  # 27B, told by its depth
         scale = config.hidden_size // config.num_attention_heads if largest else config.head_dim
         found += [
             (full != [(i + 1) % period == 0 for i in layers], "this order of sliding windows"),

@@ -63,7 +63,9 @@ def rope_of(config: Any) -> dict[str, Any]:
     known = _KEYS.get(kind, set()) | {"rope_type", "type", "rope_theta"}
     odd = sorted(key for key, value in rope.items() if key not in known and value is not None)
     if kind not in _KEYS or odd:
-        raise ConfigError(f"llama.cpp does not know rope type {kind!r} with {odd or 'its settings'}.", MERGE_INSTEAD)
+        raise ConfigError(
+            f"llama.cpp does not know rope type {kind!r} with {odd or 'its settings'}.", MERGE_INSTEAD
+        )
     return rope
 
 
@@ -92,7 +94,9 @@ def _add_windows(writer: GGUFWriter, config: Any, arch: MODEL_ARCH) -> list[str]
             writer.add_rope_freq_base_swa(float(config.rope_parameters["sliding_attention"]["rope_theta"]))
         return []
     if window and getattr(config, "use_sliding_window", True) and window < config.max_position_embeddings:
-        return [f"llama.cpp has no window for this model: past {window:,} tokens it sees more than was trained."]
+        return [
+            f"llama.cpp has no window for this model: past {window:,} tokens it sees more than was trained."
+        ]
     return []
 
 

@@ -1,4 +1,4 @@
-"""Q4_K_M and its like: which tensor gets which blocks, and the blocks, made by the ggml of an installed package.
+"""Q4_K_M and its like: which tensor gets which blocks, and the blocks, made by an installed ggml.
 
 The k-quants' search for scales is ggml's own (github.com/ggml-org/llama.cpp, ggml_quantize_chunk of ggml.h);
 the gguf package only reads them. Called tensor by tensor, no 16-bit copy of the model is written first.
@@ -9,13 +9,17 @@ from __future__ import annotations
 import ctypes
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from lowvram.export.gguf_types import Bytes, FileType, Quantize, Type, fits, n_bytes
 
+NO_QUANTIZER = (
+    "Install one: pip install xllamacpp; or build llama.cpp's and give it: --quantizer PATH/llama-quantize; "
+    "or take --type q8_0, which needs none."
+)
 _MODULE = "xllamacpp.xllamacpp"  # a wheel on PyPI with llama.cpp in one shared object
 # What llama.cpp takes where rows are no multiple of 256: blocks of 32 with about as many bits.
 _SMALLER = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
@@ -43,22 +47,18 @@ def ggml_quantize() -> Quantize | None:
     return quantize
 
 
-def mixed_types(
-    kind: FileType, shapes: Iterable[tuple[str, tuple[int, ...]]], n_layers: int
-) -> dict[str, Type]:
+def mixed_types(kind: FileType, shapes: Mapping[str, tuple[int, ...]], n_layers: int) -> dict[str, Type]:
     """Each tensor's type in a mixed file: llama.cpp's recipe of that name.
 
     The head (or the embedding that serves as one) has 6 bits; so have, in the M types, the values' and the
     MLP's last matrix of the first and the last eighth of the layers and of every third between.
     """
-    shapes = list(shapes)
-    tied = "output.weight" not in dict(shapes)
-    wide = {"output.weight"} | ({"token_embd.weight"} if tied else set())
+    head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
     found = {}
-    for name, shape in shapes:
+    for name, shape in shapes.items():
         layer = re.fullmatch(r"blk\.(\d+)\.(attn_v|ffn_down)\.weight", name)
         more = layer is not None and _more_bits(int(layer[1]), n_layers)
-        chosen = Type.Q6_K if name in wide or more else kind.main
+        chosen = Type.Q6_K if name == head or more else kind.main
         found[name] = _fitting(chosen, shape)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter
 from lowvram.errors import ConfigError
 from lowvram.export.gguf_architectures import Architecture, architecture_of
 from lowvram.export.gguf_hyperparameters import add_hyperparameters
-from lowvram.export.gguf_kquants import ggml_quantize, mixed_types
+from lowvram.export.gguf_kquants import NO_QUANTIZER, ggml_quantize, mixed_types
 from lowvram.export.gguf_tensors import EMBEDDING, Placed, placed
 from lowvram.export.gguf_types import FileType, Quantize, Type, encoded, n_bytes, plain_type
 from lowvram.export.gguf_vocabulary import Vocabulary, vocabulary
@@ -23,9 +23,6 @@ from lowvram.frozen import require_new_file
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 _HEADER_BYTES = 64 << 20  # tokens, merges and tensor infos; Gemma's 256,000 tokens take 20 MB
-_NO_QUANTIZER = (
-    "Install one: pip install xllamacpp, or give llama.cpp's: --quantizer PATH/llama-quantize, or take --type q8_0"
-)
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,9 @@ class GgufModel:
     kind: FileType
 
     def __post_init__(self) -> None:
-        assert self.architecture and self.vocabulary and self.placed
+        _ = self.architecture, self.vocabulary, self.placed  # each refuses what it cannot be
         if self.kind.mixed and self._quantize is None:
-            raise ConfigError(f"Nothing here can quantize to {self.kind.name}.", _NO_QUANTIZER)
+            raise ConfigError(f"Nothing here can quantize to {self.kind.name}.", NO_QUANTIZER)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -54,8 +51,14 @@ class GgufModel:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         if EMBEDDING not in self.tensors.names:
-            raise ConfigError(f"'{self.tensors.folder}' has no tensor '{EMBEDDING}'.", "Give the whole base: --base PATH")
+            raise ConfigError(
+                f"'{self.tensors.folder}' has no tensor '{EMBEDDING}'.", "Give the whole base: --base PATH"
+            )
         return vocabulary(self.tokenizer, self.tensors.shape(EMBEDDING)[0])
+
+    def as_kind(self, kind: FileType) -> GgufModel:
+        """The same model in other numbers."""
+        return replace(self, kind=kind)
 
     @cached_property
     def placed(self) -> list[Placed]:
@@ -64,31 +67,35 @@ class GgufModel:
     @cached_property
     def types(self) -> dict[str, Type]:
         """Of each tensor of the file."""
+        return self.types_of(self.kind)
+
+    def types_of(self, kind: FileType) -> dict[str, Type]:
+        """The same, were the file of another kind."""
         shapes = {tensor.name: tensor.shape for tensor in self.placed}
-        if self.kind.mixed:
-            return mixed_types(self.kind, shapes, self.config.num_hidden_layers)
-        return {name: plain_type(self.kind, shape) for name, shape in shapes.items()}
+        if kind.mixed:
+            return mixed_types(kind, shapes, self.config.num_hidden_layers)
+        return {name: plain_type(kind, shape) for name, shape in shapes.items()}
 
     @cached_property
     def _quantize(self) -> Quantize | None:
         return ggml_quantize() if self.kind.mixed else None
 
-    @property
-    def n_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(n_bytes(self.types[tensor.name], tensor.shape) for tensor in self.placed)
+    def n_bytes(self, kind: FileType | None = None) -> int:
+        """Of the file, or of one of another kind; the vocabulary is guessed at its largest."""
+        types = self.types_of(kind or self.kind)
+        return _HEADER_BYTES + sum(n_bytes(types[tensor.name], tensor.shape) for tensor in self.placed)
 
     def write(self, output: Path, progress: Progress | None = None) -> list[str]:
         """Write the file whole or not at all; what llama.cpp will do otherwise than transformers.
 
-        Host memory is the largest tensor, three times in float32, beside the vocabulary.
+        Host memory is the largest tensor as it is stored and as it will be, beside 50 MB of pieces.
 
         Raises:
             ConfigError: `output` is there already, or a value does not fit the type.
             DoesNotFitError: too little disk.
         """
         require_new_file(output)
-        require_disk(output, self.n_bytes + _HEADER_BYTES, "The GGUF")
+        require_disk(output, self.n_bytes(), "The GGUF")
         with whole_file(output) as partial:
             writer = GGUFWriter(partial, self.architecture.name)
             try:
@@ -115,10 +122,10 @@ class GgufModel:
         return notes
 
     def _write_tensors(self, writer: GGUFWriter, progress: Progress) -> None:
-        done, total = 0, self.n_bytes
+        done, total = 0, sum(n_bytes(self.types[tensor.name], tensor.shape) for tensor in self.placed)
         for tensor in self.placed:
             kind = self.types[tensor.name]
-            data = encoded(tensor.name, tensor.read(), kind, self._quantize)
+            data = encoded(tensor, kind, self._quantize)
             writer.write_tensor_data(data)
             done += data.nbytes
             progress(done, total)

@@ -50,7 +50,8 @@ def pretokenizer(state: dict[str, Any]) -> str:
     if key not in _KNOWN:
         names = ", ".join(sorted(set(_KNOWN.values())))
         raise ConfigError(
-            f"This tokenizer cuts text in a way that is none of {names}: {' then '.join(steps)[:200]}.", _ITSELF
+            f"This tokenizer cuts text in a way that is none of {names}: {' then '.join(steps)[:200]}.",
+            _ITSELF,
         )
     return _KNOWN[key]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from lowvram.errors import ConfigError
 from lowvram.export.gguf_architectures import MERGE_INSTEAD, Architecture
 from lowvram.export.gguf_hyperparameters import rope_factors
+from lowvram.export.tensor_files import PIECE_NUMBERS
 from lowvram.export.tensors import Tensors
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -23,19 +26,25 @@ class Placed:
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]  # float32, as llama.cpp wants it
+    source: Callable[[], torch.Tensor]  # as stored
+    order: torch.Tensor | None = None  # from which row of the source each row comes
+    offset: float = 0.0
 
-    @property
-    def is_matrix(self) -> bool:
-        """Norms, biases and the like stay in 32 bits, as in every GGUF."""
-        return len(self.shape) > 1
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """The values in float32, some rows at a time: only the stored tensor is there as a whole."""
+        whole = self.source()
+        step = max(PIECE_NUMBERS // max(prod(self.shape[1:]), 1), 1)
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, start + step)
+            piece = whole[rows if self.order is None else self.order[rows]].float()
+            yield piece + self.offset if self.offset else piece
 
 
 def placed(tensors: Tensors, config: Any, architecture: Architecture) -> list[Placed]:
     """The tensors in the order of the source files; nothing is read but, where both are there, tied ends.
 
     Raises:
-        ConfigError: a tensor that the architecture does not have, or one of another shape.
+        ConfigError: a tensor that the architecture does not have.
     """
     names = [name for name in tensors.names if not name.endswith(_BUFFERS)]
     if HEAD in names and config.tie_word_embeddings and _same(tensors, HEAD, EMBEDDING):
@@ -44,30 +53,24 @@ def placed(tensors: Tensors, config: Any, architecture: Architecture) -> list[Pl
     unknown = [name for name in names if name not in renamed]
     if unknown:
         raise ConfigError(f"llama.cpp's {architecture.name} has no place for {unknown[:3]}.", MERGE_INSTEAD)
-    found = [
-        Placed(renamed[name], tensors.shape(name), _reader(tensors, name, config, architecture)) for name in names
-    ]
+    found = [_placed(renamed[name], name, tensors, config, architecture) for name in names]
     factors = rope_factors(config)
     if factors is not None:
         found.append(Placed("rope_freqs.weight", tuple(factors.shape), lambda: factors))
     return found
 
 
+def _placed(new: str, name: str, tensors: Tensors, config: Any, architecture: Architecture) -> Placed:
+    shape = tensors.shape(name)
+    offset = architecture.norm_offset if name.endswith("norm.weight") else 0.0
+    order = row_order(name, shape[0], config, architecture)
+    return Placed(new, shape, partial(tensors.tensor, name), order, offset)
+
+
 def _same(tensors: Tensors, one: str, other: str) -> bool:
-    return tensors.shape(one) == tensors.shape(other) and torch.equal(tensors.tensor(one), tensors.tensor(other))
-
-
-def _reader(
-    tensors: Tensors, name: str, config: Any, architecture: Architecture
-) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        value = tensors.tensor(name).float()
-        if architecture.norm_offset and name.endswith("norm.weight"):
-            value = value + architecture.norm_offset
-        order = row_order(name, value.shape[0], config, architecture)
-        return value if order is None else value[order]
-
-    return read
+    return tensors.shape(one) == tensors.shape(other) and torch.equal(
+        tensors.tensor(one), tensors.tensor(other)
+    )
 
 
 def row_order(name: str, n_rows: int, config: Any, architecture: Architecture) -> torch.Tensor | None:

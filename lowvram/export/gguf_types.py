@@ -11,10 +11,12 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 
 from lowvram.errors import ConfigError
+from lowvram.export.gguf_tensors import Placed
 
 Type = GGMLQuantizationType
 Bytes = npt.NDArray[np.uint8]
 Quantize = Callable[[torch.Tensor, Type], Bytes]
+_FLOATS = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 _LARGEST_F16 = 65504.0
 
 
@@ -51,7 +53,9 @@ def file_type(name: str) -> FileType:
     try:
         return FILE_TYPES[name.lower()]
     except KeyError:
-        raise ConfigError(f"There is no GGUF type '{name}'.", f"Give one of {', '.join(FILE_TYPES)}.") from None
+        raise ConfigError(
+            f"There is no GGUF type '{name}'.", f"Give one of {', '.join(FILE_TYPES)}."
+        ) from None
 
 
 def plain_type(kind: FileType, shape: tuple[int, ...]) -> Type:
@@ -72,8 +76,8 @@ def n_bytes(kind: Type, shape: tuple[int, ...]) -> int:
     return int(np.prod(shape, dtype=np.int64)) // per_block * block_bytes
 
 
-def encoded(name: str, value: torch.Tensor, kind: Type, quantize: Quantize | None = None) -> Bytes:
-    """The bytes of a float32 tensor in that type.
+def encoded(tensor: Placed, kind: Type, quantize: Quantize | None = None) -> Bytes:
+    """The bytes of a tensor in that type.
 
     Args:
         quantize: for the types with mixed blocks, which the gguf package reads but does not write.
@@ -81,15 +85,23 @@ def encoded(name: str, value: torch.Tensor, kind: Type, quantize: Quantize | Non
     Raises:
         ConfigError: a value is too large for 16 bits with a 5-bit exponent.
     """
-    if kind == Type.F16 and float(value.abs().max()) > _LARGEST_F16:
+    out, at = np.empty(n_bytes(kind, tensor.shape), dtype=np.uint8), 0
+    for piece in tensor.pieces():
+        data = _encoded(tensor.name, piece, kind, quantize)
+        out[at : at + data.size] = data
+        at += data.size
+    return out
+
+
+def _encoded(name: str, piece: torch.Tensor, kind: Type, quantize: Quantize | None) -> Bytes:
+    if kind == Type.F16 and float(piece.abs().max()) > _LARGEST_F16:
         raise ConfigError(
-            f"'{name}' holds {float(value.abs().max()):,.0f}; F16 ends at {_LARGEST_F16:,.0f}.",
+            f"'{name}' holds {float(piece.abs().max()):,.0f}; F16 ends at {_LARGEST_F16:,.0f}.",
             "Take a type with a wider exponent: --type bf16",
         )
-    wide = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
-    if kind in wide:
-        return value.to(wide[kind]).contiguous().view(torch.uint8).numpy()
+    if kind in _FLOATS:
+        return piece.to(_FLOATS[kind]).flatten().view(torch.uint8).numpy()
     if quantize is not None:
-        return quantize(value, kind)
-    quantized: Bytes = quants.quantize(value.contiguous().numpy(), kind)
-    return quantized
+        return quantize(piece, kind)
+    quantized: Bytes = quants.quantize(piece.numpy(), kind)
+    return quantized.ravel()

@@ -16,6 +16,7 @@ from lowvram.export.gguf_pretokenizers import pretokenizer
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "▁"  # U+2581, as SentencePiece writes a space
 _UNREACHED = -1e9  # a token that no merge makes: below every rank
+_NO_START = "The chat template writes no start token, so the file says not to add one."
 _OTHER = "Convert the merged folder with llama.cpp's own script: lowvram merge RUN"
 
 
@@ -74,10 +75,8 @@ def vocabulary(tokenizer: Any, n_rows: int) -> Vocabulary:
     pieces = _is_sentencepiece(state)
     _mark_added(state, tokens, types, pieces)
     add_bos, add_eos = _wraps(tokenizer)
-    flags = {"add_bos_token": add_bos and _template_writes_bos(tokenizer), "add_eos_token": add_eos}
-    notes = [] if flags["add_bos_token"] == add_bos else [
-        "The chat template writes no start token, so the file says not to add one."
-    ]
+    flags = {"add_bos_token": adds_start_token(tokenizer), "add_eos_token": add_eos}
+    notes = [] if flags["add_bos_token"] == add_bos else [_NO_START]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in state["model"]["merges"]]
     if pieces:
         flags["add_space_prefix"], more = _space_prefix(state, bool(tokenizer.chat_template))
@@ -133,23 +132,26 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 
 def _wraps(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its start token before a text, and its end token behind it, as it does it."""
+    """Whether the tokenizer puts its start token before a text, and its end token behind it; tried out."""
     plain, whole = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
     before = whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
     after = whole[len(before) + len(plain) :]
     return before == [tokenizer.bos_token_id], after == [tokenizer.eos_token_id]
 
 
-def _template_writes_bos(tokenizer: Any) -> bool:
-    """A template renders what was trained; llama.cpp drops its start token and puts one by the flag."""
-    if not tokenizer.chat_template:
-        return True
+def adds_start_token(tokenizer: Any) -> bool:
+    """Whether an engine is to put a start token: llama.cpp drops the template's own and goes by this flag.
+
+    Where the template writes none, none was trained in front of a chat.
+    """
+    if not _wraps(tokenizer)[0] or not tokenizer.chat_template:
+        return _wraps(tokenizer)[0]
     asked = [{"role": "user", "content": "a"}]
     return str(tokenizer.apply_chat_template(asked, tokenize=False)).startswith(tokenizer.bos_token)
 
 
 def _space_prefix(state: dict[str, Any], chats: bool) -> tuple[bool, list[str]]:
-    """Whether a space goes before a text, and before each that follows a control token: llama.cpp has one flag."""
+    """Whether a space goes before a text and behind each control token: llama.cpp has one flag for both."""
     normalizer, before = state.get("normalizer") or {}, state.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer])
     if any(step.get("type") == "Prepend" for step in steps) or before.get("prepend_scheme") == "always":
