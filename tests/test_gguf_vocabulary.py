@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gguf import GGUFReader, TokenType
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lowvram.errors import ConfigError
 from lowvram.export.gguf_vocabulary import vocabulary
@@ -67,34 +68,32 @@ def test_the_kinds_of_tokens() -> None:
     assert kinds["<0x0A>"] == TokenType.BYTE
     assert kinds["<think>"] == TokenType.USER_DEFINED
     assert kinds["▁the"] == TokenType.NORMAL
-    assert [kind for kind in made.types[-N_SPARE:]] == [TokenType.UNUSED] * N_SPARE
+    assert list(made.types[-N_SPARE:]) == [TokenType.UNUSED] * N_SPARE
     assert made.tokens[tokenizer.convert_tokens_to_ids("▁the")] == "▁the"
 
 
-def test_stops_where_the_model_does(tmp_path: Path) -> None:
-    """The end of turn, the end token and nothing else; asked through a model that only ever writes one token."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def _always(base: Path, folder: Path, token: int, ids: list[int]) -> LlamaCpp:
+    """llama.cpp with a head that finds `token` the likeliest behind `ids`."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+    model.lm_head.weight.data.zero_()
+    model.lm_head.weight.data[token] = hidden / hidden.norm()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return LlamaCpp(written(folder, folder, "f32"))
 
-    tokenizer = byte_level("gpt-2")
-    base = saved_model(tmp_path / "base", "llama", tokenizer, tie_word_embeddings=False)
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    for token, stops in ((stop, True), (tokenizer.convert_tokens_to_ids("a"), False)):
-        model = AutoModelForCausalLM.from_pretrained(base)
-        model.lm_head.weight.data[:] = -model.lm_head.weight.data.abs().mean()
-        model.model.norm.weight.data.abs_()
-        model.lm_head.weight.data.zero_()
-        model.model.layers[-1].mlp.down_proj.weight.data.zero_()
-        with torch.no_grad():
-            hidden = model.model(torch.tensor([[5, 6, 7]])).last_hidden_state[0, -1]
-        model.lm_head.weight.data[token] = hidden
-        model.save_pretrained(tmp_path / f"{token}")
-        tokenizer.save_pretrained(tmp_path / f"{token}")
-        answer = LlamaCpp(written(tmp_path / f"{token}", tmp_path / f"{token}")).goes_on(
-            [5, 6, 7], 1, ignore_eos=False
-        )
-        assert answer["tokens"][:1] == ([] if stops else [token]) or answer["stop_type"] == "eos"
-        assert (answer["stop_type"] == "eos") == stops
+
+@pytest.mark.parametrize(("text", "stops"), [("</s>", True), ("<end_of_turn>", True), ("a", False)])
+def test_stops_where_the_model_does(tmp_path: Path, text: str, stops: bool) -> None:
+    """At the tokenizer's end token and at that of the template's turns."""
+    tokenizer = sentencepiece_like("plain", template="gemma")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    base = saved_model(tmp_path / "base", "llama", tokenizer)
+    ids = tokenizer.apply_chat_template(CHAT[1:], add_generation_prompt=True, return_dict=True)["input_ids"]
+    engine = _always(base, tmp_path / "changed", tokenizer.convert_tokens_to_ids(text), ids)
+    answer = engine.goes_on(ids, 1, ignore_eos=False)
+    assert answer["stop_type"] == ("eos" if stops else "limit")
 
 
 def test_chat_template_and_ids(tmp_path: Path) -> None:
