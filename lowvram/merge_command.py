@@ -161,7 +161,7 @@ def _written(
     double = plan.levers.double_quantization if plan else True
     result, error = write_quantized(tensors, adapter, target, double_quantization=double, **options)
     return result, (
-        f"Quantised once more to NF4: its linear layers' weights are {error.relative:.2%} off the merged ones.",
+        f"Quantised once more to NF4: the linear layers' weights are {error.relative:.2%} off the merged.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The check of a merged folder: its loss beside that of the adapter, on both bases it could be merged onto."""
+"""Checks a merged folder: its loss beside that of the adapter, on both bases it could be merged onto."""
 
 from __future__ import annotations
 
