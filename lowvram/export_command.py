@@ -25,10 +25,10 @@ from lowvram.export.gguf_types import FILE_TYPES, FileType, file_type
 from lowvram.export.gguf_vocabulary import adds_start_token
 from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.ollama import ADAPTER_FILE, MODEL_FILE, Modelfile, modelfile
+from lowvram.export.partial_folder import refuse_used, whole_or_not_at_all
 from lowvram.export.quantizer import QuantizedModel, for_kind
 from lowvram.export.run_adapter import adapter_of, source_of
 from lowvram.export.vllm import vllm_command
-from lowvram.export.whole_file import whole_folder
 from lowvram.frozen import require_new_file
 from lowvram.training.run_folder import RunFolder
 from lowvram.training.signals import Interrupted, stop_on_signal
@@ -143,11 +143,11 @@ def _to_lora(export: Export, console: Console) -> None:
 
 
 def _to_ollama(export: Export, console: Console) -> None:
-    require_new_file(export.target)
+    refuse_used(export.target)
     lora = _lora(export) if export.alone else None
     model = None if export.alone else _model(export)
     written = _modelfile(export)
-    with whole_folder(export.target) as folder, _progress(export, console) as told:
+    with whole_or_not_at_all(export.target) as folder, _progress(export, console) as told:
         notes = []
         if model is not None:
             notes = model.write(folder / MODEL_FILE, told)

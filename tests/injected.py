@@ -27,7 +27,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "save": (checkpoint, "save"),
     "adapter": (finish, "save_adapter"),
     "receipt": (finish, "write_receipt"),
-    "merge": (merge, "_write_shards"),
+    "merge": (merge, "write_shards"),
 }
 
 

@@ -1,4 +1,4 @@
-"""`lowvram export` as a user types it: a real run for every engine, and each mistake with one clear message."""
+"""`lowvram export` as a user types it: a real run for every engine, each mistake with a clear message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from gguf import GGUFReader
 
 from tests.llama_cpp import LlamaCpp, assert_agrees
-from tests.test_gguf import PROMPT, reference, written
+from tests.test_gguf import PROMPT, written
 from tests.test_gguf_lora import adapted
 from tests.tiny_gguf import byte_level, saved_model
 from tests.tiny_runs import ASKED, Cli, command, write_rows
@@ -74,7 +74,7 @@ def test_no_path_nor_user_name_leaves(home: Path, command: Cli) -> None:
 
 
 def test_q4_k_m_by_a_program(home: Path, command: Cli) -> None:
-    """A stand-in for llama-quantize that fails, then one that copies: what it gets is whole, in the base's 16 bits."""
+    """One that fails, then one that copies: what it gets is whole, in the base's 16 bits."""
     program = home / "llama-quantize"
     program.write_text("#!/bin/sh\necho 'no such type' >&2\nexit 3\n")
     program.chmod(0o755)

@@ -38,7 +38,10 @@ ORDER = [
         ),
     },
     {"demo"},
-    {"cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests", "cli_watch", "cli_export"},
+    {
+        *("cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests", "cli_watch"),
+        *("cli_merge", "cli_export"),
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

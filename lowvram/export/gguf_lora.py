@@ -14,7 +14,8 @@ from lowvram.export.adapter_files import Adapter, ModuleUpdate
 from lowvram.export.gguf_architectures import Architecture, architecture_of
 from lowvram.export.gguf_tensors import HEAD, Placed, row_order
 from lowvram.export.gguf_types import FileType, encoded, n_bytes
-from lowvram.export.whole_file import require_disk, whole_file
+from lowvram.export.partial_folder import require_disk
+from lowvram.export.whole_file import whole_file
 from lowvram.frozen import require_new_file
 
 LORA_TYPES = ("f32", "f16", "bf16")

@@ -17,8 +17,9 @@ from lowvram.export.gguf_kquants import NO_QUANTIZER, ggml_quantize, mixed_types
 from lowvram.export.gguf_tensors import EMBEDDING, Placed, placed
 from lowvram.export.gguf_types import FileType, Quantize, Type, encoded, n_bytes, plain_type
 from lowvram.export.gguf_vocabulary import Vocabulary, vocabulary
+from lowvram.export.partial_folder import require_disk
 from lowvram.export.tensors import Tensors
-from lowvram.export.whole_file import require_disk, whole_file
+from lowvram.export.whole_file import whole_file
 from lowvram.frozen import require_new_file
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all

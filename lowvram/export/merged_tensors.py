@@ -111,10 +111,18 @@ class MergedTensors:
         """The same some rows at a time: a 70B's head takes 32 MiB instead of 2 GiB."""
         output, dtype = self._outputs[name], self.dtype(name)
         base = self._base_values(name, output.base)
-        if output.change is None:
-            yield from (base.rows(*span).to(dtype) for span in base.spans())
-        else:
-            yield from (piece.to(dtype) for piece in output.change.merged(base))
+        unchanged = output.change is None and base is output.base and dtype == output.base.dtype
+        if unchanged or dtype not in MERGEABLE:
+            yield from (base.rows(*span) for span in base.spans())
+            return
+        for piece in (output.change or Change()).merged(base):
+            rounded = piece.to(dtype)
+            if not torch.isfinite(rounded).all():
+                raise ConfigError(
+                    f"'{name}' would hold a number that {str(dtype).removeprefix('torch.')} cannot.",
+                    "Use --dtype bf16 or fp32; if it does already, the adapter or the base is broken.",
+                )
+            yield rounded
 
     def working_bytes(self) -> int:
         """Host memory that the largest piece and the largest pair of factors take, beyond the program."""

@@ -15,7 +15,8 @@ from lowvram.export.gguf_kquants import NO_QUANTIZER, ggml_quantize
 from lowvram.export.gguf_model import GgufModel, Progress
 from lowvram.export.gguf_tensors import EMBEDDING
 from lowvram.export.gguf_types import FILE_TYPES, FileType
-from lowvram.export.whole_file import require_disk, whole_file
+from lowvram.export.partial_folder import require_disk
+from lowvram.export.whole_file import whole_file
 from lowvram.frozen import require_new_file
 
 PROGRAM = "llama-quantize"

@@ -43,11 +43,11 @@ def settle(
         return {}
     untied: dict[str, StoredTensor] = {}
     for names in tied_names(base):
-        group = {name_in_file(name, stored) for name in names}
+        group = _really_tied({name_in_file(name, stored) for name in names}, stored)
         touched = [name for name in sorted(group) if name in changes]
-        one = next((stored[name] for name in sorted(group, key=_embedding_first) if name in stored), None)
-        if not touched or one is None:
+        if not touched:
             continue
+        one = next(stored[name] for name in sorted(group, key=_embedding_first) if name in stored)
         if same := _one_for_all(group, touched, changes):
             for name in touched:
                 del changes[name]
@@ -56,6 +56,12 @@ def settle(
         _require_pair(base, group, touched)
         untied.update(dict.fromkeys(group, one))
     return untied
+
+
+def _really_tied(group: set[str], stored: dict[str, StoredTensor]) -> set[str]:
+    """Without those that have other values in the file: FLAN-T5's head, which transformers takes as it is."""
+    here = [stored[name] for name in sorted(group, key=_embedding_first) if name in stored]
+    return {name for name in group if here and (name not in stored or _same_values(here[0], stored[name]))}
 
 
 def _embedding_first(name: str) -> tuple[bool, str]:
@@ -75,8 +81,12 @@ def _one_for_all(group: set[str], touched: list[str], changes: dict[str, Change]
 
 def _equal(one: Change, other: Change) -> bool:
     a, b = one.replaced, other.replaced
-    if a is None or b is None or a.shape != b.shape:
-        return False
+    return a is not None and b is not None and _same_values(a, b)
+
+
+def _same_values(a: StoredTensor, b: StoredTensor) -> bool:
+    if a is b or a.shape != b.shape:
+        return a is b
     return all(torch.equal(a.rows(*span), b.rows(*span)) for span in a.spans())
 
 
