@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from lowvram.export.whole_file import whole_file
 from lowvram.frozen import require_new_file
 
 PROGRAM = "llama-quantize"
+_COUNT = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")  # "[  12/ 291] blk.1.ffn_down.weight ..."
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,17 @@ class QuantizedModel:
             DoesNotFitError: too little disk for both files.
         """
         require_new_file(output)
+        told = progress or (lambda _done, _total: None)
         whole = output.with_name(f".{output.name}.unquantized")
         whole.unlink(missing_ok=True)  # of a process that was killed
         require_disk(
             output, self.model.n_bytes() + self.model.n_bytes(self.kind), "The GGUF, with its 16-bit source,"
         )
         try:
-            notes = self.model.write(whole, progress)
+            notes = self.model.write(whole, told)
             with whole_file(output) as partial:
-                _run(self.program, whole, partial, self.kind)
+                size = self.model.n_bytes(self.kind)
+                _run(self.program, whole, partial, self.kind, lambda share: told(int(share * size), size))
         finally:
             whole.unlink(missing_ok=True)
         return notes
@@ -79,17 +84,29 @@ def _program(given: Path) -> Path:
     return given.absolute()
 
 
-def _run(program: Path, source: Path, output: Path, kind: FileType) -> None:
+def _run(program: Path, source: Path, output: Path, kind: FileType, told: Callable[[float], None]) -> None:
+    """Run the program; `told` hears the share of the tensors that its lines say are done."""
     command = [str(program), str(source), str(output), kind.name.upper()]
+    said = "nothing"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
     except OSError as error:
         raise ConfigError(
             f"'{program}' does not start: {first_line(error)}", "Give another --quantizer."
         ) from error
-    if done.returncode or not output.is_file():
-        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
+    with process:
+        try:
+            for line in process.stdout or ():
+                said = line.strip() or said
+                if counted := _COUNT.match(line):
+                    told(int(counted[1]) / max(int(counted[2]), 1))
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode or not output.is_file():
         raise ConfigError(
-            f"'{program}' ended with {done.returncode} and said: {said[-1][:200]}",
+            f"'{program}' ended with {process.returncode} and said: {said[:200]}",
             "Run it by hand on a GGUF of --type f16, or take --type q8_0.",
         )
