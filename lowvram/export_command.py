@@ -132,7 +132,7 @@ def _to_gguf(export: Export, console: Console) -> None:
     with _progress(export, console) as told:
         notes = model.write(export.target, told)
     _say(console, f"Wrote {_sized(export.target)}.", notes)
-    _say(console, f"Run it: llama-cli -m {export.target}, or put it into LM Studio's models folder (README).")
+    _say(console, f"Run it: llama-cli -m {export.target}, or for LM Studio: lms import {export.target}")
 
 
 def _to_lora(export: Export, console: Console) -> None:

@@ -12,6 +12,7 @@ from gguf import GGUFWriter, Keys
 from lowvram.errors import ConfigError
 from lowvram.export.adapter_files import Adapter, ModuleUpdate
 from lowvram.export.gguf_architectures import Architecture, architecture_of
+from lowvram.export.gguf_bytes import write_bytes
 from lowvram.export.gguf_tensors import HEAD, Placed, row_order
 from lowvram.export.gguf_types import FileType, encoded, n_bytes
 from lowvram.export.partial_folder import require_disk
@@ -63,7 +64,7 @@ class GgufLora:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in self.tensors:
-            writer.write_tensor_data(encoded(tensor, self.kind.main))
+            write_bytes(writer, encoded(tensor, self.kind.main))
 
 
 def gguf_lora(adapter: Adapter, config: Any, name: str, kind: FileType) -> GgufLora:

@@ -12,6 +12,7 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter
 
 from lowvram.errors import ConfigError
 from lowvram.export.gguf_architectures import Architecture, architecture_of
+from lowvram.export.gguf_bytes import write_bytes
 from lowvram.export.gguf_hyperparameters import add_hyperparameters
 from lowvram.export.gguf_kquants import NO_QUANTIZER, ggml_quantize, mixed_types
 from lowvram.export.gguf_tensors import EMBEDDING, Placed, placed
@@ -127,7 +128,7 @@ class GgufModel:
         for tensor in self.placed:
             kind = self.types[tensor.name]
             data = encoded(tensor, kind, self._quantize)
-            writer.write_tensor_data(data)
+            write_bytes(writer, data)
             done += data.nbytes
             progress(done, total)
 

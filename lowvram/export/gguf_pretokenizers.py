@@ -33,7 +33,7 @@ _KNOWN: dict[tuple[tuple[str, ...], bool], str] = {
     ((_TEKKEN,), True): "tekken",
     ((_TEKKEN,), False): "tekken",  # its merges make every one of its words
 }
-_ITSELF = "Convert the merged folder with llama.cpp's own script: lowvram merge RUN"
+OTHER_CONVERTER = "Convert the merged folder with llama.cpp's own script: lowvram merge RUN"
 
 
 def pretokenizer(state: dict[str, Any]) -> str:
@@ -45,22 +45,26 @@ def pretokenizer(state: dict[str, Any]) -> str:
     Raises:
         ConfigError: llama.cpp has none for it that is known here.
     """
-    steps = tuple(filter(None, map(_step, _flat(state.get("pre_tokenizer")))))
+    steps = tuple(filter(None, map(_step, flat(state.get("pre_tokenizer")))))
+    changes = [step["type"] for step in flat(state.get("normalizer")) if step["type"] != "NFC"]
+    if changes:  # composing accents is skipped: llama.cpp takes a text as it is
+        raise ConfigError(f"This tokenizer changes the text first: {', '.join(changes)}.", OTHER_CONVERTER)
     key = steps, bool(state["model"].get("ignore_merges"))
     if key not in _KNOWN:
         names = ", ".join(sorted(set(_KNOWN.values())))
         raise ConfigError(
             f"This tokenizer cuts text in a way that is none of {names}: {' then '.join(steps)[:200]}.",
-            _ITSELF,
+            OTHER_CONVERTER,
         )
     return _KNOWN[key]
 
 
-def _flat(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+def flat(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The single steps of a tokenizer's normalizer or pre-tokenizer."""
     if step is None:
         return []
     if step["type"] == "Sequence":
-        return [inner for part in step["pretokenizers"] for inner in _flat(part)]
+        return [inner for part in step.get("pretokenizers", step.get("normalizers")) for inner in flat(part)]
     return [step]
 
 

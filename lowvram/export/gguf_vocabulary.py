@@ -10,14 +10,14 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from lowvram.data.control import controls_of
+from lowvram.data.spelling import require_fast
 from lowvram.errors import ConfigError
-from lowvram.export.gguf_pretokenizers import pretokenizer
+from lowvram.export.gguf_pretokenizers import OTHER_CONVERTER, flat, pretokenizer
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _SPACE = "▁"  # U+2581, as SentencePiece writes a space
 _UNREACHED = -1e9  # a token that no merge makes: below every rank
 _NO_START = "The chat template writes no start token, so the file says not to add one."
-_OTHER = "Convert the merged folder with llama.cpp's own script: lowvram merge RUN"
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,10 @@ def vocabulary(tokenizer: Any, n_rows: int) -> Vocabulary:
     Raises:
         ConfigError: of a kind that llama.cpp has not, or with more tokens than the embedding has rows.
     """
-    if not tokenizer.is_fast:
-        raise ConfigError("This tokenizer has no tokenizer.json (a fast tokenizer).", _OTHER)
+    require_fast(tokenizer)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    known = tokenizer.get_vocab()
-    if max(known.values()) >= n_rows:
-        raise ConfigError(
-            f"The tokenizer has ids up to {max(known.values()):,}, the embedding {n_rows:,} rows.",
-            "Take the tokenizer that the model was trained with.",
-        )
-    tokens = [f"[PAD{i}]" for i in range(n_rows)]
-    types = [TokenType.UNUSED] * n_rows
-    for text, number in known.items():
-        tokens[number], types[number] = text, TokenType.NORMAL
     pieces = _is_sentencepiece(state)
-    _mark_added(state, tokens, types, pieces)
+    tokens, types = _tokens(tokenizer, state, n_rows, pieces)
     add_bos, add_eos = _wraps(tokenizer)
     flags = {"add_bos_token": adds_start_token(tokenizer), "add_eos_token": add_eos}
     notes = [] if flags["add_bos_token"] == add_bos else [_NO_START]
@@ -95,6 +84,23 @@ def vocabulary(tokenizer: Any, n_rows: int) -> Vocabulary:
     )
 
 
+def _tokens(
+    tokenizer: Any, state: dict[str, Any], n_rows: int, pieces: bool
+) -> tuple[list[str], list[TokenType]]:
+    """Text and kind of each id; rows of the embedding without a token are named and unused."""
+    known = tokenizer.get_vocab()
+    if max(known.values()) >= n_rows:
+        raise ConfigError(
+            f"The tokenizer has ids up to {max(known.values()):,}, the embedding {n_rows:,} rows.",
+            "Take the tokenizer that the model was trained with.",
+        )
+    tokens, types = [f"[PAD{i}]" for i in range(n_rows)], [TokenType.UNUSED] * n_rows
+    for text, number in known.items():
+        tokens[number], types[number] = text, TokenType.NORMAL
+    _mark_added(state, tokens, types, pieces)
+    return tokens, types
+
+
 def _is_sentencepiece(state: dict[str, Any]) -> bool:
     """Which of the two kinds of BPE.
 
@@ -103,7 +109,9 @@ def _is_sentencepiece(state: dict[str, Any]) -> bool:
     """
     model = state["model"]
     if model["type"] != "BPE":
-        raise ConfigError(f"A tokenizer of type {model['type']} cannot be written as GGUF here.", _OTHER)
+        raise ConfigError(
+            f"A tokenizer of type {model['type']} cannot be written as GGUF here.", OTHER_CONVERTER
+        )
     return bool(model.get("byte_fallback"))
 
 
@@ -152,11 +160,14 @@ def adds_start_token(tokenizer: Any) -> bool:
 
 def _space_prefix(state: dict[str, Any], chats: bool) -> tuple[bool, list[str]]:
     """Whether a space goes before a text and behind each control token: llama.cpp has one flag for both."""
-    normalizer, before = state.get("normalizer") or {}, state.get("pre_tokenizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    if any(step.get("type") == "Prepend" for step in steps) or before.get("prepend_scheme") == "always":
+    steps = [*flat(state.get("normalizer")), *flat(state.get("pre_tokenizer"))]
+    odd = [step["type"] for step in steps if step["type"] not in ("Prepend", "Replace", "Metaspace", "Split")]
+    if odd:
+        raise ConfigError(f"This tokenizer changes the text first: {', '.join(odd)}.", OTHER_CONVERTER)
+    schemes = {step.get("prepend_scheme", "always" if step["type"] == "Prepend" else None) for step in steps}
+    if "always" in schemes:
         return True, []
-    if before.get("prepend_scheme") != "first":
+    if "first" not in schemes:
         return False, []
     if not chats:
         return True, []
