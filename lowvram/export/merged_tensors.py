@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -125,20 +126,22 @@ class MergedTensors:
             yield rounded
 
     def working_bytes(self) -> int:
-        """Host memory that the largest piece and the largest pair of factors take, beyond the program."""
-        factors = [
-            output.change.low_rank.n_numbers
-            for output in self._outputs.values()
-            if output.change is not None and output.change.low_rank is not None
-        ]
-        rows = [
-            max(stop - start for start, stop in o.base.spans())
-            * (o.base.n_bytes // o.base.dtype.itemsize)
-            // max(o.base.n_rows, 1)
-            for o in self._outputs.values()
-            if o.base.n_bytes
-        ]
-        return 8 * max(factors, default=0) + 14 * max(rows, default=0)  # stored and in float32; 4 + 4 + 4 + 2
+        """Host memory that merging takes beyond the program."""
+        changes = [output.change for output in self._outputs.values() if output.change is not None]
+        low_ranks = [change.low_rank for change in changes if change.low_rank is not None]
+        return working_bytes([output.base for output in self._outputs.values()], low_ranks)
+
+
+def working_bytes(tensors: Iterable[StoredTensor], low_ranks: Iterable[LowRank]) -> int:
+    """Of the largest piece and the largest pair of factors: 8 bytes for each number of a pair (as stored, and
+    in float32), 14 for each of a piece (as stored, its update, their sum, and as it is written).
+    """
+    pieces = [
+        max(stop - start for start, stop in tensor.spans()) * prod(tensor.shape[1:])
+        for tensor in tensors
+        if tensor.n_bytes
+    ]
+    return 8 * max((pair.n_numbers for pair in low_ranks), default=0) + 14 * max(pieces, default=0)
 
 
 def _changes(
