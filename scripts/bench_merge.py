@@ -4,11 +4,11 @@
     python scripts/bench_merge.py [--rounds N] [--layers N] [--work FOLDER]
 
 A Llama of random bf16 weights with a vocabulary of 128,256 and an all-linear LoRA of rank 16 are generated.
-lowvram streams base + adapter into new shards (synced to disk); peft's path loads the model in 16 bits, merges
-with merge_and_unload and saves with save_pretrained. Each runs in a process of its own, in turns. Memory is
-the peak of the resident set beyond what the imports took; peft's holds pages of mapped files too, so its
-anonymous memory is a column as well. Rows of 7B and 70B models are predicted by the formula that the merge
-announces. Needs 10 GB of disk, no GPU, no network.
+lowvram streams base + adapter into new shards (synced to disk); peft's path loads the model in 16 bits,
+merges with merge_and_unload and saves with save_pretrained. Each runs in a process of its own, in turns.
+Memory is the peak of the resident set beyond what the imports took; peft's holds pages of mapped files too,
+so its anonymous memory is a column as well. Rows of 7B and 70B models are predicted by the formula that the
+merge announces. Needs 10 GB of disk, no GPU, no network.
 """
 
 from __future__ import annotations

@@ -59,8 +59,7 @@ class MergedTensors:
         for module, update in read.modules.items():
             changes.update(_changes(module, update, stored, turned))
         untied = settle(source, changes, stored)
-        for name, change in changes.items():
-            _require_match(source, name, change, stored | untied)
+        _require_match(source, changes, stored | untied)
         return cls(source, _outputs(stored, untied, changes), bool(untied))
 
     @property
@@ -190,19 +189,25 @@ def _outputs(
     return {name: _Output(base, changes.get(name)) for name, base in bases.items()}
 
 
-def _require_match(source: ModelSource, name: str, change: Change, stored: dict[str, StoredTensor]) -> None:
-    if name not in stored:
-        raise ConfigError(
-            f"The adapter changes '{name}', which the base does not have: {_why_absent(source, name)}.",
-            _OWN_BASE,
-        )
-    if converter := _converter(source, name):
-        raise ConfigError(
-            f"The adapter changes '{name}', which transformers makes of other tensors when it loads a "
-            f"'{source.config.model_type}' ({converter}).",
-            "Keep using it with peft, unmerged.",
-        )
-    base = stored[name]
+def _require_match(source: ModelSource, changes: dict[str, Change], stored: dict[str, StoredTensor]) -> None:
+    """Refuse a change of what is not there, has another shape, or is made when transformers loads the model."""
+    converters = _converters(source.config)
+    for name, change in changes.items():
+        if name not in stored:
+            raise ConfigError(
+                f"The adapter changes '{name}', which the base does not have: {_why_absent(name, converters)}.",
+                _OWN_BASE,
+            )
+        if made := _made_by(converters, name):
+            raise ConfigError(
+                f"The adapter changes '{name}', which transformers makes of other tensors when it loads a "
+                f"'{source.config.model_type}' ({made}).",
+                "Keep using it with peft, unmerged.",
+            )
+        _require_same(name, change, stored[name])
+
+
+def _require_same(name: str, change: Change, base: StoredTensor) -> None:
     if base.dtype not in MERGEABLE:
         raise ConfigError(
             f"'{name}' is stored as {str(base.dtype).removeprefix('torch.')}, not in 16 or 32 bits.",
@@ -231,10 +236,10 @@ def _shapes(change: Change, base: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         yield (base[0] if inside else 1 + max(change.token_ids), *change.token_rows.shape[1:])
 
 
-def _why_absent(source: ModelSource, name: str) -> str:
+def _why_absent(name: str, converters: list[Any]) -> str:
     if name.endswith(".bias"):
         return "its layer has no bias there, and plain transformers would not load one"
-    if _converters(source.config):
+    if any(hasattr(entry, "operations") for entry in converters):
         return "it belongs to another model, or transformers has it under another name in memory than on disk"
     return "it belongs to another model"
 
@@ -246,11 +251,15 @@ def _converters(config: Any) -> list[Any]:
     return list(get_checkpoint_conversion_mapping(config.model_type) or [])
 
 
-def _converter(source: ModelSource, name: str) -> str:
+def _made_by(converters: list[Any], name: str) -> str:
     """The operation that makes this tensor of others; "" where it is taken as it is stored."""
-    for entry in _converters(source.config):
-        operations = getattr(entry, "operations", None)
+    for entry in converters:
         targets = [entry.target_patterns] if isinstance(entry.target_patterns, str) else entry.target_patterns
-        if operations and any(re.search(target.replace(r"\1", ".*"), name) for target in targets):
-            return ", ".join(type(operation).__name__ for operation in operations)
+        if hasattr(entry, "operations") and any(re.search(_open(target), name) for target in targets):
+            return ", ".join(type(operation).__name__ for operation in entry.operations)
     return ""
+
+
+def _open(target: str) -> str:
+    """A pattern of what a conversion writes, whose back references may be anything."""
+    return re.sub(r"\\\d", ".*", target)
