@@ -64,7 +64,7 @@ class MergeCheck:
             self.quantized_loss = _quantized_loss(source, self._device, batch)
             return
         merged = merged_lens(source, self._device, self._ticks)
-        self.comparison = require_agreement(self._tensors, self._lenses[self._onto], merged, batch)
+        self.comparison = require_agreement(self._tensors, self._lenses[self._onto], merged, folder, batch)
         self.losses = {
             base: self.comparison.adapter_loss if base == self._onto else loss_of(lens, batch)
             for base, lens in self._lenses.items()
