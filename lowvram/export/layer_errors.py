@@ -1,4 +1,4 @@
-"""How far each merged layer is from peft's own output of the same layer: it names the tensor that is wrong."""
+"""How far each merged layer is from peft's own output of it: names the tensor that is wrong."""
 
 from __future__ import annotations
 
