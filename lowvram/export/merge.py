@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from lowvram.engine.source import ModelSource
+from lowvram.export.adapter_changes import MERGEABLE
 from lowvram.export.base_files import write_rest
 from lowvram.export.empty_model import empty_model
-from lowvram.export.merged_tensors import MERGEABLE, MergedTensors
+from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.partial_folder import refuse_used, require_disk, whole_or_not_at_all
 from lowvram.export.shards import NamedPieces, Progress, write_shards
 from lowvram.frozen import Frozen

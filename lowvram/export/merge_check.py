@@ -24,14 +24,15 @@ _NAMES = {"base": "the base as it is stored", "nf4": "its NF4 values", "int8": "
 
 
 class MergeCheck:
-    """Chooses the rows when it is made: bad data is refused before anything is written."""
+    """Made before the merge: bad data and models that cannot be verified are refused with nothing written."""
 
     def __init__(
         self, tensors: MergedTensors, adapter: Path, plan: Plan | None, onto: str, data: str | None
     ) -> None:
         self._tensors, self._adapter, self._plan, self._onto = tensors, adapter, plan, onto
         self._rows = rows_to_compare(tensors.source, plan, data)
-        self._device = PartialState().device
+        self._device, self._ticks = PartialState().device, Ticks()
+        self._lenses = {base: self._adapter_lens(base) for base in self._bases()}
         self.losses: dict[str, float] = {}  # base's name -> loss of the unmerged adapter on it
         self.comparison: Comparison | None = None
         self.quantized_loss: float | None = None
@@ -47,37 +48,37 @@ class MergeCheck:
             OutOfMemoryError: the device has no room for the largest module in float32.
         """
         try:
-            self._run(folder, Ticks(say), quantized)
+            self._ticks.say = say
+            self._run(folder, quantized)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 "The device has too little free memory to verify the merged model, one module at a time.",
                 "Close other programs on the card, or merge with --no-verify.",
             ) from error
 
-    def _run(self, folder: Path, ticks: Ticks, quantized: bool) -> None:
-        lenses = {base: self._adapter_lens(base, ticks) for base in self._bases()}
+    def _run(self, folder: Path, quantized: bool) -> None:
         batch = self._rows.batch
         source = ModelSource(str(folder), self._tensors.source.trust_remote_code)
         if quantized:
-            self.losses = {base: loss_of(lens, batch) for base, lens in lenses.items()}
+            self.losses = {base: loss_of(lens, batch) for base, lens in self._lenses.items()}
             self.quantized_loss = _quantized_loss(source, self._device, batch)
             return
-        merged = merged_lens(source, self._device, ticks)
-        self.comparison = require_agreement(self._tensors, lenses[self._onto], merged, batch)
-        self.losses[self._onto] = self.comparison.adapter_loss
-        for base in self._bases():
-            if base not in self.losses:
-                self.losses[base] = loss_of(lenses[base], batch)
+        merged = merged_lens(source, self._device, self._ticks)
+        self.comparison = require_agreement(self._tensors, self._lenses[self._onto], merged, folder, batch)
+        self.losses = {
+            base: self.comparison.adapter_loss if base == self._onto else loss_of(lens, batch)
+            for base, lens in self._lenses.items()
+        }
 
     def _bases(self) -> list[str]:
         trained = self._plan.base_precision if self._plan else ""
         return ["base", trained] if trained in QUANTIZED else ["base"]
 
-    def _adapter_lens(self, base: str, ticks: Ticks) -> Lens:
+    def _adapter_lens(self, base: str) -> Lens:
         values = None
         if base != "base" and self._plan is not None:
             values = values_as_trained(self._tensors, self._plan.step)
-        return adapter_lens(self._tensors, self._adapter, self._device, ticks, values)
+        return adapter_lens(self._tensors, self._adapter, self._device, self._ticks, values)
 
     def lines(self) -> list[str]:
         """What was found, for the screen."""

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
-from lowvram.export.adapter_files import ModuleUpdate, read_adapter
+from lowvram.export.adapter_changes import MERGEABLE, changes_of
+from lowvram.export.adapter_files import read_adapter
 from lowvram.export.base_files import base_folder
 from lowvram.export.tensor_changes import Change, LowRank, Rows
-from lowvram.export.tensor_files import StoredTensor, name_in_file, tensors_of_folder
-from lowvram.export.tied_weights import settle
+from lowvram.export.tensor_files import StoredTensor, tensors_of_folder
 
-MERGEABLE = (torch.bfloat16, torch.float16, torch.float32)
 BaseValues = Callable[[str, StoredTensor], Rows]  # name, as stored -> as a quantised base shows it
-_OWN_BASE = "Give the base that the adapter was trained on: --base PATH"
-_TURNED_MODELS = ("gpt2", "openai-gpt", "imagegpt")  # of transformers' Conv1D, whose weight is [in, out]
 
 
 @dataclass(frozen=True)
@@ -53,13 +49,7 @@ class MergedTensors:
         stored = tensors_of_folder(Path(source.name))
         if read is None:
             return cls(source, {name: _Output(tensor, None) for name, tensor in stored.items()}, untied=False)
-        turned = bool(read.config.get("fan_in_fan_out")) or source.config.model_type in _TURNED_MODELS
-        changes: dict[str, Change] = {}
-        for module, update in read.modules.items():
-            changes.update(_changes(module, update, stored, turned))
-        untied = settle(source, changes, stored)
-        for name, change in changes.items():
-            _require_match(source, name, change, stored | untied)
+        changes, untied = changes_of(source, read, stored)
         return cls(source, _outputs(stored, untied, changes), bool(untied))
 
     @property
@@ -125,55 +115,22 @@ class MergedTensors:
             yield rounded
 
     def working_bytes(self) -> int:
-        """Host memory that the largest piece and the largest pair of factors take, beyond the program."""
-        factors = [
-            output.change.low_rank.n_numbers
-            for output in self._outputs.values()
-            if output.change is not None and output.change.low_rank is not None
-        ]
-        rows = [
-            max(stop - start for start, stop in o.base.spans())
-            * (o.base.n_bytes // o.base.dtype.itemsize)
-            // max(o.base.n_rows, 1)
-            for o in self._outputs.values()
-            if o.base.n_bytes
-        ]
-        return 8 * max(factors, default=0) + 14 * max(rows, default=0)  # stored and in float32; 4 + 4 + 4 + 2
+        """Host memory that merging takes beyond the program."""
+        changes = [output.change for output in self._outputs.values() if output.change is not None]
+        low_ranks = [change.low_rank for change in changes if change.low_rank is not None]
+        return working_bytes([output.base for output in self._outputs.values()], low_ranks)
 
 
-def _changes(
-    module: str, update: ModuleUpdate, stored: dict[str, StoredTensor], turned: bool
-) -> dict[str, Change]:
-    """Tensor name -> change, of one module."""
-    weight, bias = (name_in_file(f"{module}.{kind}", stored) for kind in ("weight", "bias"))
-    made = {
-        name_in_file(f"{module}.{parameter}", stored): Change(replaced=values)
-        for parameter, values in update.replaced.items()
-    }
-    low_rank = None
-    if update.a is not None and update.b is not None:
-        shape = stored[weight].shape if weight in stored else None
-        low_rank = _low_rank(update, shape, turned)
-    if low_rank or update.token_rows:
-        made[weight] = Change(
-            replaced=update.replaced.get("weight"),
-            low_rank=low_rank,
-            token_rows=update.token_rows,
-            token_ids=update.token_ids,
-        )
-    if update.lora_bias is not None:
-        made[bias] = Change(update.replaced.get("bias"), added=update.lora_bias, scaling=update.scaling)
-    return made
-
-
-def _low_rank(update: ModuleUpdate, shape: tuple[int, ...] | None, turned: bool) -> LowRank:
-    """peft's own rule: Conv1D layers are turned, linear layers are not, whatever the config says."""
-    assert update.a is not None
-    assert update.b is not None
-    lies = LowRank(update.a, update.b, update.scaling, True, update.magnitude)
-    if update.is_embedding or (turned and shape in (None, lies.shape)):
-        return lies
-    return LowRank(update.a, update.b, update.scaling, False, update.magnitude)
+def working_bytes(tensors: Iterable[StoredTensor], low_ranks: Iterable[LowRank]) -> int:
+    """Of the largest piece and the largest pair of factors: 8 bytes for each number of a pair (as stored, and
+    in float32), 14 for each of a piece (as stored, its update, their sum, and as it is written).
+    """
+    pieces = [
+        max(stop - start for start, stop in tensor.spans()) * prod(tensor.shape[1:])
+        for tensor in tensors
+        if tensor.n_bytes
+    ]
+    return 8 * max((pair.n_numbers for pair in low_ranks), default=0) + 14 * max(pieces, default=0)
 
 
 def _outputs(
@@ -185,69 +142,3 @@ def _outputs(
         new = (other for other, base in untied.items() if base is tensor and other not in stored)
         bases.update(dict.fromkeys(new, tensor))
     return {name: _Output(base, changes.get(name)) for name, base in bases.items()}
-
-
-def _require_match(source: ModelSource, name: str, change: Change, stored: dict[str, StoredTensor]) -> None:
-    if name not in stored:
-        raise ConfigError(
-            f"The adapter changes '{name}', which the base does not have: {_why_absent(source, name)}.",
-            _OWN_BASE,
-        )
-    if converter := _converter(source, name):
-        raise ConfigError(
-            f"The adapter changes '{name}', which transformers makes of other tensors when it loads a "
-            f"'{source.config.model_type}' ({converter}).",
-            "Keep using it with peft, unmerged.",
-        )
-    base = stored[name]
-    if base.dtype not in MERGEABLE:
-        raise ConfigError(
-            f"'{name}' is stored as {str(base.dtype).removeprefix('torch.')}, not in 16 or 32 bits.",
-            "Merge onto the 16-bit original of this base: --base PATH",
-        )
-    for shape in _shapes(change, base.shape):
-        if shape != base.shape:
-            raise ConfigError(
-                f"'{name}' is {list(base.shape)} in the base and {list(shape)} in the adapter.", _OWN_BASE
-            )
-
-
-def _shapes(change: Change, base: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """The base's shape as each part of the change has it."""
-    if change.replaced is not None:
-        yield change.replaced.shape
-    if change.low_rank is not None:
-        yield change.low_rank.shape
-        if change.low_rank.magnitude is not None:
-            out = change.low_rank.b.shape[0]
-            yield base if change.low_rank.magnitude.shape == (out,) else change.low_rank.magnitude.shape
-    if change.added is not None:
-        yield change.added.shape
-    if change.token_rows is not None:
-        inside = all(0 <= token < base[0] for token in change.token_ids)
-        yield (base[0] if inside else 1 + max(change.token_ids), *change.token_rows.shape[1:])
-
-
-def _why_absent(source: ModelSource, name: str) -> str:
-    if name.endswith(".bias"):
-        return "its layer has no bias there, and plain transformers would not load one"
-    if _converters(source.config):
-        return "it belongs to another model, or transformers has it under another name in memory than on disk"
-    return "it belongs to another model"
-
-
-def _converters(config: Any) -> list[Any]:
-    """How transformers renames or fuses this kind of model's tensors when it loads them."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    return list(get_checkpoint_conversion_mapping(config.model_type) or [])
-
-
-def _converter(source: ModelSource, name: str) -> str:
-    """The operation that makes this tensor of others; "" where it is taken as it is stored."""
-    for entry in _converters(source.config):
-        operations = getattr(entry, "operations", None)
-        targets = [entry.target_patterns] if isinstance(entry.target_patterns, str) else entry.target_patterns
-        if operations and any(re.search(target.replace(r"\1", ".*"), name) for target in targets):
-            return ", ".join(type(operation).__name__ for operation in operations)
-    return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,13 @@ from lowvram.engine.batch import Batch
 from lowvram.engine.loss import logits_function
 from lowvram.engine.source import ModelSource
 from lowvram.errors import MergeError
+from lowvram.export.layer_errors import LayerErrors
 from lowvram.export.merged_tensors import BaseValues, MergedTensors
 from lowvram.export.streamed_model import Read, Ticks, as_stored, streamed_model
 from lowvram.export.tensor_changes import Rows
 from lowvram.frozen import Frozen
 
-_CHUNK_ROWS = 256  # whose logits exist at one time: 156 MB of Qwen2-7B's in float32, for each of two models
+_CHUNK_ROWS = 512  # whose logits exist at one time: 311 MB of Qwen2-7B's in float32, for each of two models
 # What rounding each weight once explains: it changes logits by about the weights' own rounding error,
 # eps / 4 (RMS), times a factor that grows with depth; a hundred times that is a wrong tensor.
 _EPSILONS = 16.0
@@ -33,6 +34,8 @@ class Comparison(Frozen):
     max_error: float  # largest difference of two logits
     relative_error: float  # of all logits: norm of the difference over the adapter's norm around its mean
     allowed: float  # relative error that rounding the weights explains
+    worst_layer: str = ""  # of the adapted linear ones
+    worst_layer_error: float = 0.0  # of its output, over what its weights' sizes allow it to be
 
     @property
     def agrees(self) -> bool:
@@ -48,7 +51,7 @@ class Lens:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._base, self.device = base, device
+        self.model, self._base, self.device = model, base, device
         self.logits_of = logits_function(base.get_output_embeddings(), base.config)
 
     @torch.no_grad()
@@ -127,21 +130,35 @@ def _whole(rows: Rows) -> torch.Tensor:
     return torch.cat([rows.rows(*span) for span in rows.spans()]) if rows.shape else rows.rows(0, 1)
 
 
-def require_agreement(tensors: MergedTensors, adapter: Lens, merged: Lens, batch: Batch) -> Comparison:
-    """Compare what was written with base and adapter.
+def require_agreement(
+    tensors: MergedTensors, adapter: Lens, merged: Lens, folder: Path, batch: Batch
+) -> Comparison:
+    """Compare what was written to `folder` with base and adapter, layer by layer and as a whole.
 
     Raises:
         MergeError: they differ by more than rounding explains.
     """
+    layers = LayerErrors(adapter.model, folder, adapter.device)
     found = compared(adapter, merged, batch, _allowed(tensors))
-    if not found.agrees:
-        raise MergeError(
-            f"The merged model does not compute what base and adapter do: its logits differ by "
-            f"{found.relative_error:.2%} of their size, where rounding explains {found.allowed:.2%}; loss "
-            f"{found.merged_loss:.4f} against {found.adapter_loss:.4f}. It was removed.",
-            "Merge again; if it happens twice, check disk and memory, and report it.",
+    layers.remove()
+    name, error, explained = layers.worst()
+    if not error <= explained:
+        _refuse(
+            f"'{name}' changes its layer's output by {error:.2%}, where rounding explains {explained:.2%}"
         )
-    return found
+    if not found.agrees:
+        _refuse(
+            f"its logits differ by {found.relative_error:.2%} of their size, where rounding explains "
+            f"{found.allowed:.2%}; loss {found.merged_loss:.4f} against {found.adapter_loss:.4f}"
+        )
+    return found.model_copy(update={"worst_layer": name, "worst_layer_error": error})
+
+
+def _refuse(why: str) -> NoReturn:
+    raise MergeError(
+        f"The merged model does not compute what base and adapter do: {why}. It was removed.",
+        "Merge again; if it happens twice, check disk and memory, and report it.",
+    )
 
 
 def _allowed(tensors: MergedTensors) -> float:
