@@ -131,6 +131,6 @@ def _factors(name: str, update: ModuleUpdate, alpha: float, order: torch.Tensor 
     assert a is not None
     assert b is not None
     return [
-        Placed(f"{name}.lora_a", a.shape, a.whole),
-        Placed(f"{name}.lora_b", b.shape, lambda: b.whole().float() * more, order),
+        Placed(f"{name}.lora_a", a.shape, lambda: [a.whole()]),
+        Placed(f"{name}.lora_b", b.shape, lambda: [b.whole().float() * more], order),
     ]

@@ -90,7 +90,7 @@ class GgufModel:
     def write(self, output: Path, progress: Progress | None = None) -> list[str]:
         """Write the file whole or not at all; what llama.cpp will do otherwise than transformers.
 
-        Host memory is the largest tensor as it is stored and as it will be, beside 50 MB of pieces.
+        Host memory is the largest tensor as it will be, beside some 100 MB of pieces.
 
         Raises:
             ConfigError: `output` is there already, or a value does not fit the type.

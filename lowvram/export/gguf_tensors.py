@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any
 
 import torch
@@ -13,10 +12,10 @@ import torch
 from lowvram.errors import ConfigError
 from lowvram.export.gguf_architectures import MERGE_INSTEAD, Architecture
 from lowvram.export.gguf_hyperparameters import rope_factors
-from lowvram.export.tensor_files import PIECE_NUMBERS
 from lowvram.export.tensors import Tensors
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+PIECE_ROWS = 1024  # of at most 8,192 features that is 32 MB in float32
 _BUFFERS = (".rotary_emb.inv_freq",)  # old files store what transformers computes
 
 
@@ -26,18 +25,17 @@ class Placed:
 
     name: str
     shape: tuple[int, ...]
-    source: Callable[[], torch.Tensor]  # as stored
+    source: Callable[[], Iterable[torch.Tensor]]  # as stored, some rows at a time
     order: torch.Tensor | None = None  # from which row of the source each row comes
     offset: float = 0.0
 
     def pieces(self) -> Iterator[torch.Tensor]:
-        """The values in float32, some rows at a time: only the stored tensor is there as a whole."""
-        whole = self.source()
-        step = max(PIECE_NUMBERS // max(prod(self.shape[1:]), 1), 1)
-        for start in range(0, self.shape[0], step):
-            rows = slice(start, start + step)
-            piece = whole[rows if self.order is None else self.order[rows]].float()
-            yield piece + self.offset if self.offset else piece
+        """The values in float32, some rows at a time; only reordered ones are there as a whole first."""
+        stored = self.source()
+        if self.order is not None:
+            stored = torch.cat(list(stored))[self.order].split(PIECE_ROWS)
+        for piece in stored:
+            yield piece.float() + self.offset if self.offset else piece.float()
 
 
 def placed(tensors: Tensors, config: Any, architecture: Architecture) -> list[Placed]:
@@ -56,7 +54,7 @@ def placed(tensors: Tensors, config: Any, architecture: Architecture) -> list[Pl
     found = [_placed(renamed[name], name, tensors, config, architecture) for name in names]
     factors = rope_factors(config)
     if factors is not None:
-        found.append(Placed("rope_freqs.weight", tuple(factors.shape), lambda: factors))
+        found.append(Placed("rope_freqs.weight", tuple(factors.shape), lambda: [factors]))
     return found
 
 
@@ -64,13 +62,13 @@ def _placed(new: str, name: str, tensors: Tensors, config: Any, architecture: Ar
     shape = tensors.shape(name)
     offset = architecture.norm_offset if name.endswith("norm.weight") else 0.0
     order = row_order(name, shape[0], config, architecture)
-    return Placed(new, shape, partial(tensors.tensor, name), order, offset)
+    return Placed(new, shape, partial(tensors.pieces, name), order, offset)
 
 
 def _same(tensors: Tensors, one: str, other: str) -> bool:
-    return tensors.shape(one) == tensors.shape(other) and torch.equal(
-        tensors.tensor(one), tensors.tensor(other)
-    )
+    if tensors.shape(one) != tensors.shape(other):
+        return False
+    return all(map(torch.equal, tensors.pieces(one), tensors.pieces(other)))
 
 
 def row_order(name: str, n_rows: int, config: Any, architecture: Architecture) -> torch.Tensor | None:

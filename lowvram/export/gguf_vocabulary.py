@@ -10,7 +10,6 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from lowvram.data.control import controls_of
-from lowvram.data.spelling import require_fast
 from lowvram.errors import ConfigError
 from lowvram.export.gguf_pretokenizers import OTHER_CONVERTER, flat, pretokenizer
 
@@ -59,7 +58,8 @@ def vocabulary(tokenizer: Any, n_rows: int) -> Vocabulary:
     Raises:
         ConfigError: of a kind that llama.cpp has not, or with more tokens than the embedding has rows.
     """
-    require_fast(tokenizer)
+    if not tokenizer.is_fast:
+        raise ConfigError("This tokenizer has no tokenizer.json (a fast tokenizer).", OTHER_CONVERTER)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     pieces = _is_sentencepiece(state)
     tokens, types = _tokens(tokenizer, state, n_rows, pieces)

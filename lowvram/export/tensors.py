@@ -1,7 +1,8 @@
-"""What an exporter reads: a model's tensors by name, one at a time."""
+"""What an exporter reads: a model's tensors by name, some rows at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -25,5 +26,5 @@ class Tensors(Protocol):
     def dtype(self, name: str) -> torch.dtype:
         """As stored."""
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Merged in float32, rounded once to its stored dtype."""
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """Some rows at a time, merged in float32, rounded once to the stored dtype."""
