@@ -29,7 +29,7 @@ def adapted(base: Path, folder: Path, **options: Any) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return model.eval()
 
 
