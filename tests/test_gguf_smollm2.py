@@ -54,9 +54,9 @@ def test_greedy_answers_and_their_ends_are_those_of_transformers(smollm: Path, e
             output = model.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)
         own = output[0, len(ids) :].tolist()
         answer = engine.goes_on(ids, 64, ignore_eos=False)
-        assert answer["tokens"][:32] == [i for i in own[:32] if i != tokenizer.eos_token_id], prompt
-        if own[-1] == tokenizer.eos_token_id and answer["tokens"] == own[:-1]:
-            assert answer["stop_type"] == "eos"
+        assert answer["tokens"][:32] == own[:32], prompt
+        if own[-1] == tokenizer.eos_token_id:
+            assert answer["stop_type"] == "eos", prompt
             ended += 1
     assert ended >= 2
 
