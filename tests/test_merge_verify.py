@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lowvram.engine.model import load
 from lowvram.engine.nf4 import nf4_values
@@ -36,11 +36,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def home(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """A 16-bit base with a licence and rows."""
     folder = tmp_path_factory.mktemp("home")
-    AutoModelForCausalLM.from_pretrained(byte_model, dtype=torch.bfloat16).save_pretrained(folder / "base")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(byte_model, intermediate_size=128)  # bnb's CPU kernels take no 96
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(byte_model).save_pretrained(folder / "base")
     (folder / "base/LICENSE").write_text("Do as you like.")
-    config = json.loads((folder / "base/config.json").read_text())
-    (folder / "base/config.json").write_text(json.dumps({**config, "_name_or_path": str(folder)}))
+    written = json.loads((folder / "base/config.json").read_text())
+    (folder / "base/config.json").write_text(json.dumps({**written, "_name_or_path": str(folder)}))
     write_rows(folder / "rows.jsonl", range(40))
     return folder
 
@@ -101,7 +103,7 @@ def test_onto_nf4_is_the_base_that_was_trained_on(home: Path, trained: Any, comm
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_use_double_quant=Plan.from_yaml(run / "plan.yaml").levers.double_quantization,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     loaded = AutoModelForCausalLM.from_pretrained(

@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from lowvram.engine.batch import Batch
 from lowvram.engine.config import QUANTIZED
+from lowvram.engine.model import keep_nf4_layout
 from lowvram.engine.source import ModelSource
 from lowvram.errors import MergeError, OutOfMemoryError
 from lowvram.export.held_out import rows_to_compare
@@ -115,6 +116,7 @@ def _quantized_loss(source: ModelSource, device: torch.device, batch: Batch) -> 
 
     kind = AutoModelForSeq2SeqLM if source.config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_pretrained(source.name, device_map={"": str(device)}).eval()
+    keep_nf4_layout(model)  # whose CPU kernels take no row that is no multiple of 64
     loss = loss_of(Lens(model, device), batch)
     if not math.isfinite(loss):
         raise MergeError(

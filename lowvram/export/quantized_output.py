@@ -37,7 +37,7 @@ class WeightError:
         pieces = zip(weight.flatten().split(PIECE_NUMBERS), read.flatten().split(PIECE_NUMBERS), strict=True)
         for one, other in pieces:
             self.difference += float((one.float() - other.float()).square_().sum(dtype=torch.float64))
-            self.whole += float(one.float().square_().sum(dtype=torch.float64))
+            self.whole += float(one.float().square().sum(dtype=torch.float64))
 
     @property
     def relative(self) -> float:
@@ -148,9 +148,10 @@ def _nf4(
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     packed, state = quantize_4bit(
-        weight, blocksize=NF4_BLOCK, compress_statistics=double_quantization, quant_type="nf4"
+        weight.flatten(), blocksize=NF4_BLOCK, compress_statistics=double_quantization, quant_type="nf4"
     )
-    error.add(weight, dequantize_4bit(packed, state))
+    error.add(weight, dequantize_4bit(packed, state))  # flat: rows of 96 numbers confuse bnb's CPU kernel
+    state.shape = weight.shape
     return {name: packed, **{f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}}
 
 

@@ -119,14 +119,14 @@ class Nf4Rows:
         first, end = start * self._width, stop * self._width
         state = QuantState(
             absmax=self._scales[first // NF4_BLOCK : -(-end // NF4_BLOCK)],
-            shape=torch.Size((stop - start, *self.shape[1:])),
+            shape=torch.Size((end - first,)),  # flat: bnb's CPU kernel mixes up scales of rows of 96 numbers
             code=get_4bit_type("nf4", device="cpu"),
             blocksize=NF4_BLOCK,
             quant_type="nf4",
             dtype=self._dtype,
         )
-        values: torch.Tensor = dequantize_4bit(self._packed[first // 2 : -(-end // 2)][:, None], state)
-        return values
+        values = dequantize_4bit(self._packed[first // 2 : -(-end // 2)][:, None], state)
+        return values.reshape(stop - start, *self.shape[1:])
 
     def spans(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
         step = self._multiple * multiple
