@@ -114,4 +114,5 @@ def rope_factors(config: Any) -> torch.Tensor | None:  # [head_dim / 2]
     powers = torch.arange(0, width, 2, dtype=torch.float64) / width
     waves = 2 * math.pi * float(rope["rope_theta"]) ** powers  # tokens of one turn
     kept = ((context / waves - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - kept) / rope["factor"] + kept)).float()
+    factors: torch.Tensor = 1 / ((1 - kept) / rope["factor"] + kept)
+    return factors.float()

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Type
 
-from lowvram.export.gguf_types import Bytes, FileType, Quantize, Type, fits, n_bytes
+from lowvram.export.gguf_types import Bytes, FileType, Quantize, fits, n_bytes
 
 NO_QUANTIZER = (
     "Install one: pip install xllamacpp; or build llama.cpp's and give it: --quantizer PATH/llama-quantize; "

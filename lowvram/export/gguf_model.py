@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGML_QUANT_VERSION, GGUFWriter
+from gguf import GGMLQuantizationType as Type
 
 from lowvram.errors import ConfigError
 from lowvram.export.gguf_architectures import Architecture, architecture_of
@@ -16,7 +17,7 @@ from lowvram.export.gguf_bytes import write_bytes
 from lowvram.export.gguf_hyperparameters import add_hyperparameters
 from lowvram.export.gguf_kquants import NO_QUANTIZER, ggml_quantize, mixed_types
 from lowvram.export.gguf_tensors import EMBEDDING, Placed, placed
-from lowvram.export.gguf_types import FileType, Quantize, Type, encoded, n_bytes, plain_type
+from lowvram.export.gguf_types import FileType, Quantize, encoded, n_bytes, plain_type
 from lowvram.export.gguf_vocabulary import Vocabulary, vocabulary
 from lowvram.export.partial_folder import require_disk
 from lowvram.export.tensors import Tensors

@@ -64,7 +64,7 @@ def flat(step: dict[str, Any] | None) -> list[dict[str, Any]]:
     if step is None:
         return []
     if step["type"] == "Sequence":
-        return [inner for part in step.get("pretokenizers", step.get("normalizers")) for inner in flat(part)]
+        return [inner for part in step.get("pretokenizers") or step["normalizers"] for inner in flat(part)]
     return [step]
 
 

@@ -33,9 +33,14 @@ class Placed:
         """The values in float32, some rows at a time; only reordered ones are there as a whole first."""
         stored = self.source()
         if self.order is not None:
-            stored = torch.cat(list(stored))[self.order].split(PIECE_ROWS)
+            stored = _split(torch.cat(list(stored)), self.order)
         for piece in stored:
             yield piece.float() + self.offset if self.offset else piece.float()
+
+
+def _split(whole: torch.Tensor, order: torch.Tensor) -> Iterator[torch.Tensor]:
+    for start in range(0, len(order), PIECE_ROWS):
+        yield whole[order[start : start + PIECE_ROWS]]
 
 
 def placed(tensors: Tensors, config: Any, architecture: Architecture) -> list[Placed]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
+from gguf import GGML_QUANT_SIZES, LlamaFileType, quants
+from gguf import GGMLQuantizationType as Type
 
 from lowvram.errors import ConfigError
 from lowvram.export.gguf_tensors import Placed
 
-Type = GGMLQuantizationType
 Bytes = npt.NDArray[np.uint8]
 Quantize = Callable[[torch.Tensor, Type], Bytes]
 _FLOATS = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
@@ -67,13 +68,14 @@ def plain_type(kind: FileType, shape: tuple[int, ...]) -> Type:
 
 def fits(kind: Type, shape: tuple[int, ...]) -> bool:
     """Whether blocks of this type fill the rows."""
-    return shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
+    block: int = GGML_QUANT_SIZES[kind][0]
+    return shape[-1] % block == 0
 
 
 def n_bytes(kind: Type, shape: tuple[int, ...]) -> int:
     """Of a tensor in this type."""
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
-    return int(np.prod(shape, dtype=np.int64)) // per_block * block_bytes
+    return prod(shape) // int(per_block) * int(block_bytes)
 
 
 def encoded(tensor: Placed, kind: Type, quantize: Quantize | None = None) -> Bytes:
