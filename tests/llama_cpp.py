@@ -56,10 +56,15 @@ class LlamaCpp:
         )
 
 
-def assert_agrees(model: Any, engine: LlamaCpp, ids: list[int], n: int, *, tolerance: float) -> None:
+def assert_agrees(
+    model: Any, engine: LlamaCpp, ids: list[int], n: int, *, tolerance: float, ends: tuple[int, ...] = ()
+) -> None:
     """transformers, given llama.cpp's own tokens so far, finds each the likeliest, and all five as likely.
 
     The server leaves out the likelihoods of a token that ends within a character.
+
+    Args:
+        ends: tokens that end an answer; none of them is chosen here.
     """
     answer = engine.goes_on(ids, n)
     written, steps = answer["tokens"], list(answer["completion_probabilities"])
@@ -68,7 +73,8 @@ def assert_agrees(model: Any, engine: LlamaCpp, ids: list[int], n: int, *, toler
     with torch.no_grad():
         logits = model(torch.tensor([ids + written])).logits[0, len(ids) - 1 : -1].double()
     for token, wanted in zip(written, logits.log_softmax(-1), strict=True):  # [V]
-        assert float(wanted.max() - wanted[token]) < tolerance
+        others = wanted.index_fill(0, torch.tensor(ends, dtype=torch.long), -torch.inf)
+        assert float(others.max() - wanted[token]) < tolerance
         for likely in steps.pop(0)["top_logprobs"] if steps and steps[0]["id"] == token else ():
             assert abs(likely["logprob"] - float(wanted[likely["id"]])) < tolerance, (likely, token)
     assert not steps

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lowvram.engine.source import ModelSource
-from lowvram.errors import ConfigError, DoesNotFitError
+from lowvram.errors import ConfigError, DoesNotFitError, refusals_of_the_system
 from lowvram.export.gguf_hyperparameters import rope_factors
 from lowvram.export.gguf_model import GgufModel
 from lowvram.export.gguf_types import FILE_TYPES
@@ -168,6 +168,23 @@ def test_refusals_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         model_of(base).write(out / "new.gguf")
     assert [file.name for file in out.iterdir()] == ["used.gguf"]
     assert used.read_text() == "mine"
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    """A file that may grow to 100 kB: numpy's own error for it has no number."""
+    resource = pytest.importorskip("resource")
+    model = model_of(saved_model(tmp_path / "base", "llama"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with (
+            pytest.raises(DoesNotFitError, match=r"No space left|File too large"),
+            refusals_of_the_system("a", "b"),
+        ):
+            model.write(tmp_path / "new.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in tmp_path.iterdir()] == ["base"]
 
 
 def test_killed_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:

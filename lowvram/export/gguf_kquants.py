@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -41,8 +42,15 @@ def ggml_quantize() -> Quantize | None:
         source = value.float().contiguous()
         out = np.empty(n_bytes(kind, tuple(source.shape)), dtype=np.uint8)
         rows, width = source.numel() // source.shape[-1], source.shape[-1]
-        written = chunk(int(kind), source.data_ptr(), out.ctypes.data, 0, rows, width, None)
-        assert written == out.nbytes
+
+        def some(start: int, stop: int) -> int:
+            first = start * width
+            place = int(kind), source.data_ptr(), out.ctypes.data, first
+            return int(chunk(*place, stop - start, width, None))
+
+        cuts = np.linspace(0, rows, torch.get_num_threads() + 1).astype(int).tolist()
+        with ThreadPoolExecutor() as threads:  # the search for scales is arithmetic, and ctypes frees Python
+            assert sum(threads.map(some, cuts[:-1], cuts[1:])) == out.nbytes
         return out
 
     return quantize
