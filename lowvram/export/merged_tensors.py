@@ -35,7 +35,7 @@ class MergedTensors:
         self.untied = untied
         self._outputs = outputs
         self._dtype: torch.dtype | None = None
-        self._base_values: BaseValues = lambda _, stored: stored
+        self._base_values: BaseValues | None = None
 
     @classmethod
     def open(cls, base: ModelSource, adapter: Path | None) -> MergedTensors:
@@ -66,6 +66,15 @@ class MergedTensors:
     def changed(self) -> list[str]:
         """Those that the adapter changes."""
         return [name for name, output in self._outputs.items() if output.change is not None]
+
+    @property
+    def copied(self) -> list[str]:
+        """Those that are written as they are in the base, bit for bit."""
+        return [name for name, output in self._outputs.items() if self._is_copied(name, output)]
+
+    def _is_copied(self, name: str, output: _Output) -> bool:
+        same = output.change is None and self.dtype(name) == output.base.dtype
+        return same and (self._base_values is None or output.base.dtype not in MERGEABLE)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._outputs[name].base.shape
@@ -100,11 +109,12 @@ class MergedTensors:
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """The same some rows at a time: a 70B's head takes 32 MiB instead of 2 GiB."""
         output, dtype = self._outputs[name], self.dtype(name)
-        base = self._base_values(name, output.base)
-        unchanged = output.change is None and base is output.base and dtype == output.base.dtype
-        if unchanged or dtype not in MERGEABLE:
+        base: Rows = output.base
+        if self._is_copied(name, output) or dtype not in MERGEABLE:
             yield from (base.rows(*span) for span in base.spans())
             return
+        if self._base_values is not None:
+            base = self._base_values(name, output.base)
         for piece in (output.change or Change()).merged(base):
             rounded = piece.to(dtype)
             if not torch.isfinite(rounded).all():

@@ -125,8 +125,8 @@ class Nf4Rows:
             quant_type="nf4",
             dtype=self._dtype,
         )
-        values = dequantize_4bit(self._packed[first // 2 : -(-end // 2)][:, None], state)
-        return values.reshape(stop - start, *self.shape[1:])
+        flat: torch.Tensor = dequantize_4bit(self._packed[first // 2 : -(-end // 2)][:, None], state)
+        return flat.reshape(stop - start, *self.shape[1:])
 
     def spans(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
         step = self._multiple * multiple
