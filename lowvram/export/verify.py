@@ -21,7 +21,7 @@ from lowvram.export.tensor_files import tensors_of_folder
 from lowvram.frozen import Frozen
 
 _CHUNK_ROWS = 512  # whose logits exist at one time: 311 MB of Qwen2-7B's in float32, for each of two models
-# Rounding each weight of SmolLM2-135M once to bf16 changes its logits by 8 % of their size, 10 times eps: deep
+# Rounding each weight of SmolLM2-135M once to bf16 changes its logits by 8 % of their size, ten eps: deep
 # models pass errors on. Layers and copied tensors are checked far more sharply, one by one.
 _EPSILONS = 40.0
 
