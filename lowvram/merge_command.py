@@ -118,13 +118,8 @@ def _merged(
     wishes: MergeWishes,
     console: Console,
 ) -> MergeResult:
-    n_bytes = sum(map(tensors.n_bytes, tensors.names))
-    console.print(
-        f"Merging needs about {format_bytes(tensors.working_bytes())} of host memory beyond the program; "
-        f"the merged tensors are {format_bytes(n_bytes)} in 16 or 32 bits.",
-        soft_wrap=True,
-    )
     check = MergeCheck(tensors, adapter, plan, wishes.onto, wishes.data) if wishes.verify else None
+    console.print(_needs(tensors, check), soft_wrap=True)
     with _bar(console) as bar:
         written = bar.add_task("merging", total=None)
 
@@ -162,6 +157,18 @@ def _written(
     result, error = write_quantized(tensors, adapter, target, double_quantization=double, **options)
     return result, (
         f"Quantised once more to NF4: the linear layers' weights are {error.relative:.2%} off the merged.",
+    )
+
+
+def _needs(tensors: MergedTensors, check: MergeCheck | None) -> str:
+    """Said before the work begins."""
+    n_bytes = sum(map(tensors.n_bytes, tensors.names))
+    verifying = (
+        f", verifying about {format_bytes(check.working_bytes())} on the {check.place}" if check else ""
+    )
+    return (
+        f"Merging needs about {format_bytes(tensors.working_bytes())} of host memory beyond the program"
+        f"{verifying}; the merged tensors are {format_bytes(n_bytes)} in 16 or 32 bits."
     )
 
 

@@ -33,7 +33,7 @@ def _assert_one_unit(
     """Within one unit in the last place; of float32, whose sums have several roundings, within four.
 
     Args:
-        summand: for an embedding, of which peft rounds the update by itself: the unit is of the larger number.
+        summand: for an embedding, whose update peft rounds by itself: the unit is of the larger number.
     """
     assert found.dtype == wanted.dtype, name
     units = 4 if wanted.dtype == torch.float32 else 1

@@ -34,8 +34,9 @@ class WeightError:
     whole: float = 0.0
 
     def add(self, weight: torch.Tensor, read: torch.Tensor) -> None:
-        pieces = zip(weight.flatten().split(PIECE_NUMBERS), read.flatten().split(PIECE_NUMBERS), strict=True)
-        for one, other in pieces:
+        flat, flat_read = weight.flatten(), read.flatten()
+        for start in range(0, flat.numel(), PIECE_NUMBERS):
+            one, other = (numbers[start : start + PIECE_NUMBERS] for numbers in (flat, flat_read))
             self.difference += float((one.float() - other.float()).square_().sum(dtype=torch.float64))
             self.whole += float(one.float().square().sum(dtype=torch.float64))
 
