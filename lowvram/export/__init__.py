@@ -1,1 +1,1 @@
-"""The adapter leaves as something people can run: merged 16-bit safetensors."""
+"""The adapter leaves as something people can run: merged safetensors, GGUF, Ollama, vLLM."""
