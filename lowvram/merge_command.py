@@ -1,86 +1,176 @@
-"""`lowvram merge`: finds the base and the adapter of a run and merges them with a progress bar."""
+"""`lowvram merge`: finds the base and the adapter of a run, merges them, verifies, and says what came out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lowvram.engine.config import QUANTIZED
+from lowvram.engine.model import DTYPES
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, StoppedError, refusals_of_the_system
-from lowvram.export.merge import MergeResult, merge_adapter, read_adapter_config
+from lowvram.export.merge import SHARD_BYTES, MergeResult, write_merged
+from lowvram.export.merge_check import MergeCheck
+from lowvram.export.merged_tensors import MergedTensors
+from lowvram.export.partial_folder import refuse_used
+from lowvram.export.quantized_output import write_quantized
+from lowvram.export.quantized_values import values_as_trained
+from lowvram.export.run_adapter import adapter_of, source_of
+from lowvram.planner.plan import Plan
+from lowvram.training.run_folder import RunFolder
 from lowvram.training.signals import Interrupted, stop_on_signal
 from lowvram.units import format_bytes
 
+Onto = Literal["base", "nf4", "int8"]
 _CHECK = "Check the permissions and the path, or give another --output."
 _NO_ROOM = "Free some room, or give an --output on another disk."
 
 
-def merge_run(run: Path, output: Path | None, console: Console, base: str | None = None) -> MergeResult:
+@dataclass(frozen=True)
+class MergeWishes:
+    """What may be asked of a merge."""
+
+    onto: Onto = "base"  # the original weights, or their quantised values that the adapter was trained with
+    quantized_base: bool = False
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    shard_bytes: int = SHARD_BYTES
+    verify: bool = True
+    data: str | None = None  # rows to verify with, instead of the run's held-out ones
+
+
+def merge_run(
+    run: Path,
+    output: Path | None,
+    console: Console,
+    base: str | None = None,
+    wishes: MergeWishes = MergeWishes(),  # frozen
+) -> MergeResult:
     """Merge RUN/adapter (or an adapter folder) into its base model.
 
     Args:
         base: instead of the one that the adapter names.
 
     Raises:
-        ConfigError: there is no adapter or no base, or the output is in use.
+        ConfigError: there is no adapter or no base, they do not belong together, or the output is in use.
         DoesNotFitError: too little disk.
+        MergeError: what was written does not compute what it should; it is removed.
         StoppedError: a signal came; nothing is left behind.
     """
-    target = output or run / "merged"
+    target = output or run / ("merged-4bit" if wishes.quantized_base else "merged")
     what = f"'{run}' cannot be merged into '{target}', nothing was written"
     with refusals_of_the_system(what, _CHECK, _NO_ROOM):
-        adapter = _adapter_of(run)
-        source = ModelSource(base or _base_of(adapter))
-        if base is None and Path(source.name).is_absolute() and not source.is_local:
-            raise ConfigError(
-                f"The base model's folder '{source.name}' is gone.",
-                f"Say where it is now: lowvram merge {run} --base PATH",
-            )
-        result = _merge_with_progress(source, adapter, target, run, console)
-    console.print(
-        f"Merged {result.n_merged} of {result.n_tensors} tensors into {escape(str(target))} "
-        f"({format_bytes(result.n_bytes)}); plain transformers loads it.",
-        soft_wrap=True,
-    )
-    return result
+        refuse_used(target)
+        adapter, plan = adapter_of(run), _plan_of(run)
+        source = source_of(run, adapter, base, "lowvram merge")
+        source = ModelSource(source.name, plan.trust_remote_code if plan else False)
+        tensors = MergedTensors.open(source, adapter)
+        _prepare(tensors, plan, wishes)
+        with _stoppable(run):
+            return _merged(tensors, adapter, plan, target, wishes, console)
 
 
-def _adapter_of(run: Path) -> Path:
-    adapter = run if (run / "adapter_config.json").is_file() else run / "adapter"
-    if not (adapter / "adapter_config.json").is_file():
+def _plan_of(run: Path) -> Plan | None:
+    file = RunFolder(run).plan_file
+    return Plan.from_yaml(file) if file.is_file() else None
+
+
+def _prepare(tensors: MergedTensors, plan: Plan | None, wishes: MergeWishes) -> None:
+    """Onto which values, and in which dtype."""
+    if wishes.dtype is not None:
+        tensors.stored_as(DTYPES[wishes.dtype])
+    if wishes.onto == "base":
+        return
+    trained = plan.base_precision if plan else None
+    if plan is None or trained != wishes.onto:
+        why = f"was trained on a base in {trained}" if trained else "has no plan.yaml that says how it was"
         raise ConfigError(
-            f"'{run}' holds no finished adapter.",
-            f"Finish it first: lowvram resume {run}, or check the path.",
+            f"--onto {wishes.onto}: the adapter {why}.",
+            f"Use --onto {trained if trained in QUANTIZED else 'base'}.",
         )
-    return adapter
+    tensors.merge_onto(values_as_trained(tensors, plan.step))
 
 
-def _base_of(adapter: Path) -> str:
-    name = read_adapter_config(adapter).get("base_model_name_or_path")
-    if not name:
-        raise ConfigError(f"The adapter in {adapter} does not name its base model.", "Give it: --base PATH")
-    return str(name)
-
-
-def _merge_with_progress(
-    source: ModelSource, adapter: Path, target: Path, run: Path, console: Console
-) -> MergeResult:
-    bar = Progress(TextColumn("merging"), BarColumn(), TimeRemainingColumn(), console=console)
+@contextmanager
+def _stoppable(run: Path) -> Iterator[None]:
     try:
-        with stop_on_signal(lambda _: None), bar:
-            task = bar.add_task("merging", total=None)
-            return merge_adapter(
-                source,
-                adapter,
-                target,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
+        with stop_on_signal(lambda _: None):
+            yield
     except Interrupted as interrupt:
         raise StoppedError(
             "Merging was stopped; nothing was written.",
             f"Start it again: lowvram merge {run}",
             interrupt.signal_number,
         ) from interrupt
+
+
+def _merged(
+    tensors: MergedTensors,
+    adapter: Path,
+    plan: Plan | None,
+    target: Path,
+    wishes: MergeWishes,
+    console: Console,
+) -> MergeResult:
+    n_bytes = sum(map(tensors.n_bytes, tensors.names))
+    console.print(
+        f"Merging needs about {format_bytes(tensors.working_bytes())} of host memory beyond the program; "
+        f"the merged tensors are {format_bytes(n_bytes)} in 16 or 32 bits.",
+        soft_wrap=True,
+    )
+    check = MergeCheck(tensors, adapter, plan, wishes.onto, wishes.data) if wishes.verify else None
+    with _bar(console) as bar:
+        written = bar.add_task("merging", total=None)
+
+        def checked(folder: Path) -> None:
+            if check is not None:
+                verified = bar.add_task("verifying", total=None)
+                check.run(
+                    folder,
+                    lambda done, total: bar.update(verified, completed=done, total=total),
+                    wishes.quantized_base,
+                )
+
+        options: dict[str, Any] = {
+            "progress": lambda done, total: bar.update(written, completed=done, total=total),
+            "check": checked,
+        }
+        result, told = _written(tensors, adapter, plan, target, wishes, options)
+    for line in (*told, *(check.lines() if check else ("Not verified: --no-verify.",)), _said(result)):
+        console.print(escape(line), soft_wrap=True)
+    return result
+
+
+def _written(
+    tensors: MergedTensors,
+    adapter: Path,
+    plan: Plan | None,
+    target: Path,
+    wishes: MergeWishes,
+    options: dict[str, Any],
+) -> tuple[MergeResult, tuple[str, ...]]:
+    """The result, and what has to be said about it."""
+    if not wishes.quantized_base:
+        return write_merged(tensors, adapter, target, max_shard_bytes=wishes.shard_bytes, **options), ()
+    double = plan.levers.double_quantization if plan else True
+    result, error = write_quantized(tensors, adapter, target, double_quantization=double, **options)
+    return result, (
+        f"Quantised once more to NF4: the linear layers' weights are {error.relative:.2%} off the merged.",
+    )
+
+
+def _said(result: MergeResult) -> str:
+    return (
+        f"Merged {result.n_merged} of {result.n_tensors} tensors into {result.folder} "
+        f"({format_bytes(result.n_bytes)}); plain transformers loads it."
+    )
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console)

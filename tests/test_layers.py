@@ -37,7 +37,7 @@ ORDER = [
         ),
     },
     {"demo"},
-    {"cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests", "cli_watch"},
+    {"cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests", "cli_watch", "cli_merge"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
