@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
-from lowvram.export.model_card import Contents, Training, named, write_card
+from lowvram.export.model_card import Contents, Training, licence_of, model_card, named
 from lowvram.hardware import card_of_size, probe
 from lowvram.planner.build import make_plan
 from lowvram.planner.plan import Plan
@@ -37,7 +37,7 @@ RESULT = RunResult(
 
 def contents(base: str = "/home/somebody/models/Tiny", **more: object) -> Contents:
     about = {"title": "Tiny-tuned", "what": "The adapter, merged.", "library": "transformers"}
-    return Contents.model_validate({**about, "base_model": base, **more})
+    return Contents.model_validate({**about, "base_model": base, "licence": None, **more})
 
 
 @pytest.fixture
@@ -51,11 +51,10 @@ def plan(config_only: Callable[[dict[str, object]], Path]) -> Plan:
 
 def test_it_tells_the_run_and_no_place_on_this_machine(tmp_path: Path, plan: Plan) -> None:
     training = Training(plan=plan, result=RESULT, receipt=None)
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
-    write_card(tmp_path, contents(measured=("loss 2.5001 against 2.5000",)), training, base)
-    card = ModelCard.load(tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    about = contents(measured=("loss 2.5001 against 2.5000",), licence=licence_of(tmp_path))
+    text = model_card(about, training)
+    card = ModelCard(text)
     assert card.data.license == "apache-2.0"
     assert card.data.base_model is None  # a folder is nothing that the hub could link to
     for said in (
@@ -64,13 +63,13 @@ def test_it_tells_the_run_and_no_place_on_this_machine(tmp_path: Path, plan: Pla
         f"| {format_bytes(plan.estimate.peak_reserved_bytes)} | not measured |",
     ):
         assert said in card.text
-    assert "somebody" not in (tmp_path / "README.md").read_text()
+    assert "somebody" not in text
 
 
 def test_a_hub_id_is_linked(tmp_path: Path) -> None:
     settings = (("r", "4"), ("lora_alpha", "8"))
-    write_card(tmp_path, contents("Qwen/Qwen2-7B", settings=settings), None, None)
-    card = ModelCard.load(tmp_path / "README.md")
+    card = ModelCard(model_card(contents("Qwen/Qwen2-7B", settings=settings), None))
+    assert licence_of(tmp_path) is None
     assert card.data.base_model == "Qwen/Qwen2-7B"
     assert card.data.license is None
     assert "| lora_alpha | 8 |" in card.text
@@ -93,4 +92,4 @@ def test_names_without_their_folders(place: str, told: str) -> None:
 def test_a_base_s_broken_card_is_told(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(ConfigError, match="cannot be read"):
-        write_card(tmp_path, contents(), None, tmp_path)
+        licence_of(tmp_path)

@@ -16,11 +16,11 @@ CODE = """
 import sys
 from pathlib import Path
 from lowvram.errors import LowvramError
-from lowvram.export.push import push, require_pushable
+from lowvram.export.push import files_of, push, require_pushable
 folder, repo, public = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "public"
 try:
     require_pushable(repo, public=public)
-    print(push(folder, repo, public=public))
+    print(push(files_of(folder), repo, public=public, again="hf upload"))
 except LowvramError as error:
     print(error.message, "|", error.remedy)
     sys.exit(error.exit_code)

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from lowvram import __version__
 from lowvram.errors import ConfigError, first_line
-from lowvram.frozen import Frozen, write_atomically
+from lowvram.export.adapter_files import read_adapter_config
+from lowvram.frozen import Frozen
 from lowvram.memory.receipt import Receipt
 from lowvram.planner.plan import Plan
 from lowvram.training.result import RunResult
@@ -27,6 +26,8 @@ _SETTINGS = (
     *("optimizer", "learning_rate", "schedule", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("total_steps", "seed"),
 )
+
+_OF_ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora")
 
 
 class Training(Frozen):
@@ -52,26 +53,28 @@ class Contents(Frozen):
     what: str  # one sentence: "The adapter, merged into the bfloat16 weights of its base."
     base_model: str  # folder or hub id
     library: str  # as the hub calls it: transformers, peft, gguf
+    licence: str | None  # of the base, `licence_of`
     settings: tuple[tuple[str, str], ...] = ()  # of an adapter without a run
     measured: tuple[str, ...] = ()  # of the export itself, a line each
 
 
-def write_card(folder: Path, contents: Contents, training: Training | None, base_folder: Path | None) -> None:
-    """Write README.md into `folder`; no path of this machine comes into it.
-
-    Args:
-        base_folder: whose own card says the licence.
-    """
+def model_card(contents: Contents, training: Training | None) -> str:
+    """README.md of the export; no path of this machine comes into it."""
     data = ModelCardData(
         base_model=contents.base_model if _is_hub_id(contents.base_model) else None,
         library_name=contents.library,
-        license=_licence(base_folder),
+        license=contents.licence,
         pipeline_tag="text-generation",
         tags=["lowvram", "lora"],
     )
     sections = [_head(contents), *_trained(training, contents.settings), _measured(contents.measured)]
-    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
-    write_atomically(folder / CARD_FILE, text)
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+
+
+def adapter_settings(adapter: Path) -> tuple[tuple[str, str], ...]:
+    """For a card without a run: what adapter_config.json says of how it was set up."""
+    config = read_adapter_config(adapter)
+    return tuple((name, _cell(config[name])) for name in _OF_ADAPTER if name in config)
 
 
 def named(place: str) -> str:
@@ -80,11 +83,7 @@ def named(place: str) -> str:
 
 
 def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not name.startswith((".", "~"))
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
 def _head(contents: Contents) -> str:
@@ -162,10 +161,14 @@ def _receipt(folder: RunFolder) -> Receipt | None:
         return None
 
 
-def _licence(base_folder: Path | None) -> str | None:
-    """As the base's own card says it: what is made of it stays under it."""
-    card = base_folder / CARD_FILE if base_folder else None
-    if card is None or not card.is_file():
+def licence_of(base_folder: Path) -> str | None:
+    """As the base's own card says it: what is made of the base stays under it.
+
+    Raises:
+        ConfigError: the card cannot be read.
+    """
+    card = base_folder / CARD_FILE
+    if not card.is_file():
         return None
     try:
         licence = ModelCard.load(card, ignore_metadata_errors=True).data.license
