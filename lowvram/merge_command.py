@@ -118,13 +118,8 @@ def _prepared(run: Path, target: Path, base: str | None, wishes: MergeWishes, co
     source = ModelSource(source.name, plan.trust_remote_code if plan else False)
     tensors = MergedTensors.open(source, adapter)
     _choose_values(tensors, plan, wishes)
-    n_bytes = sum(map(tensors.n_bytes, tensors.names))
-    console.print(
-        f"Merging needs about {format_bytes(tensors.working_bytes())} of host memory beyond the program; "
-        f"the merged tensors are {format_bytes(n_bytes)} in 16 or 32 bits.",
-        soft_wrap=True,
-    )
     check = MergeCheck(tensors, adapter, plan, wishes.onto, wishes.data) if wishes.verify else None
+    console.print(_needs(tensors, check), soft_wrap=True)
     return _Merge(run, adapter, training, tensors, target, wishes, check, licence_of(tensors.folder))
 
 
@@ -215,6 +210,18 @@ def _written(merge: _Merge, options: dict[str, Any]) -> tuple[MergeResult, tuple
 
 def _verdict(merge: _Merge) -> tuple[str, ...]:
     return tuple(merge.check.lines()) if merge.check else ("Not verified: --no-verify.",)
+
+
+def _needs(tensors: MergedTensors, check: MergeCheck | None) -> str:
+    """Said before the work begins."""
+    n_bytes = sum(map(tensors.n_bytes, tensors.names))
+    verifying = (
+        f", verifying about {format_bytes(check.working_bytes())} on the {check.place}" if check else ""
+    )
+    return (
+        f"Merging needs about {format_bytes(tensors.working_bytes())} of host memory beyond the program"
+        f"{verifying}; the merged tensors are {format_bytes(n_bytes)} in 16 or 32 bits."
+    )
 
 
 def _said(result: MergeResult) -> str:

@@ -69,13 +69,22 @@ def _collated(source: ModelSource, examples: list[Example]) -> Batch:
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if source.config.is_encoder_decoder:
-        start = getattr(source.config, "decoder_start_token_id", None) or source.config.pad_token_id or 0
-        return collate_pairs(examples, pad, int(start))
+        return collate_pairs(examples, pad, _start_token(source))
     return collate(examples, pad)
 
 
+def _start_token(source: ModelSource) -> int:
+    """T5 takes its padding for that."""
+    return int(getattr(source.config, "decoder_start_token_id", None) or source.config.pad_token_id or 0)
+
+
 def _bundled(source: ModelSource, why: str) -> Rows:
-    ids = array("q", source.tokenizer(_TEXT).input_ids)
+    try:
+        ids = array("q", source.tokenizer(_TEXT).input_ids)
+    except ConfigError:
+        vocabulary = source.config.get_text_config().vocab_size
+        ids, why = array("q", [7919 * i % vocabulary for i in range(128)]), "there is no tokenizer"
     pairs = source.config.is_encoder_decoder
     example = Example(ids, bytes([1] * len(ids)), "bundled text", source_ids=ids if pairs else None)
-    return Rows(_collated(source, [example]), f"a bundled text of {len(ids)} tokens, since {why}")
+    batch = collate_pairs([example], 0, _start_token(source)) if pairs else collate([example], 0)
+    return Rows(batch, f"a bundled text of {len(ids)} tokens, since {why}")

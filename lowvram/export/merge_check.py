@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,7 +19,15 @@ from lowvram.export.held_out import rows_to_compare
 from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.quantized_values import values_as_trained
 from lowvram.export.streamed_model import Ticks
-from lowvram.export.verify import Comparison, Lens, adapter_lens, loss_of, merged_lens, require_agreement
+from lowvram.export.verify import (
+    LOGITS_AT_ONCE,
+    Comparison,
+    Lens,
+    adapter_lens,
+    loss_of,
+    merged_lens,
+    require_agreement,
+)
 from lowvram.planner.plan import Plan
 
 _NAMES = {"base": "the base as it is stored", "nf4": "its NF4 values", "int8": "its int8 values"}
@@ -37,6 +46,15 @@ class MergeCheck:
         self.losses: dict[str, float] = {}  # base's name -> loss of the unmerged adapter on it
         self.comparison: Comparison | None = None
         self.quantized_loss: float | None = None
+
+    @property
+    def place(self) -> str:
+        return "host" if self._device.type == "cpu" else "device"
+
+    def working_bytes(self) -> int:
+        """The largest module as stored and in float32, and logits."""
+        largest = max(prod(self._tensors.shape(name)) for name in self._tensors.names)
+        return 6 * largest + 5 * 4 * LOGITS_AT_ONCE
 
     def run(self, folder: Path, say: Callable[[int, int], None], quantized: bool = False) -> None:
         """Compare what was written with base and adapter.

@@ -16,6 +16,7 @@ from lowvram.export.adapter_files import read_adapter
 from lowvram.export.base_files import base_folder
 from lowvram.export.tensor_changes import Change, LowRank, Rows
 from lowvram.export.tensor_files import StoredTensor, tensors_of_folder
+from lowvram.units import MiB
 
 BaseValues = Callable[[str, StoredTensor], Rows]  # name, as stored -> as a quantised base shows it
 
@@ -107,7 +108,7 @@ class MergedTensors:
         return whole
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """The same some rows at a time: a 70B's head takes 32 MiB instead of 2 GiB."""
+        """The same some rows at a time: a 70B's head takes 2 MiB instead of 2 GiB."""
         output, dtype = self._outputs[name], self.dtype(name)
         base: Rows = output.base
         if self._is_copied(name, output) or dtype not in MERGEABLE:
@@ -128,19 +129,26 @@ class MergedTensors:
         """Host memory that merging takes beyond the program."""
         changes = [output.change for output in self._outputs.values() if output.change is not None]
         low_ranks = [change.low_rank for change in changes if change.low_rank is not None]
-        return working_bytes([output.base for output in self._outputs.values()], low_ranks)
+        bases = [output.base for output in self._outputs.values()]
+        return working_bytes(bases, low_ranks, quantized=self._base_values is not None)
 
 
-def working_bytes(tensors: Iterable[StoredTensor], low_ranks: Iterable[LowRank]) -> int:
-    """Of the largest piece and the largest pair of factors: 8 bytes for each number of a pair (as stored, and
-    in float32), 14 for each of a piece (as stored, its update, their sum, and as it is written).
+def working_bytes(
+    tensors: Iterable[StoredTensor], low_ranks: Iterable[LowRank], *, quantized: bool = False
+) -> int:
+    """Of the largest piece and the largest pair of factors, which are 8 bytes a number: stored and float32.
+
+    32 bytes for each number of a piece, and 28 MiB besides, are measured (benchmarks/merge.csv): as it is
+    read, its update, their sum and what is written, of this piece and of the one before.
+
+    Args:
+        quantized: 4 bits and a scale of each number of the largest tensor are kept, and put together once.
     """
-    pieces = [
-        max(stop - start for start, stop in tensor.spans()) * prod(tensor.shape[1:])
-        for tensor in tensors
-        if tensor.n_bytes
-    ]
-    return 8 * max((pair.n_numbers for pair in low_ranks), default=0) + 14 * max(pieces, default=0)
+    shapes = [(tensor, prod(tensor.shape)) for tensor in tensors if tensor.n_bytes]
+    pieces = [max(b - a for a, b in tensor.spans()) * n // tensor.n_rows for tensor, n in shapes]
+    pairs = [pair.n_numbers for pair in low_ranks]
+    largest = max((n for _, n in shapes), default=0)
+    return 28 * MiB + 8 * max(pairs, default=0) + 32 * max(pieces, default=0) + quantized * 5 * largest // 4
 
 
 def _outputs(

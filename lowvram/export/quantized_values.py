@@ -13,7 +13,7 @@ from lowvram.engine.int8 import quantized_rows, row_values
 from lowvram.engine.linears import is_turned
 from lowvram.engine.model import DTYPES, NESTED_BLOCK, NF4_BLOCK, skeleton
 from lowvram.engine.vocabulary import without_vocabulary_levers
-from lowvram.export.tensor_files import StoredTensor, name_in_file
+from lowvram.export.tensor_files import PIECE_NUMBERS, StoredTensor, name_in_file
 
 if TYPE_CHECKING:
     from lowvram.engine.config import StepConfig
@@ -130,7 +130,7 @@ class Nf4Rows:
 
     def spans(self, multiple: int = 1) -> Iterator[tuple[int, int]]:
         step = self._multiple * multiple
-        n_rows = max((1 << 22) // max(self._width, 1) // step, 1) * step
+        n_rows = max(PIECE_NUMBERS // max(self._width, 1) // step, 1) * step
         for start in range(0, self.shape[0], n_rows):
             yield start, min(start + n_rows, self.shape[0])
 

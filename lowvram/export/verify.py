@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,8 +21,8 @@ from lowvram.export.tensor_changes import Rows
 from lowvram.export.tensor_files import tensors_of_folder
 from lowvram.frozen import Frozen
 
-_CHUNK_ROWS = 512  # whose logits exist at one time: 311 MB of Qwen2-7B's in float32, for each of two models
-# Rounding each weight of SmolLM2-135M once to bf16 changes its logits by 8 % of their size, 10 times eps: deep
+LOGITS_AT_ONCE = 1 << 24  # 64 MiB in float32, of which a comparison holds about five
+# Rounding each weight of SmolLM2-135M once to bf16 changes its logits by 8 % of their size, ten eps: deep
 # models pass errors on. Layers and copied tensors are checked far more sharply, one by one.
 _EPSILONS = 40.0
 
@@ -53,6 +54,7 @@ class Lens:
     def __init__(self, model: Any, device: torch.device) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.model, self._base, self.device = model, base, device
+        self.vocabulary = int(base.config.get_text_config().vocab_size)
         self.logits_of = logits_function(base.get_output_embeddings(), base.config)
 
     @torch.no_grad()
@@ -75,11 +77,17 @@ def loss_of(lens: Lens, batch: Batch) -> float:
     """Mean loss of a trained token."""
     batch = batch.to(lens.device)
     hidden, total = lens.hidden(batch), 0.0
-    for start in range(0, hidden.shape[0], _CHUNK_ROWS):
-        rows = slice(start, start + _CHUNK_ROWS)
+    for rows in _chunks(lens, batch):
         logits = lens.logits_of(hidden[rows]).float()
         total += float(F.cross_entropy(logits, batch.targets[rows], reduction="sum"))
     return total / batch.trained_tokens
+
+
+def _chunks(lens: Lens, batch: Batch) -> Iterator[slice]:
+    """Trained positions whose logits exist at one time."""
+    step = max(LOGITS_AT_ONCE // lens.vocabulary, 16)
+    for start in range(0, batch.trained_tokens, step):
+        yield slice(start, start + step)
 
 
 @torch.no_grad()
@@ -89,8 +97,7 @@ def compared(adapter: Lens, merged: Lens, batch: Batch, allowed: float) -> Compa
     hidden = [lens.hidden(batch) for lens in (adapter, merged)]  # [N, H] twice
     sums = torch.zeros(7, dtype=torch.float64)  # losses, products, and what errors are measured by
     max_error = 0.0
-    for start in range(0, batch.trained_tokens, _CHUNK_ROWS):
-        rows = slice(start, start + _CHUNK_ROWS)
+    for rows in _chunks(adapter, batch):
         one, other = (
             lens.logits_of(h[rows]).float() for lens, h in zip((adapter, merged), hidden, strict=True)
         )
