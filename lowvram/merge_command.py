@@ -161,7 +161,8 @@ def _merged(merge: _Merge, console: Console) -> MergeResult:
             "check": lambda folder: _checked(merge, folder, bar),
         }
         result, told = _written(merge, options)
-    for line in (*told, *_verdict(merge), _said(result)):
+    verdict = merge.check.lines() if merge.check else ["Not verified: --no-verify."]
+    for line in (*told, *verdict, _said(result)):
         console.print(escape(line), soft_wrap=True)
     return result
 
@@ -189,7 +190,7 @@ def _contents(merge: _Merge) -> Contents:
         library="transformers",
         licence=merge.licence,
         settings=adapter_settings(merge.adapter),
-        measured=tuple(line.strip() for line in _verdict(merge)),
+        measured=tuple(merge.check.lines(for_others=True)) if merge.check else (),
     )
 
 
@@ -206,10 +207,6 @@ def _written(merge: _Merge, options: dict[str, Any]) -> tuple[MergeResult, tuple
     return result, (
         f"Quantised once more to NF4: the linear layers' weights are {error.relative:.2%} off the merged.",
     )
-
-
-def _verdict(merge: _Merge) -> tuple[str, ...]:
-    return tuple(merge.check.lines()) if merge.check else ("Not verified: --no-verify.",)
 
 
 def _needs(tensors: MergedTensors, check: MergeCheck | None) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.hub_server import TOKEN, Hub, Repository, hub_server
+from tests.merge_cases import CASES, save_adapter, save_base
 
 CODE = """
 import sys
@@ -25,6 +26,9 @@ except LowvramError as error:
     print(error.message, "|", error.remedy)
     sys.exit(error.exit_code)
 """
+
+CLI = "from lowvram.cli import main; main()"
+Done = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
@@ -42,19 +46,21 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def pushed(
-    hub: Hub, folder: Path, repo: str, kind: str = "private", **environment: str
-) -> subprocess.CompletedProcess[str]:
+def call(hub: Hub, home: Path, code: str, *given: object, **environment: str) -> Done:
+    """Python code in a process that knows `hub` as the hub, and no token of whoever runs the tests."""
     own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    home = {"HF_HOME": str(folder.parent / "home")}  # no token of whoever runs the tests
     return subprocess.run(
-        [sys.executable, "-c", CODE, str(folder), repo, kind],
+        [sys.executable, "-c", code, *map(str, given)],
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, **own, **home, **environment},
+        env={**os.environ, "HF_HOME": str(home), "COLUMNS": "200", **own, **environment},
         check=False,
     )
+
+
+def pushed(hub: Hub, folder: Path, repo: str, kind: str = "private", **environment: str) -> Done:
+    return call(hub, folder.parent / "home", CODE, folder, repo, kind, **environment)
 
 
 @pytest.mark.parametrize("kind", ["private", "public"])
@@ -117,3 +123,39 @@ def test_an_error_that_repeats_the_token_is_told_without_it(hub: Hub, folder: Pa
     assert "HTTP 403" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
     assert "model.safetensors" not in hub.repositories["me/mine"].files
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    base = save_base(CASES["plain"], tmp_path / "base")
+    return save_adapter(base, CASES["plain"], tmp_path / "adapter")
+
+
+def test_merge_pushes_what_it_wrote(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = call(hub, tmp_path / "home", CLI, "merge", adapter, "-o", output, "--push", "me/mine")
+    assert done.returncode == 0, done.stderr
+    assert f"Pushed: {hub.address}/me/mine" in done.stdout
+    files = hub.repositories["me/mine"].files
+    assert files.keys() - {".gitattributes"} == {file.name for file in output.iterdir()}
+    assert all(files[file.name] == file.read_bytes() for file in output.iterdir())
+    assert b"| lora_alpha | 8 |" in files["README.md"]
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
+
+
+def test_merge_asks_the_hub_first(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    """And a push that fails after the merge leaves what was written, and says how to push it."""
+    given = (CLI, "merge", adapter, "-o", tmp_path / "out", "--push", "me/mine")
+    done = call(hub, tmp_path / "home", *given, HF_TOKEN="")
+    assert done.returncode == 2
+    assert "hf auth login" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = call(hub, tmp_path / "home", CLI, "merge", adapter, "-o", tmp_path / "out", "--public")
+    assert done.returncode == 2
+    assert "--public says how to push" in done.stderr
+    hub.broken = True
+    done = call(hub, tmp_path / "home", *given)
+    assert done.returncode == 2
+    assert f"hf upload me/mine {tmp_path / 'out'}" in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert TOKEN not in done.stdout + done.stderr

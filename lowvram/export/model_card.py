@@ -134,12 +134,14 @@ def _memory(plan: Plan, receipt: Receipt | None) -> str:
         ("peak reserved", estimate.peak_reserved_bytes, receipt and receipt.measured_peak_reserved_bytes),
     ]
     told = [(name, format_bytes(a), format_bytes(b) if b else "not measured") for name, a, b in rows]
+    if receipt and receipt.measured_peak_resident_bytes:  # on a CPU, libraries and all
+        told.append(("the whole process", "-", format_bytes(receipt.measured_peak_resident_bytes)))
     device = receipt.device if receipt else plan.device.name
     return _table(f"Memory of the training, on {device}", ("", "predicted", "measured"), told)
 
 
 def _measured(lines: Sequence[str]) -> str:
-    return "## Checked\n\n" + "\n".join(f"- {line}" for line in lines) if lines else ""
+    return "## Checked\n\n" + "\n".join(f"- {line.strip()}" for line in lines) if lines else ""
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
