@@ -17,7 +17,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lowvram import __version__, cli_data, cli_flags, cli_merge, cli_profiles, cli_requests, cli_watch
+from lowvram import (
+    __version__,
+    cli_data,
+    cli_export,
+    cli_flags,
+    cli_merge,
+    cli_profiles,
+    cli_requests,
+    cli_watch,
+)
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
 from lowvram.units import printable
@@ -245,6 +254,7 @@ def resume(
 
 app.command()(cli_watch.watch)
 app.command()(cli_merge.merge)
+app.command()(cli_export.export)
 
 
 @app.command()

@@ -31,13 +31,17 @@ ORDER = [
             "profiles_view",
             "why_view",
             "merge_command",
+            "export_command",
             "phases_view",
             "watch",
             "data_page",
         ),
     },
     {"demo"},
-    {"cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests", "cli_watch", "cli_merge"},
+    {
+        *("cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests", "cli_watch"),
+        *("cli_merge", "cli_export"),
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
