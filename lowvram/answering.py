@@ -55,6 +55,7 @@ def find(
     more: Sequence[str] = (),
     base: str | None = None,
     *,
+    instead: str | None = None,
     base_only: bool = False,
     trust_remote_code: bool = False,
     command: str = "lowvram chat",
@@ -64,6 +65,7 @@ def find(
         run: a run folder, an adapter's, a model's (merged or not), or a hub id.
         more: NAME=PATH of further adapters.
         base: instead of the one that the run's adapter names.
+        instead: another adapter, instead of the run's own.
         base_only: leave all adapters out.
         command: what the user typed.
 
@@ -78,6 +80,7 @@ def find(
         source = ModelSource(source.name, trust_remote_code)
         if own is None and base is not None:
             raise ConfigError(f"'{run}' is a model itself.", "Leave --base out.")
+        own = own if instead is None else adapter_of(Path(instead).expanduser())
         adapters = [AdapterFolder(_name_of(own), own)] if own else []
         adapters += [_named(text) for text in more]
         _require_different(adapters)

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lowvram import __version__, cli_data, cli_flags, cli_profiles, cli_requests, cli_watch
+from lowvram import __version__, cli_data, cli_flags, cli_profiles, cli_requests, cli_use, cli_watch
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
 from lowvram.units import printable
@@ -38,13 +38,6 @@ app.add_typer(cli_profiles.app, name="profiles")
 
 def _console(stderr: bool = False) -> Console:
     return Console(highlight=False, stderr=stderr)
-
-
-def _hide_loading_bars() -> None:
-    """transformers' bars for loading weights would break our view; the hub's bars for downloads stay."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
 
 
 @app.callback(invoke_without_command=True)
@@ -188,7 +181,7 @@ def auto(
     from lowvram.engine.source import ModelSource
     from lowvram.training.run_folder import default_path
 
-    _hide_loading_bars()
+    cli_requests.hide_loading_bars()
     folder = output or default_path(Path("runs"), model, data)
     if vram is not None:
         pipeline.require_here(
@@ -214,7 +207,7 @@ def train(
     from lowvram.planner.plan import Plan
     from lowvram.training.run_folder import RunFolder, default_path
 
-    _hide_loading_bars()
+    cli_requests.hide_loading_bars()
     if output is not None:
         RunFolder.refuse_used(output)
     saved = Plan.from_yaml(plan_file)
@@ -238,12 +231,14 @@ def resume(
     from lowvram import pipeline
 
     _require_writable(run)
-    _hide_loading_bars()
+    cli_requests.hide_loading_bars()
     result = pipeline.resume(run, _console(), log_with or (), force=force, planned_levers=planned_levers)
     _show_result(result, run, False)
 
 
 app.command()(cli_watch.watch)
+app.command()(cli_use.chat)
+app.command()(cli_use.generate)
 
 
 @app.command()
@@ -255,7 +250,7 @@ def merge(
     """Merge the adapter into the original 16-bit weights, in bounded memory."""
     from lowvram import merge_command
 
-    _hide_loading_bars()
+    cli_requests.hide_loading_bars()
     merge_command.merge_run(run, output, _console(), base)
 
 
@@ -267,7 +262,7 @@ def demo(
     """The whole pipeline on a small real model and a bundled data set: no account, no GPU, minutes."""
     from lowvram.demo.run import run_demo
 
-    _hide_loading_bars()
+    cli_requests.hide_loading_bars()
     run_demo(output, steps, _console())
 
 

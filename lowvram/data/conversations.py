@@ -152,7 +152,7 @@ def _side(where: str, row: dict[str, Any], field: str, role: Role) -> list[Messa
     return [Message(role=role, content=string_of(where, row, field))]
 
 
-def _list_ofturns_of(where: str, row: dict[str, Any], known: Known) -> Conversation:
+def _list_of_turns(where: str, row: dict[str, Any], known: Known) -> Conversation:
     return _conversation(where, row, turns_of(where, row, SHAPES[known.shape].needs[0], known.fields))
 
 
@@ -181,7 +181,9 @@ def _tools(where: str, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-def turns_of(where: str, row: dict[str, Any], field: str, names: dict[str, str] | None = None) -> list[Message]:
+def turns_of(
+    where: str, row: dict[str, Any], field: str, names: dict[str, str] | None = None
+) -> list[Message]:
     """Each turn of a list in `field`, written as role/content, or as `names` calls them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Decoding: prompts are read a part at a time, then one token a row a step; traced for memory and run alike."""
+"""Decoding: prompts are read a part at a time, then one token a row a step; what runs is what is traced."""
 
 from __future__ import annotations
 

@@ -92,9 +92,7 @@ class Answers:
         A stop token need not be a control token: it is left out by its number.
         """
         shown = row[:-1] if self._ended(row) else row
-        return str(
-            self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        )
+        return str(self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class AnswerStream:

@@ -25,6 +25,4 @@ class InferenceStep(Frozen):
         """As the model's loader takes it; what a StepConfig says of training has no meaning here."""
         names = ("double_quantization", "embedding_on_host", "head", "expandable_segments")
         levers = Levers.model_validate({name: getattr(self, name) for name in names})
-        return StepConfig(
-            base_precision=self.base_precision, compute_dtype=self.compute_dtype, levers=levers
-        )
+        return StepConfig(base_precision=self.base_precision, compute_dtype=self.compute_dtype, levers=levers)

@@ -52,9 +52,7 @@ def require_fitting(peft_model: PeftModel, adapters: Sequence[AdapterFolder]) ->
     """
     parameters = dict(peft_model.named_parameters())
     for index, adapter in enumerate(adapters):
-        state = get_peft_model_state_dict(
-            peft_model, adapter_name=_inner(index), save_embedding_layers=False
-        )
+        state = get_peft_model_state_dict(peft_model, adapter_name=_inner(index), save_embedding_layers=False)
         takes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         for name in adapter.bias_names:
             if (found := _bias_of(name, parameters)) is not None:

@@ -1,4 +1,4 @@
-"""InferencePlan: at what precision, context and batch a model answers within the card's budget, or a refusal."""
+"""InferencePlan: at what precision, context and batch a model answers within its budget, or a refusal."""
 
 from __future__ import annotations
 
@@ -247,7 +247,11 @@ def _refusal(request: InferenceRequest, step: InferenceStep, shorter: int) -> Do
     if request.hardware.backend != "cpu":
         size = card_for(needed, request.hardware, profile_for(request.hardware))
         nearest.append(f"a {size} GB card")
-    told = f"What fits: {', or '.join(nearest)}." if nearest else "Close other programs, or take a smaller model."
+    told = (
+        f"What fits: {', or '.join(nearest)}."
+        if nearest
+        else "Close other programs, or take a smaller model."
+    )
     return DoesNotFitError(message, told)
 
 
