@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from lowvram.engine.config import BasePrecision, ComputeDtype, Levers, StepConfig
+from lowvram.engine.config import BasePrecision, ComputeDtype, HeadKind, Levers, StepConfig
 from lowvram.frozen import Frozen
 
 
@@ -17,7 +17,7 @@ class InferenceStep(Frozen):
     batch: int = Field(1, ge=1, description="rows that are answered at one time")
     double_quantization: bool = Field(True, description="of NF4's block scales")
     embedding_on_host: bool = Field(False, description="the input embedding stays in host memory")
-    head: str = Field("16bit", pattern="^(16bit|nf4|int8|streamed)$", description="how the head is kept")
+    head: HeadKind = Field("16bit", description="how the head is kept")
     expandable_segments: bool = Field(False, description="the CUDA allocator grows its segments")
 
     @property

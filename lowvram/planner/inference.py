@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from lowvram.engine.config import BasePrecision, StepConfig
 from lowvram.engine.inference_config import InferenceStep
+from lowvram.engine.shape import ModelShape
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.gc_pause import no_collections
@@ -74,8 +76,8 @@ class InferenceRequest:
     say: Callable[[str], None] = lambda _: None
     _known: dict[InferenceStep, InferenceEstimate] = field(default_factory=dict)
 
-    @property
-    def shape(self) -> Any:
+    @cached_property
+    def shape(self) -> ModelShape:
         return RememberedModel(self.source).shape
 
     @property
@@ -169,10 +171,10 @@ def _wanted(request: InferenceRequest) -> int:
 
 def _decided(request: InferenceRequest, step: InferenceStep) -> tuple[InferenceStep, str]:
     precision = _why_precision(request)
-    for lever in _with_levers(request, step):
-        if request.fits(lever):
-            moved = "" if lever == step else "; the embedding stays in host memory, or it would not fit"
-            return _widest(request, lever), f"{precision}, {_why_context(request)}{moved}"
+    for one in _with_levers(request, step):
+        if request.fits(one):
+            moved = "" if one == step else "; the embedding stays in host memory, or it would not fit"
+            return _widest(request, one), f"{precision}, {_why_context(request)}{moved}"
     leanest = _with_levers(request, step)[-1]
     shorter = _longest_context(request, leanest)
     if request.context is None and shorter:

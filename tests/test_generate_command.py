@@ -1,0 +1,187 @@
+"""`lowvram generate`: rows in, JSON lines out, whatever the batch, and no file that is not whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowvram.engine.sampling import Sampling
+from tests.chat_home import Reference, byte_model, chat_home  # noqa: F401  # fixtures
+from tests.tiny_runs import Cli, command  # noqa: F401  # a fixture
+
+N = 12
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "hi"},
+    {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 1 + 1?"}]},
+    {"prompt": "a longer question, which the others are padded to"},
+    {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        + [{"role": "user", "content": "c"}]
+    },
+    {"prompt": "ho"},
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """A second thread only waits."""
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
+    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return [(message["role"], message["content"]) for message in messages]
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("batch", ["1", "3", None])
+def test_every_row_gets_the_adapter_s_answer(
+    chat_home: Path,
+    rows: Path,
+    tmp_path: Path,
+    command: Cli,
+    batch: str | None,  # noqa: F811
+) -> None:
+    """As alone in plain peft; the rows come back in their order, with what was asked."""
+    output = tmp_path / "answers.jsonl"
+    given = ("--batch", batch) if batch else ()
+    code, _, err = command(
+        "generate", chat_home / "sql", "-i", rows, "-o", output, "--max-new-tokens", N, *given
+    )
+    assert code == 0, err
+    assert f"{'base'}, " in err
+    assert f"in each of {batch or 5} rows" in err or batch == "1"
+    reference = Reference(chat_home, "sql")
+    answers = [reference.to(_turns(row), N) for row in ROWS]
+    assert _read(output) == [
+        row | {"answer": a.text, "stopped": a.stopped, "n_tokens": a.n_tokens}
+        for row, a in zip(ROWS, answers, strict=True)
+    ]
+    assert len({a.text for a in answers}) > 1
+
+
+def test_prompts_go_to_stdout_with_base_adapter_and_seed_chosen(
+    chat_home: Path,
+    command: Cli,  # noqa: F811
+) -> None:
+    asked = ("-p", "hi", "-p", "ho", "--max-new-tokens", N, "--system", "be brief")
+    base, sql, poet = (Reference(chat_home, name) for name in (None, "sql", "poet"))
+    hot = ("--temperature", "1.5", "--top-p", "0.9", "--seed", "7")
+    sampling = Sampling(temperature=1.5, top_p=0.9, seed=7)
+    for flags, reference, how in (
+        (("--base-only",), base, Sampling()),
+        ((), sql, Sampling()),
+        (("--adapter", chat_home / "poet"), poet, Sampling()),
+        (hot, sql, sampling),
+    ):
+        code, out, err = command("generate", chat_home / "sql", *asked, *flags)
+        assert code == 0, err
+        wanted = [
+            reference.to([("system", "be brief"), ("user", prompt)], N, how, row)
+            for row, prompt in enumerate(("hi", "ho"))
+        ]
+        lines = [json.loads(line) for line in out.replace("} {", "}\n{").splitlines()]
+        assert [" ".join(line["answer"].split()) for line in lines] == [
+            " ".join(answer.text.split()) for answer in wanted
+        ]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"question": "hi"}', "rows.jsonl:2: a row needs either 'prompt' or 'messages'"),
+        ('{"prompt": ""}', "rows.jsonl:2: the field 'prompt' is empty"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "rows.jsonl:2: the last turn is the"),
+        ('{"prompt": "hi"', "rows.jsonl:2"),
+        (json.dumps({"prompt": "long " * 800}), "rows.jsonl:2: "),
+    ],
+    ids=["fields", "empty", "answered", "no JSON", "too long"],
+)
+def test_a_bad_row_is_named_before_anything_is_loaded(
+    chat_home: Path,
+    rows: Path,
+    command: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    says: str,  # noqa: F811
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("lowvram.engine.model.load", never)
+    rows.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
+    code, out, err = command("generate", chat_home / "sql", "-i", rows)
+    assert (code, out) == (5, ""), err
+    assert says in err
+
+
+def test_refusals(chat_home: Path, rows: Path, tmp_path: Path, command: Cli) -> None:  # noqa: F811
+    there = tmp_path / "there.jsonl"
+    there.write_text("mine")
+    for flags, says in (
+        (("-i", rows, "-o", there), "exists already"),
+        ((), "Nothing is asked"),
+        (("-p", "hi", "--temperature", "-1"), "--temperature -1.0"),
+        (("-p", "hi", "--top-p", "0"), "--top-p 0.0"),
+        (("-p", "hi", "--precision", "int3"), "no precision 'int3'"),
+        (("-p", "hi", "--adapter", tmp_path), "holds no finished adapter"),
+        (("-p", "hi", "--base", tmp_path / "gone"), "no folder"),
+    ):
+        code, out, err = command("generate", chat_home / "sql", *flags)
+        assert (code, out, says in err) == (2, "", True), err
+    assert there.read_text() == "mine"
+
+
+def test_a_merged_folder_answers_as_its_adapter(
+    chat_home: Path,
+    tmp_path: Path,
+    command: Cli,  # noqa: F811
+) -> None:
+    assert command("merge", chat_home / "poet", "-o", tmp_path / "merged")[0] == 0
+    asked = ("-p", "hi", "--max-new-tokens", N)
+    code, merged, err = command("generate", tmp_path / "merged", *asked)
+    assert code == 0, err
+    assert merged == command("generate", chat_home / "poet", *asked)[1]
+    assert merged != command("generate", chat_home / "base", *asked)[1]
+
+
+def test_stopped_in_the_middle_it_leaves_no_file(
+    chat_home: Path,
+    rows: Path,
+    tmp_path: Path,
+    command: Cli,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+) -> None:
+    """A real signal, after the first batch of several."""
+    import os
+    import signal
+
+    from lowvram.engine.generate import Answers
+
+    whole, n_calls = Answers.to, 0
+
+    def interrupted(self: Answers, *given: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *given)
+
+    monkeypatch.setattr(Answers, "to", interrupted)
+    before = sorted(tmp_path.iterdir())
+    given = ("generate", chat_home / "sql", "-i", rows, "-o", tmp_path / "a.jsonl", "--batch", "1")
+    code, _, err = command(*given)
+    assert (code, "stopped before all rows" in err, n_calls) == (143, True, 3), err
+    assert sorted(tmp_path.iterdir()) == before
