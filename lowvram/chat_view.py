@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from rich.console import Console
 from rich.live import Live
@@ -21,6 +23,9 @@ class ChatView:
 
     def __init__(self, console: Console, notes: Console) -> None:
         self.interactive = sys.stdin.isatty()
+        if self.interactive:
+            with suppress(ImportError):  # on Windows, whose terminal does the same by itself
+                importlib.import_module("readline")  # gives `input` its arrow keys
         self._console = console
         self._notes = console if self.interactive else notes
 
@@ -28,7 +33,7 @@ class ChatView:
         """What is typed, until Ctrl-D or the end of the file. Ctrl-C on an empty line says how to leave."""
         while True:
             try:
-                yield input("\n> " if self.interactive else "")
+                yield input("> " if self.interactive else "")
             except EOFError:
                 return
             except KeyboardInterrupt:

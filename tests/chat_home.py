@@ -15,13 +15,12 @@ from lowvram.data.prompting import prompt_ids
 from lowvram.engine.generate import Answer, Answers
 from lowvram.engine.sampling import Sampling
 from tests.tiny_adapters import alone, save_adapter
-from tests.tiny_runs import byte_model
 
-__all__ = ["byte_model", "chat_home"]
+GREEDY = Sampling()
 
 
 @pytest.fixture(scope="session")
-def chat_home(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def chat_home(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base/, and the runs sql/ and poet/ with an adapter/ each."""
     folder = tmp_path_factory.mktemp("chat_home")
     torch.manual_seed(1)
@@ -51,8 +50,8 @@ class Reference:
         self,
         turns: Sequence[tuple[str, str]],
         n: int,
-        sampling: Sampling = Sampling(),
-        row: int = 0,  # noqa: B008
+        sampling: Sampling = GREEDY,
+        row: int = 0,
     ) -> Answer:
         """To turns as (role, content)."""
         messages = [Message.model_validate({"role": role, "content": content}) for role, content in turns]

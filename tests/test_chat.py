@@ -15,16 +15,15 @@ import pytest
 
 from lowvram.errors import DataError
 from lowvram.units import printable
-from tests.chat_home import Reference, byte_model, chat_home  # noqa: F401  # fixtures
-from tests.tiny_runs import Cli, command  # noqa: F401  # a fixture
+from tests import chat_home as home
+from tests import tiny_runs
+from tests.chat_home import Reference
+from tests.tiny_runs import Cli
 
+byte_model, chat_home, command = tiny_runs.byte_model, home.chat_home, tiny_runs.command
+pytestmark = pytest.mark.usefixtures("one_thread")
 N = 10
 SHORT = ("--max-new-tokens", N)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """A second thread only waits."""
 
 
 def _typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -39,7 +38,7 @@ def _shown(*texts: str) -> str:
 def test_a_conversation_with_two_adapters_and_their_base(
     chat_home: Path,
     command: Cli,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each answers with all that was said before, by whomever; the base is loaded once."""
     from lowvram.engine import model
@@ -73,7 +72,7 @@ def test_a_conversation_with_two_adapters_and_their_base(
 def test_system_prompt_temperature_and_other_commands(
     chat_home: Path,
     command: Cli,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from lowvram.engine.sampling import Sampling
 
@@ -118,7 +117,7 @@ def test_a_line_that_cannot_be_obeyed_ends_a_script(
     monkeypatch: pytest.MonkeyPatch,
     line: str,
     says: str,
-    code: int,  # noqa: F811
+    code: int,
 ) -> None:
     _typed(monkeypatch, line, "hi")
     given = ("chat", chat_home / "sql", "--context", "512", "--max-new-tokens", "200")
@@ -129,7 +128,7 @@ def test_a_line_that_cannot_be_obeyed_ends_a_script(
 def test_old_turns_are_dropped_aloud_when_the_context_is_full(
     chat_home: Path,
     command: Cli,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Questions of 60 bytes in a context of 256; the last one is asked with what still fits."""
     questions = [f"{i} " + "y" * 58 for i in range(4)]
@@ -157,7 +156,7 @@ def test_old_turns_are_dropped_aloud_when_the_context_is_full(
 def test_base_and_adapter_answer_side_by_side(
     chat_home: Path,
     command: Cli,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each with a history of its own."""
     monkeypatch.setenv("COLUMNS", "400")
@@ -175,12 +174,7 @@ def test_base_and_adapter_answer_side_by_side(
     assert (code, "no adapter to compare with" in err) == (2, True)
 
 
-def test_what_cannot_be_opened_is_refused(
-    chat_home: Path,
-    tmp_path: Path,
-    command: Cli,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
-) -> None:
+def test_what_cannot_be_opened_is_refused(chat_home: Path, tmp_path: Path, command: Cli) -> None:
     (tmp_path / "plan.yaml").write_text("")
     for run, flags, code, says in (
         (tmp_path, (), 2, "holds no finished adapter"),
@@ -200,7 +194,7 @@ def test_what_cannot_be_opened_is_refused(
 def test_a_dry_run_loads_nothing(
     chat_home: Path,
     command: Cli,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def never(*_: object) -> None:
         raise DataError("the model was loaded")
@@ -223,11 +217,11 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(chat_home: Pa
         os.environ.update(COLUMNS="200", TERM="xterm", OMP_NUM_THREADS="1")
         os.execv(sys.executable, [sys.executable, "-c", code, *given])
     try:
-        _until(terminal, rb"\n> $")
+        _until(terminal, rb"> $")
         os.write(terminal, b"hi\n")
         _until(terminal, rb"sql[^\n]*\n.{20}")
         os.write(terminal, b"\x03")
-        _until(terminal, rb"stopped[^\n]*\n.*\n> $")
+        _until(terminal, rb"stopped.*> $")
         os.write(terminal, b"/nothing\n")
         _until(terminal, rb"There is no /nothing.*> $")
         os.write(terminal, b"\x04")

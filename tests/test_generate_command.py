@@ -9,25 +9,27 @@ from typing import Any
 import pytest
 
 from lowvram.engine.sampling import Sampling
-from tests.chat_home import Reference, byte_model, chat_home  # noqa: F401  # fixtures
-from tests.tiny_runs import Cli, command  # noqa: F401  # a fixture
+from tests import chat_home as home
+from tests import tiny_runs
+from tests.chat_home import Reference
+from tests.tiny_runs import Cli
 
+byte_model, chat_home, command = tiny_runs.byte_model, home.chat_home, tiny_runs.command
+pytestmark = pytest.mark.usefixtures("one_thread")
 N = 12
 ROWS: list[dict[str, Any]] = [
     {"prompt": "hi"},
     {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 1 + 1?"}]},
     {"prompt": "a longer question, which the others are padded to"},
     {
-        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        + [{"role": "user", "content": "c"}]
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ]
     },
     {"prompt": "ho"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """A second thread only waits."""
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_every_row_gets_the_adapter_s_answer(
     rows: Path,
     tmp_path: Path,
     command: Cli,
-    batch: str | None,  # noqa: F811
+    batch: str | None,
 ) -> None:
     """As alone in plain peft; the rows come back in their order, with what was asked."""
     output = tmp_path / "answers.jsonl"
@@ -61,7 +63,6 @@ def test_every_row_gets_the_adapter_s_answer(
         "generate", chat_home / "sql", "-i", rows, "-o", output, "--max-new-tokens", N, *given
     )
     assert code == 0, err
-    assert f"{'base'}, " in err
     assert f"in each of {batch or 5} rows" in err or batch == "1"
     reference = Reference(chat_home, "sql")
     answers = [reference.to(_turns(row), N) for row in ROWS]
@@ -74,7 +75,7 @@ def test_every_row_gets_the_adapter_s_answer(
 
 def test_prompts_go_to_stdout_with_base_adapter_and_seed_chosen(
     chat_home: Path,
-    command: Cli,  # noqa: F811
+    command: Cli,
 ) -> None:
     asked = ("-p", "hi", "-p", "ho", "--max-new-tokens", N, "--system", "be brief")
     base, sql, poet = (Reference(chat_home, name) for name in (None, "sql", "poet"))
@@ -115,7 +116,7 @@ def test_a_bad_row_is_named_before_anything_is_loaded(
     command: Cli,
     monkeypatch: pytest.MonkeyPatch,
     line: str,
-    says: str,  # noqa: F811
+    says: str,
 ) -> None:
     def never(*_: object) -> None:
         raise AssertionError("the model was loaded")
@@ -127,7 +128,7 @@ def test_a_bad_row_is_named_before_anything_is_loaded(
     assert says in err
 
 
-def test_refusals(chat_home: Path, rows: Path, tmp_path: Path, command: Cli) -> None:  # noqa: F811
+def test_refusals(chat_home: Path, rows: Path, tmp_path: Path, command: Cli) -> None:
     there = tmp_path / "there.jsonl"
     there.write_text("mine")
     for flags, says in (
@@ -147,7 +148,7 @@ def test_refusals(chat_home: Path, rows: Path, tmp_path: Path, command: Cli) -> 
 def test_a_merged_folder_answers_as_its_adapter(
     chat_home: Path,
     tmp_path: Path,
-    command: Cli,  # noqa: F811
+    command: Cli,
 ) -> None:
     assert command("merge", chat_home / "poet", "-o", tmp_path / "merged")[0] == 0
     asked = ("-p", "hi", "--max-new-tokens", N)
@@ -162,7 +163,7 @@ def test_stopped_in_the_middle_it_leaves_no_file(
     rows: Path,
     tmp_path: Path,
     command: Cli,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A real signal, after the first batch of several."""
     import os

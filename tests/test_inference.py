@@ -20,11 +20,13 @@ from lowvram.engine.decoding import decoded, prepare_for_decoding
 from lowvram.engine.generate import Answers
 from lowvram.engine.sampling import Sampler, Sampling
 from lowvram.errors import ConfigError
+from tests import tiny_runs
 from tests.tiny import SHAPE
 from tests.tiny_adapters import generated
 from tests.tiny_models import MODELS
-from tests.tiny_runs import byte_model  # noqa: F401  # a fixture
 
+byte_model = tiny_runs.byte_model
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = [[5, 17, 33, 2, 9, 41, 8, 77, 15, 3, 22], [60, 4, 4, 19], [7], [90, 31, 64, 2, 55, 12, 13, 71]]
 N_NEW = 20
 CPU = torch.device("cpu")
@@ -32,11 +34,6 @@ KINDS: dict[str, Any] = {
     **MODELS,
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, sliding_window=5)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """A second thread only waits."""
 
 
 def _model(kind: str) -> Any:
@@ -79,7 +76,7 @@ def test_an_encoder_decoder_is_refused() -> None:
 
 
 @pytest.fixture
-def answers(byte_model: Any) -> Answers:  # noqa: F811
+def answers(byte_model: Any) -> Answers:
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_pretrained(byte_model)
     for parameter in model.parameters():

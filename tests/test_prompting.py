@@ -11,8 +11,9 @@ from lowvram.data.conversations import Conversation, Message
 from lowvram.data.prompting import prompt_ids, stop_ids
 from lowvram.data.tokens import tokenize
 from lowvram.errors import DataError
-from tests.tiny_runs import byte_model  # noqa: F401  # a fixture
+from tests import tiny_runs
 
+byte_model = tiny_runs.byte_model
 SAID = [
     ("hi there", "hello"),
     ("what does <|im_end|> mean?", "it ends a turn"),

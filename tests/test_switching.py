@@ -26,6 +26,7 @@ from lowvram.memory.inference import require_adapters_fit
 from tests.tiny import SHAPE
 from tests.tiny_adapters import alone, generated, save_adapter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = [5, 17, 33, 2, 9, 41]
 N_NEW = 12
 # Rank, layers, scaling, magnitudes and biases; one of rank 2r is what LoRA-GA's difference is saved as.
@@ -50,11 +51,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (name, changes) in enumerate(KINDS.items()):
         save_adapter(folder / "base", folder / name, seed, **changes)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """A second thread only waits."""
 
 
 def _switched(home: Path, names: list[str], precision: str = "fp32") -> tuple[Any, Switch]:

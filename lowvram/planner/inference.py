@@ -203,14 +203,22 @@ def _widest(request: InferenceRequest, step: InferenceStep) -> InferenceStep:
 
 
 def _longest_context(request: InferenceRequest, step: InferenceStep) -> int:
-    """Of those that are shorter, to 128 tokens; 0 when not even that fits."""
-    fits, too_long = 0, -(-step.context // _UNIT)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if request.fits(_with(step, context=middle * _UNIT)):
-            fits = middle
-        else:
-            too_long = middle
+    """Of those that are shorter, to 128 tokens or 2 %; 0 when not even 128 fit.
+
+    Memory grows nearly on a line, so that the next guess lies on the line between the ends that are known.
+    """
+
+    def at(units: int) -> InferenceStep:
+        return _with(step, context=units * _UNIT)
+
+    fits, too_long = 1, -(-step.context // _UNIT)
+    if too_long <= 1 or not request.fits(at(1)):
+        return 0
+    while too_long - fits > max(1, fits // 50):
+        low, high = (request.estimate(at(units)).peak_reserved_bytes for units in (fits, too_long))
+        share = (request.budget_bytes - low) / max(high - low, 1)
+        guess = min(max(fits + int(share * (too_long - fits)), fits + 1), too_long - 1)
+        fits, too_long = (guess, too_long) if request.fits(at(guess)) else (fits, guess)
     return fits * _UNIT
 
 
