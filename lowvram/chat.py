@@ -187,7 +187,7 @@ class Chat:
                 f"Ask a shorter one, or start again with --context {len(ids) + kept}.",
             )
         if dropped := (n_before - len(turns)) // 2:
-            self.view.note(f"the oldest {dropped} answers no longer fit {context:,} tokens and are forgotten")
+            self.view.note(f"the context of {context:,} tokens is full; oldest turns forgotten: {dropped}")
         return ids
 
     def _prompt(self, turns: list[Message], asked: Message) -> list[int]:

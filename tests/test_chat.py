@@ -135,7 +135,7 @@ def test_old_turns_are_dropped_aloud_when_the_context_is_full(
     _typed(monkeypatch, *questions)
     code, out, err = command("chat", chat_home / "sql", "--context", "256", *SHORT)
     assert code == 0, err
-    assert "the oldest 1 answers no longer fit 256 tokens and are forgotten" in err
+    assert "the context of 256 tokens is full; oldest turns forgotten: 1" in err
     reference, turns, wanted = Reference(chat_home, "sql"), [], []
     for question in questions:
         while True:

@@ -186,3 +186,20 @@ def test_stopped_in_the_middle_it_leaves_no_file(
     code, _, err = command(*given)
     assert (code, "stopped before all rows" in err, n_calls) == (143, True, 3), err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_in_4_bits(smollm: Path, command: Cli, tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct, in one batch of three prompts of different lengths."""
+    questions = ["What is the capital of France?", "Say hello.", "How many legs does a spider have? Be brief."]
+    output = tmp_path / "answers.jsonl"
+    prompts = [part for question in questions for part in ("-p", question)]
+    code, _, err = command(
+        "generate", smollm, *prompts, "-o", output, "--max-new-tokens", 24, "--precision", "nf4"
+    )
+    assert code == 0, err
+    assert "nf4 base" in err
+    answers = _read(output)
+    assert [row["prompt"] for row in answers] == questions
+    assert "Paris" in answers[0]["answer"]
+    assert answers[0]["stopped"]
