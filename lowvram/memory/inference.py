@@ -113,6 +113,7 @@ def _meta_model(
 ) -> Any:
     with torch.device("meta"):
         base = skeleton(config, step.model_step)
+        base.config.pad_token_id = None  # or GPT-2 would look for it among the ids
         prepare_for_decoding(base)
         model = add_layers(base, adapters)
     for module in model.modules():
