@@ -191,7 +191,11 @@ def test_stopped_in_the_middle_it_leaves_no_file(
 @pytest.mark.slow
 def test_a_real_model_answers_in_4_bits(smollm: Path, command: Cli, tmp_path: Path) -> None:
     """SmolLM2-135M-Instruct, in one batch of three prompts of different lengths."""
-    questions = ["What is the capital of France?", "Say hello.", "How many legs does a spider have? Be brief."]
+    questions = [
+        "What is the capital of France?",
+        "Say hello.",
+        "How many legs does a spider have? Be brief.",
+    ]
     output = tmp_path / "answers.jsonl"
     prompts = [part for question in questions for part in ("-p", question)]
     code, _, err = command(

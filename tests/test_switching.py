@@ -188,5 +188,5 @@ def test_a_wrong_adapter_is_refused_without_a_weight(
     with pytest.raises(ConfigError, match=says):
         require_adapters_fit(config, step, [AdapterFolder("bad", folder)])
     other = Qwen2Config(**{**SHAPE, "hidden_size": 64})
-    with pytest.raises(ConfigError, match=r"is \[4, 32\] in it and \[4, 64\] on this base|\[.*\] in it and"):
+    with pytest.raises(ConfigError, match=r"\[.*\] in it and \[.*\] on this base"):
         require_adapters_fit(other, step, [AdapterFolder("good", home / "plain")])

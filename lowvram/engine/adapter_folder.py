@@ -103,4 +103,5 @@ def _unsupported(config: Any) -> str:
     if config.init_lora_weights not in _OWN_STARTS:
         return f"init_lora_weights {config.init_lora_weights}, which changes the base"
     kinds = ("lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices")
+    kinds += ("kasa_config", "target_parameters")
     return next((kind for kind in kinds if getattr(config, kind, None)), "")

@@ -75,7 +75,9 @@ def _bias_of(name: str, parameters: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def _other_base(adapter: AdapterFolder, why: str) -> ConfigError:
-    return ConfigError(f"The adapter '{adapter.folder}' belongs to another model: {why}.", _OWN_BASE)
+    return ConfigError(
+        f"The adapter '{adapter.folder}' belongs to another model: {why.rstrip('.')}.", _OWN_BASE
+    )
 
 
 def _inner(index: int) -> str:
