@@ -167,7 +167,7 @@ def _pickle(folder: Path) -> None:
         (_drop_tensor, "belongs to another model: lacks"),
         (_cut, "is cut off"),
         (_pickle, "is pickled and is not read"),
-        (lambda f: _edit(f, r=3), r"is \[4, 32\] in it and \[3, 32\] on this base"),
+        (lambda f: _edit(f, r=3), r"is \[4, 48\] in it and \[3, 48\] on this base"),
         (lambda f: _edit(f, target_modules=["c_attn"]), "belongs to another model"),
         (lambda f: _edit(f, target_modules=["q_proj"]), "the base has no place for"),
         (lambda f: _edit(f, init_lora_weights="pissa"), "which changes the base"),

@@ -86,6 +86,7 @@ class AdapterFolder:
         """
         config = copy.deepcopy(self.config)
         config.bias, config.inference_mode, config.init_lora_weights = "none", True, True
+        config.base_model_name_or_path = None  # answering.py says it where it is another one
         return config
 
     def _require_files(self) -> None:
