@@ -23,7 +23,7 @@ from tests.tiny_runs import Cli
 byte_model, chat_home, command = tiny_runs.byte_model, home.chat_home, tiny_runs.command
 pytestmark = pytest.mark.usefixtures("one_thread")
 N = 10
-SHORT = ("--max-new-tokens", N)
+SHORT = ("--max-new-tokens", N, "--precision", "fp32")
 
 
 def _typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:

@@ -17,6 +17,7 @@ from tests.tiny_runs import Cli
 byte_model, chat_home, command = tiny_runs.byte_model, home.chat_home, tiny_runs.command
 pytestmark = pytest.mark.usefixtures("one_thread")
 N = 12
+FP32 = ("--precision", "fp32")
 ROWS: list[dict[str, Any]] = [
     {"prompt": "hi"},
     {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 1 + 1?"}]},
@@ -60,7 +61,7 @@ def test_every_row_gets_the_adapter_s_answer(
     output = tmp_path / "answers.jsonl"
     given = ("--batch", batch) if batch else ()
     code, _, err = command(
-        "generate", chat_home / "sql", "-i", rows, "-o", output, "--max-new-tokens", N, *given
+        "generate", chat_home / "sql", "-i", rows, "-o", output, "--max-new-tokens", N, *FP32, *given
     )
     assert code == 0, err
     assert f"in each of {batch or 5} rows" in err or batch == "1"
@@ -77,7 +78,7 @@ def test_prompts_go_to_stdout_with_base_adapter_and_seed_chosen(
     chat_home: Path,
     command: Cli,
 ) -> None:
-    asked = ("-p", "hi", "-p", "ho", "--max-new-tokens", N, "--system", "be brief")
+    asked = ("-p", "hi", "-p", "ho", "--max-new-tokens", N, "--system", "be brief", *FP32)
     base, sql, poet = (Reference(chat_home, name) for name in (None, "sql", "poet"))
     hot = ("--temperature", "1.5", "--top-p", "0.9", "--seed", "7")
     sampling = Sampling(temperature=1.5, top_p=0.9, seed=7)
@@ -151,7 +152,7 @@ def test_a_merged_folder_answers_as_its_adapter(
     command: Cli,
 ) -> None:
     assert command("merge", chat_home / "poet", "-o", tmp_path / "merged")[0] == 0
-    asked = ("-p", "hi", "--max-new-tokens", N)
+    asked = ("-p", "hi", "--max-new-tokens", N, *FP32)
     code, merged, err = command("generate", tmp_path / "merged", *asked)
     assert code == 0, err
     assert merged == command("generate", chat_home / "poet", *asked)[1]

@@ -189,6 +189,8 @@ def hidden_bytes(name: str, args: tuple[Any, ...], backend: Backend) -> int:
         return _flash_backward_bytes(query=args[1], key=args[2])
     if name == "aten._scaled_dot_product_flash_attention.default" and backend == "cuda":
         return _split_keys_bytes(query=args[0])
+    if name == "aten._scaled_dot_product_flash_attention_for_cpu.default":
+        return _cpu_flash_bytes(query=args[0], key=args[1])
     if name == "aten._linalg_svd.default":  # LAPACK and cuSOLVER work in a copy of the matrix
         return int(args[0].numel() * args[0].element_size())
     if name in _MASKING and backend == "cpu":
@@ -201,6 +203,7 @@ HIDING = _MASKING | {  # the operators for which `hidden_bytes` may not be 0
     "bitsandbytes.gemm_4bit.default",
     "aten._linalg_svd.default",
     "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
     "aten._scaled_dot_product_flash_attention_backward.default",
 }
 
@@ -234,6 +237,21 @@ def _split_keys_bytes(query: torch.Tensor) -> int:
     if rows > 1:
         return 0
     return 4 * min(batch * heads, _MOST_SPLIT_BLOCKS) * _MOST_SPLITS * (math.ceil(width / 32) * 32 + 1)
+
+
+def _cpu_flash_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
+    """A CPU's attention: each thread's tile of scores, sums and output in float32, 0.5 MB of long rows.
+
+    In 16 bits a copy of the scores as well. query [B, Hq, T, D], key [B, Hkv, S, D] (torch,
+    aten/native/cpu/FlashAttentionKernel.cpp, cpu_flash_attention).
+    """
+    rows, width = query.shape[2:]
+    tile_rows = min(256 if rows >= 768 else 64 if rows >= 192 else 32, rows)
+    tile_keys = min(512, key.shape[2])
+    n_bytes = 4 * tile_rows * (tile_keys + 2 + width)
+    if query.element_size() == 2:
+        n_bytes += 2 * tile_rows * tile_keys
+    return int(torch.get_num_threads() * n_bytes)
 
 
 def _flash_backward_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
