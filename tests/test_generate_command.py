@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from lowvram.data.conversations import Message
+from lowvram.data.prompting import prompt_ids
 from lowvram.engine.sampling import Sampling
 from tests import chat_home as home
 from tests import tiny_runs
 from tests.chat_home import Reference
-from tests.tiny_runs import Cli
+from tests.test_pipeline import TINY
+from tests.tiny_adapters import alone, generated
+from tests.tiny_runs import ASKED, Cli, write_rows
 
 byte_model, chat_home, command = tiny_runs.byte_model, home.chat_home, tiny_runs.command
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,6 +193,39 @@ def test_stopped_in_the_middle_it_leaves_no_file(
     code, _, err = command(*given)
     assert (code, "stopped before all rows" in err, n_calls) == (143, True, 3), err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--dora",), ("--bias", "all"), ("--init", "lora_ga"), ()],
+    ids=["dora", "bias", "lora_ga", "plain"],
+)
+def test_what_a_run_leaves_answers_as_in_plain_peft(
+    chat_home: Path, tmp_path: Path, command: Cli, flags: tuple[str, ...]
+) -> None:
+    """A Qwen2, whose q, k and v have biases, trained by the command line in the precision of its plan."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**TINY, num_hidden_layers=2, vocab_size=257))
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(chat_home / "base").save_pretrained(tmp_path / "base")
+    data, run = write_rows(tmp_path / "rows.jsonl", range(20)), tmp_path / "run"
+    trained = ("auto", "--model", tmp_path / "base", "--data", data, *ASKED, "--precision", "fp32")
+    code, _, err = command(*trained, "--steps", "3", "--learning-rate", "5e-2", *flags, "-o", run)
+    assert code == 0, err
+    code, _, err = command("generate", run, "-p", "hi", "--max-new-tokens", N, "-o", tmp_path / "a.jsonl")
+    assert code == 0, err
+    assert "precision: as trained" in err
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    ids = prompt_ids([Message(role="user", content="hi")], tokenizer)
+    wanted = generated(alone(tmp_path / "base", run / "adapter"), ids, N, do_sample=False)
+    (answer,) = _read(tmp_path / "a.jsonl")
+    end = tokenizer.eos_token_id
+    assert answer["answer"] == tokenizer.decode([token for token in wanted if token != end])
+    assert answer["n_tokens"] == len(wanted)
+    without = generated(alone(tmp_path / "base", None), ids, N, do_sample=False)
+    assert wanted != without
 
 
 @pytest.mark.slow

@@ -18,6 +18,10 @@ from lowvram.errors import ConfigError, first_line, refusals_of_the_system
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _FINISH = "Give a finished run, or a folder that peft's save_pretrained wrote."
+_OTHER_KINDS = (
+    *("lora_bias", "alora_invocation_tokens", "layer_replication"),
+    *("trainable_token_indices", "kasa_config", "target_parameters"),
+)
 # Starts that leave the base as it is. The others (pissa, olora, loftq ...) change the base that others share.
 _OWN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -103,6 +107,4 @@ def _unsupported(config: Any) -> str:
         return f"peft_type {getattr(config, 'peft_type', None)}"
     if config.init_lora_weights not in _OWN_STARTS:
         return f"init_lora_weights {config.init_lora_weights}, which changes the base"
-    kinds = ("lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices")
-    kinds += ("kasa_config", "target_parameters")
-    return next((kind for kind in kinds if getattr(config, kind, None)), "")
+    return next((kind for kind in _OTHER_KINDS if getattr(config, kind, None)), "")

@@ -53,7 +53,7 @@ class Reader:
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:  # [B, P] -> [B, V]
         """Logits behind the last token of each row."""
         at_once = max(PREFILL_TOKENS // self._n_rows, 1)
-        for part in ids.split(at_once, dim=1):
+        for part in torch.split(ids, at_once, dim=1):
             logits = self._pass(part)
         return logits
 

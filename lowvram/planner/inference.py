@@ -19,6 +19,7 @@ from lowvram.gc_pause import no_collections
 from lowvram.hardware import Hardware
 from lowvram.memory.cache import RememberedModel
 from lowvram.memory.inference_estimate import InferenceEstimate
+from lowvram.memory.trace import Backend
 from lowvram.planner.host_memory import host_bytes
 from lowvram.planner.levers import compute_dtype, sixteen_bit
 from lowvram.planner.plan import PlannedDevice
@@ -90,7 +91,7 @@ class InferenceRequest:
 
         if step not in self._known:
             self.say(f"tracing {step.batch} x {step.context:,} tokens on a {step.base_precision} base")
-            backend = "cpu" if self.hardware.backend == "cpu" else "cuda"
+            backend: Backend = "cpu" if self.hardware.backend == "cpu" else "cuda"
             with no_collections():
                 self._known[step] = inference_estimate(
                     self.source.config, step, self.adapters, backend, self.hardware.capability
