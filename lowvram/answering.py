@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -32,9 +33,21 @@ class Found:
 
     source: ModelSource
     adapters: tuple[AdapterFolder, ...]
-    tokenizer: Any
-    trained: StepConfig | None  # the run's step, where it is known
+    own: Path | None  # the adapter's folder that the tokenizer and the plan lie with
     notes: tuple[str, ...]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The one that was saved with the adapter, which has the chat template of the training."""
+        if self.own is not None and (self.own / "tokenizer_config.json").is_file():
+            return ModelSource(str(self.own)).tokenizer
+        return self.source.tokenizer
+
+    @property
+    def trained(self) -> StepConfig | None:
+        """The run's step, where it is known."""
+        file = self.own.resolve().parent / "plan.yaml" if self.own else None
+        return Plan.from_yaml(file).step if file and file.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def find(
         adapters += [_named(text) for text in more]
         _require_different(adapters)
         used = () if base_only else tuple(adapters)
-        return Found(source, used, _tokenizer(source, own), _trained(own), _notes(source, used))
+        return Found(source, used, own, _notes(source, used))
 
 
 def _own_adapter(run: str) -> Path | None:
@@ -120,18 +133,6 @@ def _require_different(adapters: Sequence[AdapterFolder]) -> None:
     if twice is not None:
         why = "means the model without any" if twice == BASE else "is the name of two"
         raise ConfigError(f"--adapter: '{twice}' {why}.", "Give each adapter a name of its own.")
-
-
-def _trained(adapter: Path | None) -> StepConfig | None:
-    file = adapter.resolve().parent / "plan.yaml" if adapter else None
-    return Plan.from_yaml(file).step if file and file.is_file() else None
-
-
-def _tokenizer(source: ModelSource, adapter: Path | None) -> Any:
-    """The one that was saved with the adapter, which has the chat template of the training."""
-    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
-        return ModelSource(str(adapter)).tokenizer
-    return source.tokenizer
 
 
 def _notes(source: ModelSource, adapters: Sequence[AdapterFolder]) -> tuple[str, ...]:
@@ -190,10 +191,11 @@ def load(found: Found, plan: InferencePlan, hardware: Hardware) -> Loaded:
     from lowvram.engine.generate import Answers
     from lowvram.engine.switching import Switch, add_layers
 
+    tokenizer = found.tokenizer  # refuses before gigabytes are read
     with memory_errors(plan):
         base = model.load(found.source, plan.model_step, hardware.device)
         switch = Switch(add_layers(base, found.adapters), found.adapters)
-        return Loaded(plan, Answers.of(base, found.tokenizer), switch)
+        return Loaded(plan, Answers.of(base, tokenizer), switch)
 
 
 @contextmanager
