@@ -25,6 +25,7 @@ from lowvram import (
     cli_merge,
     cli_profiles,
     cli_requests,
+    cli_use,
     cli_watch,
 )
 from lowvram.alloc_conf import set_alloc_conf
@@ -47,13 +48,6 @@ app.add_typer(cli_profiles.app, name="profiles")
 
 def _console(stderr: bool = False) -> Console:
     return Console(highlight=False, stderr=stderr)
-
-
-def _hide_loading_bars() -> None:
-    """transformers' bars for loading weights would break our view; the hub's bars for downloads stay."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
 
 
 @app.callback(invoke_without_command=True)
@@ -197,7 +191,7 @@ def auto(
     from lowvram.engine.source import ModelSource
     from lowvram.training.run_folder import default_path
 
-    _hide_loading_bars()
+    cli_requests.hide_loading_bars()
     folder = output or default_path(Path("runs"), model, data)
     if vram is not None:
         pipeline.require_here(
@@ -223,7 +217,7 @@ def train(
     from lowvram.planner.plan import Plan
     from lowvram.training.run_folder import RunFolder, default_path
 
-    _hide_loading_bars()
+    cli_requests.hide_loading_bars()
     if output is not None:
         RunFolder.refuse_used(output)
     saved = Plan.from_yaml(plan_file)
@@ -247,12 +241,14 @@ def resume(
     from lowvram import pipeline
 
     _require_writable(run)
-    _hide_loading_bars()
+    cli_requests.hide_loading_bars()
     result = pipeline.resume(run, _console(), log_with or (), force=force, planned_levers=planned_levers)
     _show_result(result, run, False)
 
 
 app.command()(cli_watch.watch)
+app.command()(cli_use.chat)
+app.command()(cli_use.generate)
 app.command()(cli_merge.merge)
 app.command()(cli_export.export)
 
@@ -265,7 +261,7 @@ def demo(
     """The whole pipeline on a small real model and a bundled data set: no account, no GPU, minutes."""
     from lowvram.demo.run import run_demo
 
-    _hide_loading_bars()
+    cli_requests.hide_loading_bars()
     run_demo(output, steps, _console())
 
 

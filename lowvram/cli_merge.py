@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lowvram import cli_flags
+
 
 class Onto(str, Enum):
     """Values of --onto."""
@@ -46,6 +48,8 @@ def merge(
     data: Annotated[
         str | None, typer.Option(help="Rows to verify with, instead of the run's held-out ones.")
     ] = None,
+    push: cli_flags.Push = None,
+    public: cli_flags.Public = False,
 ) -> None:
     """Merge the adapter into the original 16-bit weights, in bounded memory, and verify the result."""
     from lowvram import merge_command
@@ -58,6 +62,8 @@ def merge(
         shard_bytes=parse_bytes(shard_size),
         verify=verify,
         data=data,
+        push=push,
+        public=public,
     )
     from transformers.utils import logging as transformers_logging
 

@@ -67,6 +67,13 @@ def planned(flags: dict[str, Any], **also: bool) -> Planned:
         )
 
 
+def hide_loading_bars() -> None:
+    """transformers' bars for loading weights would break our view; the hub's bars for downloads stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
 def hardware_of(vram: str | None) -> Hardware:
     from lowvram import hardware
     from lowvram.units import parse_bytes

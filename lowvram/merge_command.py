@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lowvram.engine.config import QUANTIZED
 from lowvram.engine.model import DTYPES
@@ -19,12 +19,22 @@ from lowvram.errors import ConfigError, StoppedError, refusals_of_the_system
 from lowvram.export.merge import SHARD_BYTES, MergeResult, write_merged
 from lowvram.export.merge_check import MergeCheck
 from lowvram.export.merged_tensors import MergedTensors
+from lowvram.export.model_card import (
+    CARD_FILE,
+    Contents,
+    Training,
+    adapter_settings,
+    licence_of,
+    model_card,
+    named,
+)
 from lowvram.export.partial_folder import refuse_used
+from lowvram.export.push import files_of, push, require_pushable
 from lowvram.export.quantized_output import write_quantized
 from lowvram.export.quantized_values import values_as_trained
 from lowvram.export.run_adapter import adapter_of, source_of
+from lowvram.frozen import write_atomically
 from lowvram.planner.plan import Plan
-from lowvram.training.run_folder import RunFolder
 from lowvram.training.signals import Interrupted, stop_on_signal
 from lowvram.units import format_bytes
 
@@ -43,6 +53,26 @@ class MergeWishes:
     shard_bytes: int = SHARD_BYTES
     verify: bool = True
     data: str | None = None  # rows to verify with, instead of the run's held-out ones
+    push: str | None = None  # to this repository of the hub
+    public: bool = False
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """One merge: all that is read and checked before the first byte is written."""
+
+    run: Path
+    adapter: Path
+    training: Training | None
+    tensors: MergedTensors
+    target: Path
+    wishes: MergeWishes
+    check: MergeCheck | None
+    licence: str | None
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.training.plan if self.training else None
 
 
 def merge_run(
@@ -58,7 +88,8 @@ def merge_run(
         base: instead of the one that the adapter names.
 
     Raises:
-        ConfigError: there is no adapter or no base, they do not belong together, or the output is in use.
+        ConfigError: there is no adapter or no base, they do not belong together, the output is in use, or the
+            hub will not take it.
         DoesNotFitError: too little disk.
         MergeError: what was written does not compute what it should; it is removed.
         StoppedError: a signal came; nothing is left behind.
@@ -66,22 +97,33 @@ def merge_run(
     target = output or run / ("merged-4bit" if wishes.quantized_base else "merged")
     what = f"'{run}' cannot be merged into '{target}', nothing was written"
     with refusals_of_the_system(what, _CHECK, _NO_ROOM):
-        refuse_used(target)
-        adapter, plan = adapter_of(run), _plan_of(run)
-        source = source_of(run, adapter, base, "lowvram merge")
-        source = ModelSource(source.name, plan.trust_remote_code if plan else False)
-        tensors = MergedTensors.open(source, adapter)
-        _prepare(tensors, plan, wishes)
+        merge = _prepared(run, target, base, wishes, console)
         with _stoppable(run):
-            return _merged(tensors, adapter, plan, target, wishes, console)
+            result = _merged(merge, console)
+    if wishes.push is not None:
+        again = f"hf upload {wishes.push} {target}"
+        console.print(f"Pushing to {escape(wishes.push)}", soft_wrap=True)
+        url = push(files_of(target), wishes.push, public=wishes.public, again=again)
+        console.print(f"Pushed: {escape(url)}", soft_wrap=True)
+    return result
 
 
-def _plan_of(run: Path) -> Plan | None:
-    file = RunFolder(run).plan_file
-    return Plan.from_yaml(file) if file.is_file() else None
+def _prepared(run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console) -> _Merge:
+    """Everything is read and refused here."""
+    refuse_used(target)
+    require_pushable(wishes.push, public=wishes.public)
+    adapter, training = adapter_of(run), Training.of_run(run)
+    plan = training.plan if training else None
+    source = source_of(run, adapter, base, "lowvram merge")
+    source = ModelSource(source.name, plan.trust_remote_code if plan else False)
+    tensors = MergedTensors.open(source, adapter)
+    _choose_values(tensors, plan, wishes)
+    check = MergeCheck(tensors, adapter, plan, wishes.onto, wishes.data) if wishes.verify else None
+    console.print(_needs(tensors, check), soft_wrap=True)
+    return _Merge(run, adapter, training, tensors, target, wishes, check, licence_of(tensors.folder))
 
 
-def _prepare(tensors: MergedTensors, plan: Plan | None, wishes: MergeWishes) -> None:
+def _choose_values(tensors: MergedTensors, plan: Plan | None, wishes: MergeWishes) -> None:
     """Onto which values, and in which dtype."""
     if wishes.dtype is not None:
         tensors.stored_as(DTYPES[wishes.dtype])
@@ -110,51 +152,58 @@ def _stoppable(run: Path) -> Iterator[None]:
         ) from interrupt
 
 
-def _merged(
-    tensors: MergedTensors,
-    adapter: Path,
-    plan: Plan | None,
-    target: Path,
-    wishes: MergeWishes,
-    console: Console,
-) -> MergeResult:
-    check = MergeCheck(tensors, adapter, plan, wishes.onto, wishes.data) if wishes.verify else None
-    console.print(_needs(tensors, check), soft_wrap=True)
+def _merged(merge: _Merge, console: Console) -> MergeResult:
+    """Written, verified and described, with a bar for each of the first two."""
     with _bar(console) as bar:
         written = bar.add_task("merging", total=None)
-
-        def checked(folder: Path) -> None:
-            if check is not None:
-                verified = bar.add_task("verifying", total=None)
-                check.run(
-                    folder,
-                    lambda done, total: bar.update(verified, completed=done, total=total),
-                    wishes.quantized_base,
-                )
-
         options: dict[str, Any] = {
             "progress": lambda done, total: bar.update(written, completed=done, total=total),
-            "check": checked,
+            "check": lambda folder: _checked(merge, folder, bar),
         }
-        result, told = _written(tensors, adapter, plan, target, wishes, options)
-    for line in (*told, *(check.lines() if check else ("Not verified: --no-verify.",)), _said(result)):
+        result, told = _written(merge, options)
+    verdict = merge.check.lines() if merge.check else ["Not verified: --no-verify."]
+    for line in (*told, *verdict, _said(result)):
         console.print(escape(line), soft_wrap=True)
     return result
 
 
-def _written(
-    tensors: MergedTensors,
-    adapter: Path,
-    plan: Plan | None,
-    target: Path,
-    wishes: MergeWishes,
-    options: dict[str, Any],
-) -> tuple[MergeResult, tuple[str, ...]]:
+def _checked(merge: _Merge, folder: Path, bar: Progress) -> None:
+    """The last that happens before the folder takes its name."""
+    if merge.check is not None:
+        task: TaskID = bar.add_task("verifying", total=None)
+        merge.check.run(
+            folder,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            merge.wishes.quantized_base,
+        )
+    write_atomically(folder / CARD_FILE, model_card(_contents(merge), merge.training))
+
+
+def _contents(merge: _Merge) -> Contents:
+    base = merge.plan.model if merge.plan else merge.tensors.source.name
+    values = {"base": "the original weights", "nf4": "the NF4 values", "int8": "the int8 values"}
+    bits = ", then quantised to 4 bits (NF4)" if merge.wishes.quantized_base else ""
+    return Contents(
+        title=f"{named(base).rpartition('/')[2]}-{merge.run.resolve().name}",
+        what=f"A LoRA adapter, merged into {values[merge.wishes.onto]} of its base{bits}.",
+        base_model=base,
+        library="transformers",
+        licence=merge.licence,
+        settings=adapter_settings(merge.adapter),
+        measured=tuple(merge.check.lines(for_others=True)) if merge.check else (),
+    )
+
+
+def _written(merge: _Merge, options: dict[str, Any]) -> tuple[MergeResult, tuple[str, ...]]:
     """The result, and what has to be said about it."""
+    tensors, wishes = merge.tensors, merge.wishes
     if not wishes.quantized_base:
-        return write_merged(tensors, adapter, target, max_shard_bytes=wishes.shard_bytes, **options), ()
-    double = plan.levers.double_quantization if plan else True
-    result, error = write_quantized(tensors, adapter, target, double_quantization=double, **options)
+        options["max_shard_bytes"] = wishes.shard_bytes
+        return write_merged(tensors, merge.adapter, merge.target, **options), ()
+    double = merge.plan.levers.double_quantization if merge.plan else True
+    result, error = write_quantized(
+        tensors, merge.adapter, merge.target, double_quantization=double, **options
+    )
     return result, (
         f"Quantised once more to NF4: the linear layers' weights are {error.relative:.2%} off the merged.",
     )

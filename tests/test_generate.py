@@ -32,6 +32,6 @@ def test_an_answer_says_whether_it_stopped(smollm: Path, stops: bool) -> None:
     said = tokenizer.eos_token_id if stops else tokenizer("hello")["input_ids"][0]
     model.lm_head.bias.data[said] = 9.0
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=["q_proj"]))
-    (answer,) = greedy_answers(adapted, tokenizer, ["hi"], max_new_tokens=5, device="cpu")
+    (answer,) = greedy_answers(adapted, tokenizer, ["hi"], max_new_tokens=5)
     assert answer.stopped == stops
     assert answer.text == ("" if stops else tokenizer.decode([said]) * 5)

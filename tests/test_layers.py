@@ -20,7 +20,7 @@ ORDER = [
     {"training"},
     {"export"},
     {"planning"},
-    {"pipeline"},
+    {"pipeline", "answering"},
     {"html_page", "data_report"},
     {
         *("probe_view", "plan_view", "plan_chart", "plan_page", "compare_view"),
@@ -35,12 +35,15 @@ ORDER = [
             "phases_view",
             "watch",
             "data_page",
+            "chat",
+            "chat_view",
+            "generate_command",
         ),
     },
     {"demo"},
     {
         *("cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests", "cli_watch"),
-        *("cli_merge", "cli_export"),
+        *("cli_merge", "cli_export", "cli_use"),
     },
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -100,7 +100,12 @@ def conversation_of(where: str, row: dict[str, Any], known: Known) -> Conversati
     return _READERS[known.shape](where, known.named_our_way(where, row), known)
 
 
-def _string(where: str, row: dict[str, Any], field: str) -> str:
+def string_of(where: str, row: dict[str, Any], field: str) -> str:
+    """The text in `field`.
+
+    Raises:
+        DataError: there is none.
+    """
     value = row.get(field)
     if not isinstance(value, str):
         kind = "null" if value is None else f"a {type(value).__name__}"
@@ -113,19 +118,19 @@ def _string(where: str, row: dict[str, Any], field: str) -> str:
 
 
 def _text(where: str, row: dict[str, Any], _: Known) -> Conversation:
-    return Conversation(text=_string(where, row, "text"), where=where)
+    return Conversation(text=string_of(where, row, "text"), where=where)
 
 
 def _pair(where: str, row: dict[str, Any], known: Known) -> Conversation:
     """Two fields, one turn each; an instruction's input follows it after an empty line."""
     asks, answers = SHAPES[known.shape].needs
-    question = _string(where, row, asks)
+    question = string_of(where, row, asks)
     for field in ("input", "context"):
         if field in SHAPES[known.shape].takes and row.get(field) not in (None, ""):
-            question += "\n\n" + _string(where, row, field)
+            question += "\n\n" + string_of(where, row, field)
     turns = [
         Message(role="user", content=question),
-        Message(role="assistant", content=_string(where, row, answers)),
+        Message(role="assistant", content=string_of(where, row, answers)),
     ]
     return _conversation(where, row, turns)
 
@@ -143,17 +148,17 @@ def _prompt_completion(where: str, row: dict[str, Any], known: Known) -> Convers
 def _side(where: str, row: dict[str, Any], field: str, role: Role) -> list[Message]:
     """One half of TRL's conversational form; a plain string is one turn of `role`."""
     if isinstance(row[field], list):
-        return _turns(where, row, field)
-    return [Message(role=role, content=_string(where, row, field))]
+        return turns_of(where, row, field)
+    return [Message(role=role, content=string_of(where, row, field))]
 
 
 def _list_of_turns(where: str, row: dict[str, Any], known: Known) -> Conversation:
-    return _conversation(where, row, _turns(where, row, SHAPES[known.shape].needs[0], known.fields))
+    return _conversation(where, row, turns_of(where, row, SHAPES[known.shape].needs[0], known.fields))
 
 
 def _conversation(where: str, row: dict[str, Any], turns: list[Message]) -> Conversation:
     if system := next((name for name in ("system", "system_prompt") if row.get(name) not in (None, "")), ""):
-        turns = [Message(role="system", content=_string(where, row, system)), *turns]
+        turns = [Message(role="system", content=string_of(where, row, system)), *turns]
     if turns[-1].role != "assistant":
         raise DataError(
             f"{where}: the last turn is the {turns[-1].role}'s, so there is no answer to learn.",
@@ -176,7 +181,14 @@ def _tools(where: str, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
-def _turns(where: str, row: dict[str, Any], field: str, names: dict[str, str] | None = None) -> list[Message]:
+def turns_of(
+    where: str, row: dict[str, Any], field: str, names: dict[str, str] | None = None
+) -> list[Message]:
+    """Each turn of a list in `field`, written as role/content, or as `names` calls them.
+
+    Raises:
+        DataError: it is no list of turns.
+    """
     turns = row[field]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: '{field}' is not a list of turns, or is empty.", KNOWN_SHAPES)
@@ -209,14 +221,14 @@ def _content(where: str, turn: dict[str, Any], field: str, place: str, role: Rol
     may_be_empty = turn.get("tool_calls") or role == "tool"
     if may_be_empty and value in (None, ""):
         return ""
-    return _string(where, {f"{place}.{field}": value}, f"{place}.{field}")
+    return string_of(where, {f"{place}.{field}": value}, f"{place}.{field}")
 
 
 def _joined_parts(where: str, parts: list[Any], place: str) -> str:
     """OpenAI's list of content parts, text only."""
     if not all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
         raise DataError(f"{where}: {place} holds something other than text.", "Only text can be trained on.")
-    return "".join(_string(where, part, "text") for part in parts)
+    return "".join(string_of(where, part, "text") for part in parts)
 
 
 _READERS: dict[str, Callable[[str, dict[str, Any], Known], Conversation]] = {

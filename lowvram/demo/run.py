@@ -80,7 +80,6 @@ class _Answers:
             run.source.tokenizer,
             self._prompts,
             max_new_tokens=_ANSWER_TOKENS,
-            device=str(run.device),
         )
         known = self._read() | {when: answers}
         told = {when: [answer.model_dump() for answer in given] for when, given in known.items()}

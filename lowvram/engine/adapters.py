@@ -92,7 +92,8 @@ def add_adapters(model: PreTrainedModel, step: StepConfig) -> PeftModel:
     """
     if step.bias == "all" and (refusal := why_not_all(model)):
         raise ConfigError(f"bias=all: not for this model, {refusal}.", "Use bias=lora_only or none.")
-    peft_model = get_peft_model(model, _with_our_layers(model, step), autocast_adapter_dtype=True)
+    config = with_our_layers(model, lora_config(step))
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     for name, parameter in peft_model.named_parameters():
         if step.inference_mode or (step.freeze_a and ".lora_A." in name):
             parameter.requires_grad_(False)
@@ -105,10 +106,10 @@ def add_adapters(model: PreTrainedModel, step: StepConfig) -> PeftModel:
     return peft_model
 
 
-def _with_our_layers(model: PreTrainedModel, step: StepConfig) -> LoraConfig:
+def with_our_layers(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
+    """`config`, of whose layers peft makes ours."""
     import bitsandbytes as bnb
 
-    config = lora_config(step)
     ours = {bnb.nn.Linear4bit: LoraLinear4bit, nn.Linear: LoraLinear, Conv1D: LoraLinear}
     config._register_custom_module(ours)
     config.fan_in_fan_out = any(map(is_turned, model.modules()))

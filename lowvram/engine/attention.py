@@ -19,6 +19,7 @@ from lowvram.engine.tile_attention import Look, tile_attention
 
 CAUSAL_ATTENTION = "lowvram_causal"
 PADDED_ATTENTION = "lowvram_padded"  # T5-type: what the encoder padded stays masked
+GENERATING_ATTENTION = "lowvram_generating"  # with a KV cache: rows padded on the left, or none
 
 
 def mask_for_window_only(
@@ -38,6 +39,14 @@ def mask_always(**kwargs: Any) -> torch.Tensor | None:
     """[B, 1, T, S] from the given padding mask, whatever its values: no look into them."""
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     mask: torch.Tensor | None = sdpa_mask(**kwargs)
+    return mask
+
+
+def mask_for_cache(*, attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:
+    """None where no row is padded and the kernel's own mask is the right one, else [B, 1, t, all so far]."""
+    if attention_mask is not None:
+        return mask_always(attention_mask=attention_mask, **kwargs)
+    mask: torch.Tensor | None = sdpa_mask(attention_mask=None, **kwargs)
     return mask
 
 
@@ -65,13 +74,18 @@ def causal_attention(
     return output
 
 
-MASKS = {CAUSAL_ATTENTION: mask_for_window_only, PADDED_ATTENTION: mask_always}
+MASKS = {
+    CAUSAL_ATTENTION: mask_for_window_only,
+    PADDED_ATTENTION: mask_always,
+    GENERATING_ATTENTION: mask_for_cache,
+}
 
 
 def register() -> str:
     """Make the interfaces known to transformers; returns the causal one's name for `attn_implementation`."""
     AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
-    AttentionInterface.register(PADDED_ATTENTION, sdpa_attention_forward)
+    for name in (PADDED_ATTENTION, GENERATING_ATTENTION):
+        AttentionInterface.register(name, sdpa_attention_forward)
     for name, mask in MASKS.items():
         AttentionMaskInterface.register(name, mask)
     return CAUSAL_ATTENTION

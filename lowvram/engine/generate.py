@@ -1,13 +1,21 @@
-"""Greedy answers of a model, one prompt at a time, with the model's own chat template."""
+"""Answers: what a model writes to prompts, batched or as a stream of text, up to a stop token or a limit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 
+from lowvram.data.conversations import Message
+from lowvram.data.prompting import prompt_ids, stop_ids
+from lowvram.engine.decoding import decoded, prepare_for_decoding
+from lowvram.engine.sampling import Sampler, Sampling
 from lowvram.frozen import Frozen
+
+_CUT = "\ufffd"  # what a tokenizer writes for a character whose other bytes are still to come
 
 
 class Answer(Frozen):
@@ -15,48 +23,122 @@ class Answer(Frozen):
 
     text: str
     stopped: bool
+    n_tokens: int = Field(0, description="written, the stop token included")
 
 
-@torch.no_grad()
-def greedy_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int, device: str
-) -> list[Answer]:
-    """The most likely answer to each prompt, of at most `max_new_tokens`.
+@dataclass(frozen=True)
+class Answers:
+    """A model that answers, with its tokenizer.
 
-    Prompts run one by one, so none is padded; generation uses transformers' own attention, not the
-    mask-free training one.
+    Of the model's generation_config only the stop tokens count; how to sample is what the caller says.
     """
-    was_training, trained_with = model.training, model.config._attn_implementation
-    model.eval()
-    model.get_base_model().set_attn_implementation("sdpa")
-    stops = _stops(model, tokenizer)
-    answers = []
-    for prompt in prompts:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        ).to(device)
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        )
-        written = output[0, inputs["input_ids"].shape[1] :].tolist()
-        text = tokenizer.decode(written, skip_special_tokens=True)
-        answers.append(Answer(text=text, stopped=written[-1] in stops))
-    model.get_base_model().set_attn_implementation(trained_with)
+
+    model: Any  # the base model, prepared (decoding.prepare_for_decoding), adapted or not
+    tokenizer: Any
+    stops: frozenset[int]
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> Answers:
+        """`model` is prepared here.
+
+        Raises:
+            ConfigError: an encoder-decoder.
+        """
+        prepare_for_decoding(model)
+        return cls(model, tokenizer, frozenset(_stops(model, tokenizer)))
+
+    def to(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(),  # noqa: B008  # frozen
+        rows: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """One answer to each prompt, in one batch.
+
+        Args:
+            prompts: token ids of each.
+            rows: each prompt's number among all that are asked with this seed; None: from 0 on.
+        """
+        written: list[list[int]] = [[] for _ in prompts]
+        sampler = self._sampler(sampling, range(len(prompts)) if rows is None else rows)
+        for tokens in decoded(self.model, prompts, max_new_tokens, sampler):
+            for row, token in zip(written, tokens.tolist(), strict=True):
+                if not self._ended(row):
+                    row.append(token)
+            if all(map(self._ended, written)):
+                break
+        return [self._answer(row) for row in written]
+
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, row: int = 0
+    ) -> AnswerStream:
+        """The answer to one prompt while it is written."""
+        steps = decoded(self.model, [prompt], max_new_tokens, self._sampler(sampling, [row]))
+        return AnswerStream(self, steps)
+
+    def _sampler(self, sampling: Sampling, rows: Sequence[int]) -> Sampler:
+        return Sampler(sampling, rows, self.model.device)
+
+    def _ended(self, row: list[int]) -> bool:
+        return bool(row) and row[-1] in self.stops
+
+    def _answer(self, row: list[int]) -> Answer:
+        return Answer(text=self.text(row), stopped=self._ended(row), n_tokens=len(row))
+
+    def text(self, row: list[int]) -> str:
+        """Without control tokens, and with all spaces that were written: a longer text then begins the same.
+
+        A stop token need not be a control token: it is left out by its number.
+        """
+        shown = row[:-1] if self._ended(row) else row
+        return str(self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class AnswerStream:
+    """Pieces of an answer's text as they are written; `answer` is what there is of it so far."""
+
+    def __init__(self, answers: Answers, steps: Iterator[torch.Tensor]) -> None:
+        self._answers, self._steps = answers, steps
+        self._row: list[int] = []
+
+    def __iter__(self) -> Iterator[str]:
+        sent = ""
+        for tokens in self._steps:
+            self._row.append(int(tokens))
+            text = self._answers.text(self._row)
+            if not text.endswith(_CUT) and len(text) > len(sent):
+                yield text[len(sent) :]
+                sent = text
+            if self.answer.stopped:
+                break
+        if rest := self._answers.text(self._row)[len(sent) :]:
+            yield rest
+
+    @property
+    def answer(self) -> Answer:
+        return self._answers._answer(self._row)
+
+
+def greedy_answers(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int
+) -> list[Answer]:
+    """The most likely answer of a peft model in training to each prompt, of at most `max_new_tokens`.
+
+    Prompts run one by one, so that no memory is asked for beside one row's; afterwards the model trains on.
+    """
+    base = model.get_base_model()
+    was_training, trained_with = model.training, base.config._attn_implementation
+    answers = Answers.of(base, tokenizer)
+    asked = [prompt_ids([Message(role="user", content=prompt)], tokenizer) for prompt in prompts]
+    given = [answers.to([ids], max_new_tokens)[0] for ids in asked]
+    base.set_attn_implementation(trained_with)
     model.train(was_training)
-    return answers
+    return given
 
 
-def _stops(model: Any, tokenizer: Any) -> list[int]:
-    """The model's own stop tokens, as generation takes them, else the tokenizer's."""
+def _stops(model: Any, tokenizer: Any) -> set[int]:
+    """The model's own stop tokens, as generation takes them, and those that training shows it."""
     own = model.generation_config.eos_token_id
-    if own is None:
-        return [tokenizer.eos_token_id]
-    return list(own) if isinstance(own, (list, tuple)) else [own]
+    listed = own if isinstance(own, (list, tuple)) else [own]
+    return stop_ids(tokenizer) | {int(stop) for stop in listed if stop is not None}

@@ -31,7 +31,7 @@ def base_folder(base: ModelSource) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = ["*.safetensors", "*.json", "*.py", *_TOKENIZER, *_LICENSES]
+    wanted = ["*.safetensors", "*.json", "*.py", "README.md", *_TOKENIZER, *_LICENSES]
     try:
         return Path(snapshot_download(base.name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
@@ -57,6 +57,12 @@ def write_rest(base: Path, adapter: Path | None, output: Path, changes: dict[str
             _copy(file, output / file.name)
     _write_json(output / "config.json", _changed(config, changes))
     _write_generation_config(base, output)
+
+
+def copy_tokenizer(folder: Path, output: Path) -> None:
+    """Tokenizer and chat template alone."""
+    for file in _matching(folder, _TOKENIZER):
+        _copy(file, output / file.name)
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:

@@ -10,6 +10,7 @@ from lowvram.data.tokens import Example
 from lowvram.engine.batch import Batch, collate, collate_pairs
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DataError
+from lowvram.export.model_card import named
 from lowvram.planner.plan import Plan
 from lowvram.training.data import prepare
 
@@ -28,6 +29,7 @@ class Rows:
 
     batch: Batch
     what: str
+    why: str = ""  # they are not the run's, which may name a folder of this machine
 
 
 def rows_to_compare(source: ModelSource, plan: Plan | None, data: str | None) -> Rows:
@@ -37,7 +39,7 @@ def rows_to_compare(source: ModelSource, plan: Plan | None, data: str | None) ->
         DataError: `data` holds no row that can be used.
     """
     if data is not None:
-        return _first_rows(source, prepare(data, source, eval_name=data).held_out, plan, data)
+        return _first_rows(source, prepare(data, source, eval_name=data).held_out, plan, named(data))
     if plan is None or plan.data is None:
         return _bundled(source, "no data is given (--data FILE)")
     try:
@@ -87,4 +89,4 @@ def _bundled(source: ModelSource, why: str) -> Rows:
     pairs = source.config.is_encoder_decoder
     example = Example(ids, bytes([1] * len(ids)), "bundled text", source_ids=ids if pairs else None)
     batch = collate_pairs([example], 0, _start_token(source)) if pairs else collate([example], 0)
-    return Rows(batch, f"a bundled text of {len(ids)} tokens, since {why}")
+    return Rows(batch, f"a bundled text of {len(ids)} tokens", why)

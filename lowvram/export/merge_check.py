@@ -99,9 +99,14 @@ class MergeCheck:
             values = values_as_trained(self._tensors, self._plan.step)
         return adapter_lens(self._tensors, self._adapter, self._device, self._ticks, values)
 
-    def lines(self) -> list[str]:
-        """What was found, for the screen."""
-        said = [f"Verified on {self._rows.what}, in float32, adapter unmerged by peft:"]
+    def lines(self, *, for_others: bool = False) -> list[str]:
+        """What was found.
+
+        Args:
+            for_others: not on this screen: without what names a folder here.
+        """
+        why = f" ({self._rows.why})" if self._rows.why and not for_others else ""
+        said = [f"Verified on {self._rows.what}{why}, in float32, adapter unmerged by peft:"]
         for base, loss in self.losses.items():
             trained = " (as it was trained)" if base != "base" else ""
             said.append(f"  adapter on {_NAMES[base]}{trained}: loss {loss:.4f}")

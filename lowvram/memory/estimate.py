@@ -23,6 +23,7 @@ Component = Literal[
     "adapters",
     "gradients",
     "optimizer_state",
+    "kv_cache",
     "saved_activations",
     "recompute_working_set",
     "logits",
@@ -40,7 +41,7 @@ class MemoryEstimate(Frozen):
     components_bytes: dict[str, int] = Field(description="what they are; sums to peak_allocated_bytes")
     phases_bytes: dict[str, int] = Field(  # peak allocated of each
         default_factory=dict,
-        description="load, evaluation, initialisation, forward, backward, clip, optimizer",
+        description="load, evaluation, initialisation, forward, backward, clip, optimizer; prefill, decode",
     )
     n_events: int = Field(description="allocations and frees that were traced")
 

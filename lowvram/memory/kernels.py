@@ -22,6 +22,8 @@ from lowvram.units import MiB
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680  # torch's default :4096:2:16:8 before sm_90
 CUBLAS_WORKSPACE_BYTES_SM90 = 32 * MiB
+_MOST_SPLITS = 128  # of the keys
+_MOST_SPLIT_BLOCKS = 154  # 0.8 of 192 multiprocessors
 CUBLAS_WORKSPACES = 2  # one handle for the forward's thread, one for autograd's
 
 
@@ -185,6 +187,10 @@ def hidden_bytes(name: str, args: tuple[Any, ...], backend: Backend) -> int:
         return _dequantized_bytes(args)
     if name == "aten._scaled_dot_product_flash_attention_backward.default" and backend == "cuda":
         return _flash_backward_bytes(query=args[1], key=args[2])
+    if name == "aten._scaled_dot_product_flash_attention.default" and backend == "cuda":
+        return _split_keys_bytes(query=args[0])
+    if name == "aten._scaled_dot_product_flash_attention_for_cpu.default":
+        return _cpu_flash_bytes(query=args[0], key=args[1])
     if name == "aten._linalg_svd.default":  # LAPACK and cuSOLVER work in a copy of the matrix
         return int(args[0].numel() * args[0].element_size())
     if name in _MASKING and backend == "cpu":
@@ -196,6 +202,8 @@ _MASKING = {"aten.native_dropout.default", "aten.mul.Tensor", "aten.mul_.Tensor"
 HIDING = _MASKING | {  # the operators for which `hidden_bytes` may not be 0
     "bitsandbytes.gemm_4bit.default",
     "aten._linalg_svd.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
     "aten._scaled_dot_product_flash_attention_backward.default",
 }
 
@@ -217,6 +225,33 @@ def _cast_mask_bytes(name: str, args: tuple[Any, ...]) -> int:
         isinstance(mask, torch.Tensor) and mask.dtype == torch.bool
     )
     return int(tensor.numel() * tensor.element_size()) if masks else 0
+
+
+def _split_keys_bytes(query: torch.Tensor) -> int:
+    """FlashAttention-2 of one query a row shares the keys among idle multiprocessors, up to 128 ways.
+
+    Each keeps a float32 output and a sum; from 0.8 blocks a multiprocessor on it does not split, and no card
+    has more than 192 (torch, flash_api.cpp, num_splits_heuristic). query [B, Hq, T, D].
+    """
+    batch, heads, rows, width = query.shape
+    if rows > 1:
+        return 0
+    return 4 * min(batch * heads, _MOST_SPLIT_BLOCKS) * _MOST_SPLITS * (math.ceil(width / 32) * 32 + 1)
+
+
+def _cpu_flash_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
+    """A CPU's attention: each thread's tile of scores, sums and output in float32, 0.5 MB of long rows.
+
+    In 16 bits a copy of the scores as well. query [B, Hq, T, D], key [B, Hkv, S, D] (torch,
+    aten/native/cpu/FlashAttentionKernel.cpp, cpu_flash_attention).
+    """
+    rows, width = query.shape[2:]
+    tile_rows = min(256 if rows >= 768 else 64 if rows >= 192 else 32, rows)
+    tile_keys = min(512, key.shape[2])
+    n_bytes = 4 * tile_rows * (tile_keys + 2 + width)
+    if query.element_size() == 2:
+        n_bytes += 2 * tile_rows * tile_keys
+    return int(torch.get_num_threads() * n_bytes)
 
 
 def _flash_backward_bytes(query: torch.Tensor, key: torch.Tensor) -> int:

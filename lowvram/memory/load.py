@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,20 +18,17 @@ from lowvram.memory.recorder import Recorder, layer_of
 from lowvram.memory.trace import OUTSIDE
 from lowvram.memory.weights import source_bytes
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 _COMPONENTS = {"embedding": "embeddings", "head": "head"}
 
 
-def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
+def record_loading(recorder: Recorder, model: Any, backend: str) -> None:
     """Base weights one after another by name, each quantised on the device; then embedding and head go
-    where the levers say; then the adapters, with DoRA's magnitudes of the base's weights.
+    where the levers say; then the adapters, if there are any, with DoRA's magnitudes of the base's weights.
 
     transformers first asks the GPU's allocator for all weights at once and gives that back, so that the
     weights come from one segment (`caching_allocator_warmup`).
     """
-    base = model.get_base_model()
+    base = base_of(model)
     ends = ends_as_loaded(base)
     loaded = _loaded(model, ends)
     if backend == "cuda":
@@ -57,9 +54,14 @@ def record_loading(recorder: Recorder, model: PeftModel, backend: str) -> None:
         start_magnitudes(model, recorder.at)
 
 
-def _loaded(model: PeftModel, ends: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+def base_of(model: Any) -> Any:
+    """The model below its adapters, or the one that has none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _loaded(model: Any, ends: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     """Frozen weights as the files have them: those that a placed head is made of are not among them."""
-    base = model.get_base_model()
+    base = base_of(model)
     modules = {"embedding": base.get_input_embeddings(), "head": base.get_output_embeddings()}
     head: Any = modules["head"]
     made = {id(p) for p in head.parameters() if p is not head.bias} if isinstance(head, TiledHead) else set()

@@ -23,7 +23,7 @@ class Allocation:
     """One storage's life. `born` and `died` index the event list; `died` is None while it lives."""
 
     n_bytes: int
-    phase: str  # load, evaluation, initialisation, forward, backward, clip, optimizer
+    phase: str  # load, evaluation, initialisation, forward, backward, clip, optimizer; prefill, decode
     module: str  # the module that ran last, "layers.3.mlp.down_proj"
     op: str
     component: str | None = None  # None: decided by its life, see `estimate.component_of`

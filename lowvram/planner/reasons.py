@@ -122,7 +122,10 @@ def adapter_reasons(step: StepConfig, shape: ModelShape) -> Iterator[str]:
     if not (step.inference_mode or any(others)):
         yield "plain LoRA: of the other ways that were compared none kept a lead (README)"
     if step.inference_mode:
-        yield f"inference mode, {_ASKED}: loading and a forward pass are counted, nothing trains"
+        yield (
+            f"inference mode, {_ASKED}: loading and a forward pass are counted, nothing trains "
+            "(what answering takes says lowvram chat --dry-run)"
+        )
     if step.bias != "none":
         yield f"bias: {step.bias}, {_ASKED}; {_biases(step, shape)}"
     if step.use_dora:

@@ -1,0 +1,249 @@
+"""`lowvram generate`: rows in, JSON lines out, whatever the batch, and no file that is not whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from lowvram.data.conversations import Message
+from lowvram.data.prompting import prompt_ids
+from lowvram.engine.sampling import Sampling
+from tests import chat_home as home
+from tests import tiny_runs
+from tests.chat_home import Reference
+from tests.test_pipeline import TINY
+from tests.tiny_adapters import alone, generated
+from tests.tiny_runs import ASKED, Cli, write_rows
+
+byte_model, chat_home, command = tiny_runs.byte_model, home.chat_home, tiny_runs.command
+pytestmark = pytest.mark.usefixtures("one_thread")
+N = 12
+FP32 = ("--precision", "fp32")
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "hi"},
+    {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what is 1 + 1?"}]},
+    {"prompt": "a longer question, which the others are padded to"},
+    {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ]
+    },
+    {"prompt": "ho"},
+]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+def _turns(row: dict[str, Any]) -> list[tuple[str, str]]:
+    messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+    return [(message["role"], message["content"]) for message in messages]
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("batch", ["1", "3", None])
+def test_every_row_gets_the_adapter_s_answer(
+    chat_home: Path,
+    rows: Path,
+    tmp_path: Path,
+    command: Cli,
+    batch: str | None,
+) -> None:
+    """As alone in plain peft; the rows come back in their order, with what was asked."""
+    output = tmp_path / "answers.jsonl"
+    given = ("--batch", batch) if batch else ()
+    code, _, err = command(
+        "generate", chat_home / "sql", "-i", rows, "-o", output, "--max-new-tokens", N, *FP32, *given
+    )
+    assert code == 0, err
+    assert f"in each of {batch or 5} rows" in err or batch == "1"
+    reference = Reference(chat_home, "sql")
+    answers = [reference.to(_turns(row), N) for row in ROWS]
+    assert _read(output) == [
+        row | {"answer": a.text, "stopped": a.stopped, "n_tokens": a.n_tokens}
+        for row, a in zip(ROWS, answers, strict=True)
+    ]
+    assert len({a.text for a in answers}) > 1
+
+
+def test_prompts_go_to_stdout_with_base_adapter_and_seed_chosen(
+    chat_home: Path,
+    command: Cli,
+) -> None:
+    asked = ("-p", "hi", "-p", "ho", "--max-new-tokens", N, "--system", "be brief", *FP32)
+    base, sql, poet = (Reference(chat_home, name) for name in (None, "sql", "poet"))
+    hot = ("--temperature", "1.5", "--top-p", "0.9", "--seed", "7")
+    sampling = Sampling(temperature=1.5, top_p=0.9, seed=7)
+    for flags, reference, how in (
+        (("--base-only",), base, Sampling()),
+        ((), sql, Sampling()),
+        (("--adapter", chat_home / "poet"), poet, Sampling()),
+        (hot, sql, sampling),
+    ):
+        code, out, err = command("generate", chat_home / "sql", *asked, *flags)
+        assert code == 0, err
+        wanted = [
+            reference.to([("system", "be brief"), ("user", prompt)], N, how, row)
+            for row, prompt in enumerate(("hi", "ho"))
+        ]
+        lines = [json.loads(line) for line in out.replace("} {", "}\n{").splitlines()]
+        assert [" ".join(line["answer"].split()) for line in lines] == [
+            " ".join(answer.text.split()) for answer in wanted
+        ]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"question": "hi"}', "rows.jsonl:2: a row needs either 'prompt' or 'messages'"),
+        ('{"prompt": ""}', "rows.jsonl:2: the field 'prompt' is empty"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "rows.jsonl:2: the last turn is the"),
+        ('{"prompt": "hi"', "rows.jsonl:2"),
+        (json.dumps({"prompt": "long " * 800}), "rows.jsonl:2: "),
+    ],
+    ids=["fields", "empty", "answered", "no JSON", "too long"],
+)
+def test_a_bad_row_is_named_before_anything_is_loaded(
+    chat_home: Path,
+    rows: Path,
+    command: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    line: str,
+    says: str,
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("lowvram.engine.model.load", never)
+    rows.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
+    code, out, err = command("generate", chat_home / "sql", "-i", rows)
+    assert (code, out) == (5, ""), err
+    assert says in err
+
+
+def test_refusals(chat_home: Path, rows: Path, tmp_path: Path, command: Cli) -> None:
+    there = tmp_path / "there.jsonl"
+    there.write_text("mine")
+    for flags, says in (
+        (("-i", rows, "-o", there), "exists already"),
+        ((), "Nothing is asked"),
+        (("-p", "hi", "--temperature", "-1"), "--temperature -1.0"),
+        (("-p", "hi", "--top-p", "0"), "--top-p 0.0"),
+        (("-p", "hi", "--precision", "int3"), "no precision 'int3'"),
+        (("-p", "hi", "--adapter", tmp_path), "holds no finished adapter"),
+        (("-p", "hi", "--base", tmp_path / "gone"), "no folder"),
+    ):
+        code, out, err = command("generate", chat_home / "sql", *flags)
+        assert (code, out, says in err) == (2, "", True), err
+    assert there.read_text() == "mine"
+
+
+def test_a_merged_folder_answers_as_its_adapter(
+    chat_home: Path,
+    tmp_path: Path,
+    command: Cli,
+) -> None:
+    assert command("merge", chat_home / "poet", "-o", tmp_path / "merged")[0] == 0
+    asked = ("-p", "hi", "--max-new-tokens", N, *FP32)
+    code, merged, err = command("generate", tmp_path / "merged", *asked)
+    assert code == 0, err
+    assert merged == command("generate", chat_home / "poet", *asked)[1]
+    assert merged != command("generate", chat_home / "base", *asked)[1]
+
+
+def test_stopped_in_the_middle_it_leaves_no_file(
+    chat_home: Path,
+    rows: Path,
+    tmp_path: Path,
+    command: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A real signal, after the first batch of several."""
+    import os
+    import signal
+
+    from lowvram.engine.generate import Answers
+
+    whole, n_calls = Answers.to, 0
+
+    def interrupted(self: Answers, *given: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *given)
+
+    monkeypatch.setattr(Answers, "to", interrupted)
+    before = sorted(tmp_path.iterdir())
+    given = ("generate", chat_home / "sql", "-i", rows, "-o", tmp_path / "a.jsonl", "--batch", "1")
+    code, _, err = command(*given)
+    assert (code, "stopped before all rows" in err, n_calls) == (143, True, 3), err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--dora",), ("--bias", "all"), ("--init", "lora_ga"), ()],
+    ids=["dora", "bias", "lora_ga", "plain"],
+)
+def test_what_a_run_leaves_answers_as_in_plain_peft(
+    chat_home: Path, tmp_path: Path, command: Cli, flags: tuple[str, ...]
+) -> None:
+    """A Qwen2, whose q, k and v have biases, trained by the command line in the precision of its plan."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**TINY, num_hidden_layers=2, vocab_size=257))
+    for parameter in model.parameters():
+        parameter.data.mul_(3)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(chat_home / "base").save_pretrained(tmp_path / "base")
+    data, run = write_rows(tmp_path / "rows.jsonl", range(20)), tmp_path / "run"
+    trained = ("auto", "--model", tmp_path / "base", "--data", data, *ASKED, "--precision", "fp32")
+    code, _, err = command(*trained, "--steps", "3", "--learning-rate", "5e-2", *flags, "-o", run)
+    assert code == 0, err
+    code, _, err = command("generate", run, "-p", "hi", "--max-new-tokens", N, "-o", tmp_path / "a.jsonl")
+    assert code == 0, err
+    assert "precision: as trained" in err
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    ids = prompt_ids([Message(role="user", content="hi")], tokenizer)
+    wanted = generated(alone(tmp_path / "base", run / "adapter"), ids, N, do_sample=False)
+    (answer,) = _read(tmp_path / "a.jsonl")
+    end = tokenizer.eos_token_id
+    assert answer["answer"] == tokenizer.decode([token for token in wanted if token != end])
+    assert answer["n_tokens"] == len(wanted)
+    without = generated(alone(tmp_path / "base", None), ids, N, do_sample=False)
+    assert wanted != without
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_in_4_bits(smollm: Path, command: Cli, tmp_path: Path) -> None:
+    """SmolLM2-135M-Instruct, in one batch of three prompts of different lengths."""
+    questions = [
+        "What is the capital of France?",
+        "Say hello.",
+        "How many legs does a spider have? Be brief.",
+    ]
+    output = tmp_path / "answers.jsonl"
+    prompts = [part for question in questions for part in ("-p", question)]
+    code, _, err = command(
+        "generate", smollm, *prompts, "-o", output, "--max-new-tokens", 24, "--precision", "nf4"
+    )
+    assert code == 0, err
+    assert "nf4 base" in err
+    answers = _read(output)
+    assert [row["prompt"] for row in answers] == questions
+    assert "Paris" in answers[0]["answer"]
+    assert answers[0]["stopped"]
