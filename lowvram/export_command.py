@@ -136,7 +136,7 @@ def _to_gguf(export: Export, console: Console) -> None:
 
 
 def _to_lora(export: Export, console: Console) -> None:
-    require_new_file(export.target)
+    require_new_file(export.target)  # before the work
     _lora(export).write(export.target)
     _say(console, f"Wrote {_sized(export.target)}.")
     _say(console, f"Run it on the base's GGUF: llama-cli -m BASE.gguf --lora {export.target}")

@@ -91,6 +91,21 @@ def test_q4_k_m_by_a_program(home: Path, command: Cli) -> None:
     assert_agrees(model, LlamaCpp(home / "adapter" / "model-q4_k_m.gguf"), PROMPT, 8, tolerance=0.03)
 
 
+def test_q4_k_m_by_the_program_on_the_path(home: Path, command: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no package brings ggml; and without either, it is said what to install."""
+    monkeypatch.setattr("lowvram.export.gguf_kquants._MODULE", "no_such_module")
+    asked = ("export", home / "adapter", "--to", "gguf", "--type", "q4_k_m")
+    code, _, err = command(*asked)
+    assert code == 2
+    assert "pip install xllamacpp" in err
+    (home / "llama-quantize").write_text('#!/bin/sh\necho "[   1/   2] x"; cp "$1" "$2"\n')
+    (home / "llama-quantize").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home}{os.pathsep}{os.environ['PATH']}")
+    code, _, err = command(*asked)
+    assert code == 0, err
+    assert (home / "adapter" / "model-q4_k_m.gguf").stat().st_size > 100_000
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

@@ -195,7 +195,7 @@ def test_killed_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
 
     def interrupt(done: int, total: int) -> None:
         assert 0 < done < total
-        assert [file.name for file in out.iterdir()] == [".new.gguf.partial"]
+        assert sorted(file.name for file in out.iterdir()) == [".new.gguf.lock", ".new.gguf.partial"]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -204,6 +204,23 @@ def test_killed_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
     (out / ".new.gguf.partial").write_text("of a killed process")
     model.write(out / "new.gguf")
     assert [file.name for file in out.iterdir()] == ["new.gguf"]
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    """The second is refused while the first writes, and leaves its file alone."""
+    base = saved_model(tmp_path / "base", "llama")
+    file, refused = tmp_path / "new.gguf", []
+
+    def again(_done: int, _total: int) -> None:
+        if not refused:
+            with pytest.raises(ConfigError, match="Another process is writing") as second:
+                model_of(base, "q8_0").write(file)
+            refused.append(second)
+
+    model_of(base).write(file, again)
+    assert refused
+    LlamaCpp(file).goes_on(PROMPT, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "new.gguf"]
 
 
 def test_unsupported_architectures_are_refused_with_the_supported_ones(tmp_path: Path) -> None:

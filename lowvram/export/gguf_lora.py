@@ -17,7 +17,6 @@ from lowvram.export.gguf_tensors import HEAD, Placed, row_order
 from lowvram.export.gguf_types import FileType, encoded, n_bytes
 from lowvram.export.partial_folder import require_disk
 from lowvram.export.whole_file import whole_file
-from lowvram.frozen import require_new_file
 
 LORA_TYPES = ("f32", "f16", "bf16")
 _HEADER_BYTES = 1 << 20
@@ -41,7 +40,6 @@ class GgufLora:
             ConfigError: `output` is there already, or a value does not fit the type.
             DoesNotFitError: too little disk.
         """
-        require_new_file(output)
         size = sum(n_bytes(self.kind.main, tensor.shape) for tensor in self.tensors)
         require_disk(output, size + _HEADER_BYTES, "The LoRA-GGUF")
         with whole_file(output) as partial:

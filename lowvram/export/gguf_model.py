@@ -22,7 +22,6 @@ from lowvram.export.gguf_vocabulary import Vocabulary, vocabulary
 from lowvram.export.partial_folder import require_disk
 from lowvram.export.tensors import Tensors
 from lowvram.export.whole_file import whole_file
-from lowvram.frozen import require_new_file
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 _HEADER_BYTES = 64 << 20  # tokens, merges and tensor infos; Gemma's 256,000 tokens take 20 MB
@@ -97,7 +96,6 @@ class GgufModel:
             ConfigError: `output` is there already, or a value does not fit the type.
             DoesNotFitError: too little disk.
         """
-        require_new_file(output)
         require_disk(output, self.n_bytes(), "The GGUF")
         with whole_file(output) as partial:
             writer = GGUFWriter(partial, self.architecture.name)

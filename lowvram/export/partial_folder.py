@@ -41,8 +41,7 @@ def require_disk(output: Path, n_bytes: int, what: str = "The merged model") -> 
 def whole_or_not_at_all(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name at the end, or is removed: it is as large as a model.
 
-    What a killed process left there is removed first. The lock is a file of its own beside both, so that it
-    is held until the rename is done; it goes last, and who locked it after it lost its name starts again.
+    What a killed process left there is removed first.
 
     Raises:
         ConfigError: `output` is in use, or another process is writing it now.
@@ -50,8 +49,7 @@ def whole_or_not_at_all(output: Path) -> Iterator[Path]:
     refuse_used(output)
     partial = _partial(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    file = output.with_name(f".{output.name}.lock")
-    with _locked(file, output):
+    with one_writer(output):
         try:
             refuse_used(output)  # the other process may have just finished
             shutil.rmtree(partial, ignore_errors=True)
@@ -70,7 +68,16 @@ def _partial(output: Path) -> Path:
 
 
 @contextmanager
-def _locked(file: Path, output: Path) -> Iterator[None]:
+def one_writer(output: Path) -> Iterator[None]:
+    """While it lasts no other process makes `output`.
+
+    The lock is a file of its own beside it, so that it is held until the rename is done; it goes last, and
+    who locked it after it lost its name starts again.
+
+    Raises:
+        ConfigError: another process is writing it now.
+    """
+    file = output.with_name(f".{output.name}.lock")
     while True:
         handle = file.open("a+", encoding="utf-8")
         try:

@@ -19,7 +19,6 @@ from lowvram.export.gguf_tensors import EMBEDDING
 from lowvram.export.gguf_types import FILE_TYPES, FileType
 from lowvram.export.partial_folder import require_disk
 from lowvram.export.whole_file import whole_file
-from lowvram.frozen import require_new_file
 
 PROGRAM = "llama-quantize"
 _COUNT = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")  # "[  12/ 291] blk.1.ffn_down.weight ..."
@@ -40,20 +39,19 @@ class QuantizedModel:
             ConfigError: `output` is there already, or the program failed.
             DoesNotFitError: too little disk for both files.
         """
-        require_new_file(output)
         told = progress or (lambda _done, _total: None)
         whole = output.with_name(f".{output.name}.unquantized")
-        whole.unlink(missing_ok=True)  # of a process that was killed
         require_disk(
             output, self.model.n_bytes() + self.model.n_bytes(self.kind), "The GGUF, with its 16-bit source,"
         )
-        try:
-            notes = self.model.write(whole, told)
-            with whole_file(output) as partial:
-                size = self.model.n_bytes(self.kind)
+        size = self.model.n_bytes(self.kind)
+        with whole_file(output) as partial:
+            whole.unlink(missing_ok=True)  # of a process that was killed
+            try:
+                notes = self.model.write(whole, told)
                 _run(self.program, whole, partial, self.kind, lambda share: told(int(share * size), size))
-        finally:
-            whole.unlink(missing_ok=True)
+            finally:
+                whole.unlink(missing_ok=True)
         return notes
 
 
