@@ -32,9 +32,12 @@ def export(
         str | None,
         typer.Option(help="Ollama's name of the base, such as llama3.1:8b: the adapter is put on it."),
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Load the file with llama.cpp (xllamacpp) before it is kept.")
+    ] = False,
 ) -> None:
     """Write the model as GGUF (merged on the way, or the adapter alone), for Ollama or for vLLM."""
     from lowvram.export_command import Export, export_run
 
-    asked = Export(run, to, type_name, output, base, quantizer, ollama_base)
+    asked = Export(run, to, type_name, output, base, quantizer, ollama_base, check)
     export_run(asked, Console(highlight=False))

@@ -18,8 +18,9 @@ from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, StoppedError, refusals_of_the_system
 from lowvram.export.adapter_files import read_adapter
 from lowvram.export.gguf_architectures import architecture_of
+from lowvram.export.gguf_check import check_file, require_llama_cpp
 from lowvram.export.gguf_lora import GgufLora, gguf_lora
-from lowvram.export.gguf_model import GgufModel
+from lowvram.export.gguf_model import Check, GgufModel, unchecked
 from lowvram.export.gguf_model import Progress as Told
 from lowvram.export.gguf_types import FILE_TYPES, FileType, file_type
 from lowvram.export.gguf_vocabulary import adds_start_token
@@ -57,6 +58,7 @@ class Export:
     base: str | None = None
     quantizer: Path | None = None
     ollama_base: str | None = None
+    check: bool = False
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
@@ -65,6 +67,7 @@ class Export:
             "--type": self.type_name is not None and self.to == "vllm",
             "--output": self.output is not None and self.to == "vllm",
             "--quantizer": self.quantizer is not None and (self.to in ("vllm", "lora-gguf") or self.alone),
+            "--check": self.check and (self.to == "vllm" or self.alone),
             "--ollama-base": self.ollama_base is not None and self.to != "ollama",
         }
         for flag, is_so in unused.items():
@@ -120,6 +123,7 @@ def export_run(export: Export, console: Console) -> None:
     Raises:
         ConfigError: no adapter, no base, something the format cannot hold, or the output is in use.
         DoesNotFitError: too little disk.
+        MergeError: --check found that llama.cpp reads the file otherwise; it is removed.
         StoppedError: a signal came; nothing is left behind.
     """
     with refusals_of_the_system(f"'{export.run}' cannot be exported, nothing was written", _CHECK, _NO_ROOM):
@@ -130,8 +134,8 @@ def _to_gguf(export: Export, console: Console) -> None:
     require_new_file(export.target)
     model = _model(export)
     with _progress(export, console) as told:
-        notes = model.write(export.target, told)
-    _say(console, f"Wrote {_sized(export.target)}.", notes)
+        notes = model.write(export.target, told, _check(export))
+    _say(console, f"Wrote {_sized(export.target)}{_checked(export)}.", notes)
     _say(console, f"Run it: llama-cli -m {export.target}, or for LM Studio: lms import {export.target}")
 
 
@@ -150,12 +154,12 @@ def _to_ollama(export: Export, console: Console) -> None:
     with whole_or_not_at_all(export.target) as folder, _progress(export, console) as told:
         notes = []
         if model is not None:
-            notes = model.write(folder / MODEL_FILE, told)
+            notes = model.write(folder / MODEL_FILE, told, _check(export))
         if lora is not None:
             lora.write(folder / ADAPTER_FILE)
         (folder / "Modelfile").write_text(written.text, encoding="utf-8", newline="\n")
     tag = _tag(export)
-    _say(console, f"Wrote {export.target} with its Modelfile.", [*notes, *written.notes])
+    _say(console, f"Wrote {export.target} with its Modelfile{_checked(export)}.", [*notes, *written.notes])
     _say(
         console,
         f"Run it: cd {export.target} && ollama create {tag} -f Modelfile && ollama run {tag}",
@@ -178,9 +182,15 @@ _ROADS: dict[str, Callable[[Export, Console], None]] = {
 
 def _model(export: Export) -> GgufModel | QuantizedModel:
     architecture_of(export.source.config)  # before a base is downloaded
+    if export.check:
+        require_llama_cpp()
     tensors = MergedTensors.open(export.source, export.adapter)
     plain = GgufModel(tensors, tensors.source.config, export.tokenizer, export.name, FILE_TYPES["f16"])
     return for_kind(plain, export.kind, export.quantizer)
+
+
+def _check(export: Export) -> Check:
+    return (lambda file: check_file(file, export.tokenizer)) if export.check else unchecked
 
 
 def _lora(export: Export) -> GgufLora:
@@ -228,6 +238,10 @@ def _progress(export: Export, console: Console) -> Iterator[Told]:
 
 def _sized(file: Path) -> str:
     return f"{file} ({format_bytes(os.path.getsize(file))})"
+
+
+def _checked(export: Export) -> str:
+    return "; llama.cpp loads it and cuts a chat as it was trained" if export.check else ""
 
 
 def _say(console: Console, text: str, notes: list[str] | None = None) -> None:

@@ -111,6 +111,7 @@ def test_q4_k_m_by_the_program_on_the_path(home: Path, command: Cli, monkeypatch
     [
         (("--to", "onnx"), "--to 'onnx' is unknown"),
         (("--to", "gguf", "--type", "q3_x"), "no GGUF type 'q3_x'"),
+        (("--to", "lora-gguf", "--check"), "--check is not used by --to lora-gguf"),
         (("--to", "vllm", "--type", "f16"), "--type is not used by --to vllm"),
         (("--to", "lora-gguf", "--quantizer", "x"), "--quantizer is not used"),
         (("--to", "gguf", "--ollama-base", "llama3"), "--ollama-base is not used"),
@@ -127,6 +128,25 @@ def test_mistakes(home: Path, command: Cli, asked: tuple[str, ...], said: str) -
     assert said in err
     assert "What to do" in err
     assert sorted(home.rglob("*")) == before
+
+
+def test_a_checked_file(home: Path, command: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real llama.cpp agrees; with control tokens that the file calls plain text it does not."""
+    asked = ("export", home / "adapter", "--to", "gguf", "--check")
+    code, out, err = command(*asked, "-o", home / "good.gguf")
+    assert code == 0, err
+    assert "llama.cpp loads it" in out
+    monkeypatch.setattr("lowvram.export.gguf_vocabulary._mark_added", lambda *_: None)
+    code, _, err = command(*asked, "-o", home / "bad.gguf")
+    assert code == 1
+    assert "cuts a chat into" in err
+    program = home / "llama-quantize"
+    program.write_text('#!/bin/sh\nhead -c 5000 "$1" > "$2"\n')
+    program.chmod(0o755)
+    code, _, err = command(*asked, "-o", home / "bad.gguf", "--type", "q6_k", "--quantizer", program)
+    assert code == 1
+    assert "llama.cpp does not load the file" in err
+    assert [file.name for file in home.glob("*bad*")] == []
 
 
 def test_what_is_there_stays(home: Path, command: Cli) -> None:

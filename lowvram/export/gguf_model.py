@@ -24,7 +24,12 @@ from lowvram.export.tensors import Tensors
 from lowvram.export.whole_file import whole_file
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
+Check = Callable[[Path], object]  # looks at the whole file before it takes its name
 _HEADER_BYTES = 64 << 20  # tokens, merges and tensor infos; Gemma's 256,000 tokens take 20 MB
+
+
+def unchecked(_file: Path) -> None:
+    """Trusts the file."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class GgufModel:
         types = self.types_of(kind or self.kind)
         return _HEADER_BYTES + sum(n_bytes(types[tensor.name], tensor.shape) for tensor in self.placed)
 
-    def write(self, output: Path, progress: Progress | None = None) -> list[str]:
+    def write(self, output: Path, progress: Progress | None = None, check: Check = unchecked) -> list[str]:
         """Write the file whole or not at all; what llama.cpp will do otherwise than transformers.
 
         Host memory is the largest tensor as it will be, beside some 100 MB of pieces.
@@ -104,6 +109,7 @@ class GgufModel:
                 self._write_tensors(writer, progress or (lambda _done, _total: None))
             finally:
                 writer.close()
+            check(partial)
         return [*notes, *self.vocabulary.notes]
 
     def _write_keys(self, writer: GGUFWriter) -> list[str]:

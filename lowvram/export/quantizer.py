@@ -14,7 +14,7 @@ import torch
 
 from lowvram.errors import ConfigError, first_line
 from lowvram.export.gguf_kquants import NO_QUANTIZER, ggml_quantize
-from lowvram.export.gguf_model import GgufModel, Progress
+from lowvram.export.gguf_model import Check, GgufModel, Progress, unchecked
 from lowvram.export.gguf_tensors import EMBEDDING
 from lowvram.export.gguf_types import FILE_TYPES, FileType
 from lowvram.export.partial_folder import require_disk
@@ -32,7 +32,7 @@ class QuantizedModel:
     kind: FileType
     program: Path
 
-    def write(self, output: Path, progress: Progress | None = None) -> list[str]:
+    def write(self, output: Path, progress: Progress | None = None, check: Check = unchecked) -> list[str]:
         """Write the file whole or not at all; what llama.cpp will do otherwise than transformers.
 
         Raises:
@@ -52,6 +52,7 @@ class QuantizedModel:
                 _run(self.program, whole, partial, self.kind, lambda share: told(int(share * size), size))
             finally:
                 whole.unlink(missing_ok=True)
+            check(partial)
         return notes
 
 
