@@ -17,6 +17,7 @@ from lowvram.export.run_adapter import adapter_of, source_of
 Target = Literal["gguf", "lora-gguf", "ollama", "vllm", "adapter"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 COMMAND = "lowvram export"
+_LEAST_CONTEXT = 2048  # tokens, as lowvram chat: examples of 120 tokens are no length for a conversation
 _DEFAULT_TYPES: dict[str, str] = {"gguf": "f16", "ollama": "q8_0", "lora-gguf": "f32"}
 
 
@@ -83,8 +84,12 @@ class Export:
 
     @property
     def context(self) -> int | None:
-        """Tokens of the longest example that the run trained on; None for a lone adapter folder."""
-        return self.training.plan.seq_len if self.training else None
+        """Tokens of a conversation: the run's longest example, 2,048 where it was shorter; None without a run."""
+        if self.training is None:
+            return None
+        longest = getattr(self.source.config.get_text_config(), "max_position_embeddings", None)
+        wanted = max(self.training.plan.seq_len, _LEAST_CONTEXT)
+        return min(wanted, longest) if longest else wanted
 
     @property
     def target(self) -> Path:

@@ -63,7 +63,7 @@ def test_a_run_leaves_for_every_engine(tmp_path: Path, command: Cli) -> None:
         "model.gguf",
     ]
     text = (run / "ollama" / "Modelfile").read_text()
-    assert "PARAMETER num_ctx 128" in text
+    assert "PARAMETER num_ctx 2048" in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     code, out, err = command("export", run, "--to", "vllm")
     assert code == 0, err
@@ -215,3 +215,15 @@ def test_an_unsupported_base_is_refused_before_any_work(tmp_path: Path, command:
     assert code == 2
     assert "'OPTForCausalLM' cannot be written as GGUF here; these can: Gemma2ForCausalLM" in err
     assert json.loads((tmp_path / "base" / "config.json").read_text())["model_type"] == "opt"
+
+
+def test_the_script_merges_and_exports(home: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "merge_and_export.py"
+    given = [home / "adapter", "--no-verify", "--to", "gguf", "--type", "q8_0"]
+    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (home / "adapter" / "merged" / "model.safetensors").is_file()
+    assert (home / "adapter" / "model-q8_0.gguf").is_file()
+    again = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
