@@ -84,7 +84,7 @@ class Export:
 
     @property
     def context(self) -> int | None:
-        """Tokens of a conversation: the run's longest example, 2,048 where it was shorter; None without a run."""
+        """Tokens of a conversation: as the run's longest example, at least 2,048; None without a run."""
         if self.training is None:
             return None
         longest = getattr(self.source.config.get_text_config(), "max_position_embeddings", None)

@@ -3,7 +3,7 @@
 
     python scripts/merge_and_export.py RUN [merge's flags] [--to gguf [export's flags]]
 
-The same as `lowvram merge RUN ..`, then, where --to is given, `lowvram export RUN --to ..` with all flags from
+The same as `lowvram merge RUN ..`, then, with --to, `lowvram export RUN --to ..` with all flags from
 there on. RUN is a run's folder or a peft adapter's. Needs what pyproject.toml lists.
 """
 
