@@ -1,4 +1,4 @@
-"""`lowvram export`: a trained adapter for llama.cpp, LM Studio, Ollama and vLLM."""
+"""`lowvram export`: a trained adapter for llama.cpp, LM Studio, Ollama, vLLM and peft."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from lowvram import cli_flags
+
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.")],
-    to: Annotated[str, typer.Option("--to", help="gguf, lora-gguf (the adapter alone), ollama or vllm.")],
+    to: Annotated[
+        str,
+        typer.Option("--to", help="gguf, lora-gguf (the adapter alone), ollama, vllm or adapter (to share)."),
+    ],
     type_name: Annotated[
         str | None,
         typer.Option(
@@ -32,12 +37,15 @@ def export(
         str | None,
         typer.Option(help="Ollama's name of the base, such as llama3.1:8b: the adapter is put on it."),
     ] = None,
+    push: cli_flags.Push = None,
+    public: cli_flags.Public = False,
     check: Annotated[
         bool, typer.Option("--check", help="Load the file with llama.cpp (xllamacpp) before it is kept.")
     ] = False,
 ) -> None:
-    """Write the model as GGUF (merged on the way, or the adapter alone), for Ollama or for vLLM."""
-    from lowvram.export_command import Export, export_run
+    """Write the model as GGUF (merged on the way, or the adapter alone), for Ollama, for vLLM or to share."""
+    from lowvram.export_command import export_run
+    from lowvram.export_request import Export
 
-    asked = Export(run, to, type_name, output, base, quantizer, ollama_base, check)
+    asked = Export(run, to, type_name, output, base, quantizer, ollama_base, push, public, check)
     export_run(asked, Console(highlight=False))

@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from gguf import GGUFReader
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.llama_cpp import LlamaCpp, assert_agrees
 from tests.test_gguf import PROMPT, written
@@ -54,14 +57,41 @@ def test_a_run_leaves_for_every_engine(tmp_path: Path, command: Cli) -> None:
     code, out, err = command("export", run, "--to", "ollama")
     assert code == 0, err
     assert "ollama create my-run -f Modelfile" in out
-    assert sorted(file.name for file in (run / "ollama").iterdir()) == ["Modelfile", "model.gguf"]
+    assert sorted(file.name for file in (run / "ollama").iterdir()) == [
+        "Modelfile",
+        "README.md",
+        "model.gguf",
+    ]
     text = (run / "ollama" / "Modelfile").read_text()
-    assert "PARAMETER num_ctx 128" in text
+    assert "PARAMETER num_ctx 512" in text  # the model's longest
     assert 'PARAMETER stop "<|im_end|>"' in text
     code, out, err = command("export", run, "--to", "vllm")
     assert code == 0, err
     assert "--max-lora-rank 8" in out
     assert f"my-run={run / 'adapter'}" in out
+    _assert_shareable(run, base, command)
+
+
+def _assert_shareable(run: Path, base: Path, command: Cli) -> None:
+    """The adapter's folder for others: plain peft makes of it what it makes of the run's; no path."""
+    code, _, err = command("export", run, "--to", "adapter")
+    assert code == 0, err
+    shared = run / "adapter-to-share"
+    config = json.loads((shared / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base"
+    ids = torch.arange(8)[None]
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    without = plain(ids).logits
+    model = PeftModel.from_pretrained(plain, run / "adapter")
+    own = model(ids).logits
+    model.load_adapter(shared, "shared")
+    model.set_adapter("shared")
+    assert torch.equal(model(ids).logits, own)
+    assert not torch.equal(own, without)
+    tokenizer = AutoTokenizer.from_pretrained(shared)
+    assert tokenizer("a b").input_ids == AutoTokenizer.from_pretrained(base)("a b").input_ids
+    assert "| held-out loss after |" in (shared / "README.md").read_text()
+    assert not [f for f in shared.iterdir() if str(run.parent).encode() in f.read_bytes()]
 
 
 def test_no_path_nor_user_name_leaves(home: Path, command: Cli) -> None:
@@ -113,6 +143,9 @@ def test_q4_k_m_by_the_program_on_the_path(home: Path, command: Cli, monkeypatch
         (("--to", "gguf", "--type", "q3_x"), "no GGUF type 'q3_x'"),
         (("--to", "lora-gguf", "--check"), "--check is not used by --to lora-gguf"),
         (("--to", "vllm", "--type", "f16"), "--type is not used by --to vllm"),
+        (("--to", "adapter", "--type", "f16"), "--type is not used by --to adapter"),
+        (("--to", "vllm", "--push", "me/x"), "--push is not used by --to vllm"),
+        (("--to", "gguf", "--public"), "--public says how to push"),
         (("--to", "lora-gguf", "--quantizer", "x"), "--quantizer is not used"),
         (("--to", "gguf", "--ollama-base", "llama3"), "--ollama-base is not used"),
         (("--to", "gguf", "--quantizer", "x"), "--quantizer is not used for --type f16"),
@@ -178,7 +211,7 @@ def test_ollama_base_with_the_adapter_apart(home: Path, command: Cli) -> None:
     code, _, err = command("export", home / "adapter", "--to", "ollama", "--ollama-base", "smollm2:135m")
     assert code == 0, err
     folder = home / "adapter" / "ollama"
-    assert sorted(file.name for file in folder.iterdir()) == ["Modelfile", "adapter.gguf"]
+    assert sorted(file.name for file in folder.iterdir()) == ["Modelfile", "README.md", "adapter.gguf"]
     assert "FROM smollm2:135m\nADAPTER ./adapter.gguf" in (folder / "Modelfile").read_text()
 
 
@@ -217,3 +250,15 @@ def test_an_unsupported_base_is_refused_before_any_work(tmp_path: Path, command:
     assert code == 2
     assert "'OPTForCausalLM' cannot be written as GGUF here; these can: Gemma2ForCausalLM" in err
     assert json.loads((tmp_path / "base" / "config.json").read_text())["model_type"] == "opt"
+
+
+def test_the_script_merges_and_exports(home: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "merge_and_export.py"
+    given = [home / "adapter", "--no-verify", "--to", "gguf", "--type", "q8_0"]
+    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (home / "adapter" / "merged" / "model.safetensors").is_file()
+    assert (home / "adapter" / "model-q8_0.gguf").is_file()
+    again = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr

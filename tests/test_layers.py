@@ -32,6 +32,7 @@ ORDER = [
             "why_view",
             "merge_command",
             "export_command",
+            "export_request",
             "phases_view",
             "watch",
             "data_page",

@@ -159,3 +159,18 @@ def test_merge_asks_the_hub_first(hub: Hub, adapter: Path, tmp_path: Path) -> No
     assert f"hf upload me/mine {tmp_path / 'out'}" in done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_export_pushes_file_and_card(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    given = ("export", adapter, "--to", "lora-gguf", "--push", "me/mine", "--public")
+    done = call(hub, tmp_path / "home", CLI, *given)
+    assert done.returncode == 0, done.stderr
+    found = hub.repositories["me/mine"]
+    assert not found.private
+    assert found.files["adapter.gguf"] == (adapter / "adapter.gguf").read_bytes()
+    assert b"A LoRA adapter as GGUF (f32)" in found.files["README.md"]
+    done = call(hub, tmp_path / "home", CLI, "export", adapter, "--to", "adapter", "--push", "me/other")
+    assert done.returncode == 0, done.stderr
+    files = hub.repositories["me/other"].files
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]

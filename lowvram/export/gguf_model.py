@@ -87,10 +87,14 @@ class GgufModel:
     def _quantize(self) -> Quantize | None:
         return ggml_quantize() if self.kind.mixed else None
 
-    def n_bytes(self, kind: FileType | None = None) -> int:
-        """Of the file, or of one of another kind; the vocabulary is guessed at its largest."""
+    def tensor_bytes(self, kind: FileType | None = None) -> int:
+        """Of all tensors, in this kind of file or in another."""
         types = self.types_of(kind or self.kind)
-        return _HEADER_BYTES + sum(n_bytes(types[tensor.name], tensor.shape) for tensor in self.placed)
+        return sum(n_bytes(types[tensor.name], tensor.shape) for tensor in self.placed)
+
+    def n_bytes(self, kind: FileType | None = None) -> int:
+        """Of the whole file; the vocabulary is guessed at its largest."""
+        return _HEADER_BYTES + self.tensor_bytes(kind)
 
     def write(self, output: Path, progress: Progress | None = None, check: Check = unchecked) -> list[str]:
         """Write the file whole or not at all; what llama.cpp will do otherwise than transformers.
@@ -129,24 +133,10 @@ class GgufModel:
         return notes
 
     def _write_tensors(self, writer: GGUFWriter, progress: Progress) -> None:
-        done, total = 0, sum(n_bytes(self.types[tensor.name], tensor.shape) for tensor in self.placed)
+        done, total = 0, self.tensor_bytes()
         for tensor in self.placed:
             kind = self.types[tensor.name]
             data = encoded(tensor, kind, self._quantize)
             write_bytes(writer, data)
             done += data.nbytes
             progress(done, total)
-
-
-def gguf_model(tensors: Tensors, tokenizer: Any, name: str, kind: FileType) -> GgufModel:
-    """The file to be of a model and its adapter.
-
-    Args:
-        tokenizer: the adapter's own where it has one: the model was trained with it.
-
-    Raises:
-        ConfigError: it cannot be written; says why before any work.
-    """
-    from lowvram.engine.source import ModelSource
-
-    return GgufModel(tensors, ModelSource(str(tensors.folder)).config, tokenizer, name, kind)

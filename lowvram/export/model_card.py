@@ -87,7 +87,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _head(contents: Contents) -> str:
-    made = f"Made with [lowvram](https://pypi.org/project/lowvram) {__version__}."
+    made = f"Made with lowvram {__version__}."
     return f"# {contents.title}\n\n{contents.what} Its base is `{named(contents.base_model)}`. {made}"
 
 

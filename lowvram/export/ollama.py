@@ -38,7 +38,7 @@ class Modelfile:
             lines.append(f'TEMPLATE """{self.template.go_template}"""')
         lines += [f"PARAMETER stop {_quoted(stop)}" for stop in self.stops]
         if self.context is not None:
-            lines.append("# As long as what it was trained on; longer chats need more:")
+            lines.append("# Tokens of a chat; what is longer loses its beginning:")
             lines.append(f"PARAMETER num_ctx {self.context}")
         lines.append(f"PARAMETER temperature {self.temperature:g}")
         return "\n".join(lines) + "\n"

@@ -44,7 +44,7 @@ class QuantizedModel:
         require_disk(
             output, self.model.n_bytes() + self.model.n_bytes(self.kind), "The GGUF, with its 16-bit source,"
         )
-        size = self.model.n_bytes(self.kind)
+        size = self.model.tensor_bytes(self.kind)
         with whole_file(output) as partial:
             whole.unlink(missing_ok=True)  # of a process that was killed
             try:
