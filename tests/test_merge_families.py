@@ -40,7 +40,7 @@ def test_a_streamed_model_is_the_loaded_one(tmp_path: Path, kind: str) -> None:
         tensors, tmp_path / "adapter", tmp_path / "out", check=lambda f: check.run(f, lambda *_: None)
     )
     assert check.comparison is not None
-    batch = check._rows.batch
+    batch = check.rows.batch
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     for found, model in (
         (check.comparison.adapter_loss, PeftModel.from_pretrained(plain, tmp_path / "adapter")),

@@ -92,7 +92,7 @@ def _bundled(source: ModelSource, why: str) -> Rows:
 
 
 def _tokenized(source: ModelSource) -> array[int]:
-    """Nothing where there is no tokenizer; of some models transformers makes an empty one then, of one token."""
+    """Nothing, or one token of the empty tokenizer that transformers makes then, where there is none."""
     try:
         return array("q", source.tokenizer(_TEXT).input_ids)
     except ConfigError:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from lowvram.engine.config import StepConfig
 from lowvram.engine.linears import unquantized_modules
@@ -19,7 +18,7 @@ from lowvram.export.merge import MergeResult, config_changes
 from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.partial_folder import require_disk, whole_or_not_at_all
 from lowvram.export.quantized_values import quantized_linears
-from lowvram.export.shards import Progress, shard_name, write_index
+from lowvram.export.shards import NamedPieces, Progress, shard_name, write_file, write_index
 from lowvram.export.tensor_files import PIECE_NUMBERS
 from lowvram.units import MiB
 
@@ -126,7 +125,7 @@ class _Parts:
 
     def _flush(self) -> None:
         file = self._folder / f"part-{len(self._names)}.safetensors"
-        save_file(self._pending, file, metadata={"format": "pt"})
+        write_file(file, [_in_memory(*item) for item in self._pending.items()], lambda _n_bytes: None)
         self._names.append(list(self._pending))
         self._n_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
@@ -140,6 +139,10 @@ class _Parts:
             weight_map.update(dict.fromkeys(names, file))
         write_index(self._folder, weight_map, self._n_bytes)
         return self._n_bytes
+
+
+def _in_memory(name: str, tensor: torch.Tensor) -> NamedPieces:
+    return NamedPieces(name, tensor.dtype, tuple(tensor.shape), lambda: iter((tensor,)))
 
 
 def _nf4(
