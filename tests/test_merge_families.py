@@ -10,12 +10,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from lowvram.engine.batch import collate
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
+from lowvram.export.held_out import Rows
 from lowvram.export.merge import write_merged
 from lowvram.export.merge_check import MergeCheck
 from lowvram.export.merged_tensors import MergedTensors
-from tests.merge_cases import LLAMA, Case, save_adapter
+from tests.merge_cases import CASES, LLAMA, Case, adapted, save_adapter, save_base
+from tests.tiny import examples
 from tests.tiny_models import LLAMA_LIKE, MODELS, TARGETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,6 +54,27 @@ def test_a_streamed_model_is_the_loaded_one(tmp_path: Path, kind: str) -> None:
         assert found == pytest.approx(float(wanted), abs=1e-4)
     assert check.comparison.cosine > 0.99
     assert check.comparison.max_error > 0  # bf16 rounds
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_each_kind_of_adapter_is_verified_unmerged(tmp_path: Path, case: Case) -> None:
+    """With the loss that plain peft has in float32 on a model that is loaded as a whole."""
+    base = save_base(case, tmp_path / "base")
+    adapter = save_adapter(base, case, tmp_path / "adapter")
+    tensors = MergedTensors.open(ModelSource(str(base)), adapter)
+    check = MergeCheck(tensors, adapter, None, "base", None)
+    if case.base.startswith("gpt2"):  # of 32 positions
+        check.rows = Rows(collate(examples((20,)), 0), "rows")
+    write_merged(tensors, adapter, tmp_path / "out", check=lambda folder: check.run(folder, lambda *_: None))
+    assert check.comparison is not None
+    batch = check.rows.batch
+    given = {"input_ids": batch.input_ids}
+    if batch.source_ids is not None:
+        given = {"input_ids": batch.source_ids, "decoder_input_ids": batch.input_ids}
+    with torch.no_grad():
+        logits = adapted(base, adapter, torch.float32)(**given).logits.flatten(0, 1)[batch.positions]
+    wanted = torch.nn.functional.cross_entropy(logits, batch.targets)
+    assert check.comparison.adapter_loss == pytest.approx(float(wanted), abs=1e-4)
 
 
 def test_experts_merge_but_are_not_verified(tmp_path: Path) -> None:
