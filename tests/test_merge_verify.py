@@ -162,6 +162,12 @@ def test_in_4_bits_only_with_its_error_told(home: Path, trained: Any, command: C
     error = model.dequantize().state_dict()[name].float() - wanted[name]
     assert 0.05 < float(error.norm() / wanted[name].norm()) < 0.15
     assert "merged and quantised again: loss" in out
+    assert len(list((run / "merged-4bit").glob("*.safetensors"))) == 1
+
+
+def test_a_flag_that_would_do_nothing_is_refused(trained: Any, command: Cli) -> None:  # noqa: F811
+    code, _, err = command("merge", trained("bf16"), "--no-verify", "--data", "rows.jsonl")
+    assert (code, "--data is what to verify with" in err) == (2, True), err
 
 
 @pytest.mark.parametrize("harm", ["q_proj", "embed_tokens", "input_layernorm"])
