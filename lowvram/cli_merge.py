@@ -41,7 +41,9 @@ def merge(
         bool, typer.Option("--quantized-base", help="Write 4-bit weights; says what that costs.")
     ] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the merged weights. Default: the base's.")] = None,
-    shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 4GB.")] = "4GB",
+    shard_size: Annotated[
+        str | None, typer.Option(help="Largest weight file. Default: 4GB, in 4 bits 256MB.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare merged model and adapter on held-out rows.")
     ] = True,
@@ -59,7 +61,7 @@ def merge(
         onto=onto.value,
         quantized_base=quantized_base,
         dtype=dtype.value if dtype else None,
-        shard_bytes=parse_bytes(shard_size),
+        shard_bytes=parse_bytes(shard_size) if shard_size else None,
         verify=verify,
         data=data,
         push=push,

@@ -16,7 +16,7 @@ from lowvram.engine.config import QUANTIZED
 from lowvram.engine.model import DTYPES
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, StoppedError, refusals_of_the_system
-from lowvram.export.merge import SHARD_BYTES, MergeResult, write_merged
+from lowvram.export.merge import MergeResult, write_merged
 from lowvram.export.merge_check import MergeCheck
 from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.model_card import (
@@ -50,7 +50,7 @@ class MergeWishes:
     onto: Onto = "base"  # the original weights, or their quantised values that the adapter was trained with
     quantized_base: bool = False
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    shard_bytes: int = SHARD_BYTES
+    shard_bytes: int | None = None  # of a weight file: 4 GiB, in 4 bits 256 MiB, which are kept in memory
     verify: bool = True
     data: str | None = None  # rows to verify with, instead of the run's held-out ones
     push: str | None = None  # to this repository of the hub
@@ -94,6 +94,10 @@ def merge_run(
         MergeError: what was written does not compute what it should; it is removed.
         StoppedError: a signal came; nothing is left behind.
     """
+    if wishes.data is not None and not wishes.verify:
+        raise ConfigError(
+            "--data is what to verify with, and --no-verify is given.", "Leave one of them out."
+        )
     target = output or run / ("merged-4bit" if wishes.quantized_base else "merged")
     what = f"'{run}' cannot be merged into '{target}', nothing was written"
     with refusals_of_the_system(what, _CHECK, _NO_ROOM):
@@ -197,8 +201,9 @@ def _contents(merge: _Merge) -> Contents:
 def _written(merge: _Merge, options: dict[str, Any]) -> tuple[MergeResult, tuple[str, ...]]:
     """The result, and what has to be said about it."""
     tensors, wishes = merge.tensors, merge.wishes
-    if not wishes.quantized_base:
+    if wishes.shard_bytes is not None:
         options["max_shard_bytes"] = wishes.shard_bytes
+    if not wishes.quantized_base:
         return write_merged(tensors, merge.adapter, merge.target, **options), ()
     double = merge.plan.levers.double_quantization if merge.plan else True
     result, error = write_quantized(

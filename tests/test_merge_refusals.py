@@ -79,6 +79,13 @@ def _shape_against_bytes(home: Path) -> None:
     _shard(home).write_bytes(content.replace(b'"shape":[64', b'"shape":[65', 1))
 
 
+def _table(text: bytes) -> Harm:
+    def harm(home: Path) -> None:
+        _shard(home).write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+
+    return harm
+
+
 def _index(change: Callable[[dict[str, str]], object]) -> Harm:
     def harm(home: Path) -> None:
         index = json.loads((home / INDEX).read_text())
@@ -118,6 +125,13 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 HARMS: dict[str, tuple[Harm, str]] = {
     "truncated shard": (_cut, "is cut off: .* of .* bytes"),
     "broken header": (_broken_header, "broken safetensors header"),
+    "header a list": (_table(b"[1, 2]"), "broken safetensors header"),
+    "header without places": (_table(b'{"a": {"dtype": "F32"}}'), "broken safetensors header"),
+    "header of texts": (_table(b'{"a": "b"}'), "broken safetensors header"),
+    "unknown dtype": (
+        _table(b'{"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}}'),
+        "stored as F4, which lowvram does not read",
+    ),
     "header against itself": (_shape_against_bytes, "bytes by its place"),
     "path traversal": (
         _index(lambda m: m.update({"lm_head.weight": "../../x"})),

@@ -138,6 +138,18 @@ def test_values_by_rows_are_the_engine_s(home: Path, trained: Any, precision: st
     assert n_quantised == 14
 
 
+def test_onto_int8_is_verified(home: Path, trained: Any, command: Cli) -> None:  # noqa: F811
+    run = trained("int8")
+    code, out, err = command("merge", run, "--onto", "int8")
+    assert code == 0, err
+    losses = _losses(out)
+    as_trained = losses["adapter on its int8 values (as it was trained)"]
+    assert losses["merged onto its int8 values"] == pytest.approx(as_trained, abs=5e-3)
+    name = "model.layers.0.mlp.up_proj.weight"
+    onto_base = MergedTensors.open(ModelSource(str(home / "base")), run / "adapter").tensor(name)
+    assert not torch.equal(tensors_of_folder(run / "merged")[name].whole(), onto_base)
+
+
 def test_onto_another_precision_than_the_run_s_is_refused(trained: Any, command: Cli) -> None:  # noqa: F811
     run = trained("bf16")
     code, _, err = command("merge", run, "--onto", "nf4")
@@ -162,6 +174,12 @@ def test_in_4_bits_only_with_its_error_told(home: Path, trained: Any, command: C
     error = model.dequantize().state_dict()[name].float() - wanted[name]
     assert 0.05 < float(error.norm() / wanted[name].norm()) < 0.15
     assert "merged and quantised again: loss" in out
+    assert len(list((run / "merged-4bit").glob("*.safetensors"))) == 1
+
+
+def test_a_flag_that_would_do_nothing_is_refused(trained: Any, command: Cli) -> None:  # noqa: F811
+    code, _, err = command("merge", trained("bf16"), "--no-verify", "--data", "rows.jsonl")
+    assert (code, "--data is what to verify with" in err) == (2, True), err
 
 
 @pytest.mark.parametrize("harm", ["q_proj", "embed_tokens", "input_layernorm"])

@@ -81,12 +81,21 @@ def _start_token(source: ModelSource) -> int:
 
 
 def _bundled(source: ModelSource, why: str) -> Rows:
-    try:
-        ids = array("q", source.tokenizer(_TEXT).input_ids)
-    except ConfigError:
+    ids = _tokenized(source)
+    what = f"a bundled text of {len(ids)} tokens"
+    if len(ids) < 16:
         vocabulary = source.config.get_text_config().vocab_size
-        ids, why = array("q", [7919 * i % vocabulary for i in range(128)]), "there is no tokenizer"
+        ids = array("q", [7919 * at % vocabulary for at in range(64)])
+        what, why = f"{len(ids)} fixed token numbers", f"{why} and the base has no tokenizer"
     pairs = source.config.is_encoder_decoder
     example = Example(ids, bytes([1] * len(ids)), "bundled text", source_ids=ids if pairs else None)
     batch = collate_pairs([example], 0, _start_token(source)) if pairs else collate([example], 0)
-    return Rows(batch, f"a bundled text of {len(ids)} tokens", why)
+    return Rows(batch, what, why)
+
+
+def _tokenized(source: ModelSource) -> array[int]:
+    """Nothing, or one token of the empty tokenizer that transformers makes then, where there is none."""
+    try:
+        return array("q", source.tokenizer(_TEXT).input_ids)
+    except ConfigError:
+        return array("q")

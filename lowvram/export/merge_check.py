@@ -30,6 +30,7 @@ from lowvram.export.verify import (
 )
 from lowvram.planner.plan import Plan
 
+_MUCH = 0.005  # of loss: what some tens of training steps bring
 _NAMES = {"base": "the base as it is stored", "nf4": "its NF4 values", "int8": "its int8 values"}
 
 
@@ -40,7 +41,7 @@ class MergeCheck:
         self, tensors: MergedTensors, adapter: Path, plan: Plan | None, onto: str, data: str | None
     ) -> None:
         self._tensors, self._adapter, self._plan, self._onto = tensors, adapter, plan, onto
-        self._rows = rows_to_compare(tensors.source, plan, data)
+        self.rows = rows_to_compare(tensors.source, plan, data)
         self._device, self._ticks = PartialState().device, Ticks()
         self._lenses = {base: self._adapter_lens(base) for base in self._bases()}
         self.losses: dict[str, float] = {}  # base's name -> loss of the unmerged adapter on it
@@ -76,7 +77,7 @@ class MergeCheck:
             ) from error
 
     def _run(self, folder: Path, quantized: bool) -> None:
-        batch = self._rows.batch
+        batch = self.rows.batch
         source = ModelSource(str(folder), self._tensors.source.trust_remote_code)
         if quantized:
             self.losses = {base: loss_of(lens, batch) for base, lens in self._lenses.items()}
@@ -105,8 +106,8 @@ class MergeCheck:
         Args:
             for_others: not on this screen: without what names a folder here.
         """
-        why = f" ({self._rows.why})" if self._rows.why and not for_others else ""
-        said = [f"Verified on {self._rows.what}{why}, in float32, adapter unmerged by peft:"]
+        why = f" ({self.rows.why})" if self.rows.why and not for_others else ""
+        said = [f"Verified on {self.rows.what}{why}, in float32, adapter unmerged by peft:"]
         for base, loss in self.losses.items():
             trained = " (as it was trained)" if base != "base" else ""
             said.append(f"  adapter on {_NAMES[base]}{trained}: loss {loss:.4f}")
@@ -116,6 +117,8 @@ class MergeCheck:
                 f"{found.loss_difference:+.6f} from its adapter; logits: cosine {found.cosine:.6f}, "
                 f"max error {found.max_error:.3g}"
             )
+            if self._rounds and abs(found.loss_difference) > _MUCH:
+                said.append("  that is the rounding to 16 bits: --dtype fp32 avoids it, at twice the size")
         if self.quantized_loss is not None:
             difference = self.quantized_loss - self.losses[self._onto]
             said.append(
@@ -123,6 +126,10 @@ class MergeCheck:
                 f"adapter on {_NAMES[self._onto]}"
             )
         return said + self._choice()
+
+    @property
+    def _rounds(self) -> bool:
+        return any(self._tensors.dtype(name).itemsize == 2 for name in self._tensors.changed)
 
     def _choice(self) -> list[str]:
         """Both bases are honest: say what the other one would give."""

@@ -138,7 +138,7 @@ def working_bytes(
 ) -> int:
     """Of the largest piece and the largest pair of factors, which are 8 bytes a number: stored and float32.
 
-    32 bytes for each number of a piece, and 28 MiB besides, are measured (benchmarks/merge.csv): as it is
+    32 bytes for each number of a piece, and 36 MiB besides, are measured (benchmarks/merge.csv): as it is
     read, its update, their sum and what is written, of this piece and of the one before.
 
     Args:
@@ -148,7 +148,7 @@ def working_bytes(
     pieces = [max(b - a for a, b in tensor.spans()) * n // tensor.n_rows for tensor, n in shapes]
     pairs = [pair.n_numbers for pair in low_ranks]
     largest = max((n for _, n in shapes), default=0)
-    return 28 * MiB + 8 * max(pairs, default=0) + 32 * max(pieces, default=0) + quantized * 5 * largest // 4
+    return 36 * MiB + 8 * max(pairs, default=0) + 32 * max(pieces, default=0) + quantized * 5 * largest // 4
 
 
 def _outputs(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from lowvram.engine.config import StepConfig
 from lowvram.engine.linears import unquantized_modules
@@ -19,7 +18,7 @@ from lowvram.export.merge import MergeResult, config_changes
 from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.partial_folder import require_disk, whole_or_not_at_all
 from lowvram.export.quantized_values import quantized_linears
-from lowvram.export.shards import Progress, shard_name, write_index
+from lowvram.export.shards import NamedPieces, Progress, shard_name, write_file, write_index
 from lowvram.export.tensor_files import PIECE_NUMBERS
 from lowvram.units import MiB
 
@@ -53,6 +52,7 @@ def write_quantized(
     double_quantization: bool,
     progress: Progress,
     check: Callable[[Path], object],
+    max_shard_bytes: int = _SHARD_BYTES,
 ) -> tuple[MergeResult, WeightError]:
     """Merge, then quantise each linear layer but the head to NF4: what merging into 4 bits costs is measured.
 
@@ -73,7 +73,8 @@ def write_quantized(
     require_disk(output, _n_bytes(tensors, set(linears)))
     error = WeightError()
     with whole_or_not_at_all(output) as partial:
-        n_bytes = _write(tensors, set(linears), partial, double_quantization, error, progress)
+        parts = _Parts(partial, max_shard_bytes)
+        n_bytes = _write(tensors, set(linears), parts, double_quantization, error, progress)
         changes = config_changes(tensors) | {"quantization_config": _bnb_config(tensors, step)}
         write_rest(tensors.folder, adapter, partial, changes)
         check(partial)
@@ -91,13 +92,13 @@ def _n_bytes(tensors: MergedTensors, linears: set[str]) -> int:
 def _write(
     tensors: MergedTensors,
     linears: set[str],
-    folder: Path,
+    parts: _Parts,
     double_quantization: bool,
     error: WeightError,
     progress: Progress,
 ) -> int:
     """All tensors; returns the bytes written."""
-    parts, total, done = _Parts(folder), sum(map(tensors.n_bytes, tensors.names)), 0
+    total, done = sum(map(tensors.n_bytes, tensors.names)), 0
     for name in tensors.names:
         made = {name: tensors.tensor(name)}
         if name in linears:
@@ -109,24 +110,24 @@ def _write(
 
 
 class _Parts:
-    """Files of `_SHARD_BYTES`, which get their names when it is known how many there are."""
+    """Files of a chosen size, which get their names when it is known how many there are."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_shard_bytes
         self._pending: dict[str, torch.Tensor] = {}
         self._names: list[list[str]] = []  # of each file that is written
         self._n_bytes = self._pending_bytes = 0
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         n_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        if self._pending and self._pending_bytes + n_bytes > _SHARD_BYTES:
+        if self._pending and self._pending_bytes + n_bytes > self._max_bytes:
             self._flush()
         self._pending.update(tensors)
         self._pending_bytes += n_bytes
 
     def _flush(self) -> None:
         file = self._folder / f"part-{len(self._names)}.safetensors"
-        save_file(self._pending, file, metadata={"format": "pt"})
+        write_file(file, [_in_memory(*item) for item in self._pending.items()], lambda _n_bytes: None)
         self._names.append(list(self._pending))
         self._n_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
@@ -140,6 +141,10 @@ class _Parts:
             weight_map.update(dict.fromkeys(names, file))
         write_index(self._folder, weight_map, self._n_bytes)
         return self._n_bytes
+
+
+def _in_memory(name: str, tensor: torch.Tensor) -> NamedPieces:
+    return NamedPieces(name, tensor.dtype, tuple(tensor.shape), lambda: iter((tensor,)))
 
 
 def _nf4(

@@ -38,18 +38,28 @@ def write_shards(tensors: list[NamedPieces], folder: Path, max_shard_bytes: int,
     groups = _grouped(tensors, max_shard_bytes)
     total, done = sum(tensor.n_bytes for tensor in tensors), 0
     weight_map = {}
+
+    def wrote(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress(done, total)
+
     for number, group in enumerate(groups, 1):
         file = shard_name(number, len(groups))
-        with (folder / file).open("wb") as handle:
-            _write_header(handle, group)
-            for tensor in group:
-                for piece in tensor.pieces():
-                    done += handle.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                    progress(done, total)
-                weight_map[tensor.name] = file
-            handle.flush()
-            os.fsync(handle.fileno())
+        write_file(folder / file, group, wrote)
+        weight_map.update({tensor.name: file for tensor in group})
     write_index(folder, weight_map, total)
+
+
+def write_file(file: Path, tensors: list[NamedPieces], wrote: Callable[[int], None]) -> None:
+    """One safetensors file, synced to disk; `wrote` hears of the bytes of each piece."""
+    with file.open("wb") as handle:
+        _write_header(handle, tensors)
+        for tensor in tensors:
+            for piece in tensor.pieces():
+                wrote(handle.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data))
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def shard_name(number: int, count: int) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
+from lowvram.export.adapter_files import read_adapter
 from lowvram.export.empty_model import empty_model
 from lowvram.export.tensor_files import StoredTensor, name_in_file, tensors_of_folder
 
@@ -56,7 +57,7 @@ def streamed_model(
     """
     model = empty_model(source)
     stored = tensors_of_folder(Path(source.name))
-    places = _placeholders(model, source, stored)
+    places = _placeholders(model, source, stored, _filled_by(adapter))
     _fill_buffers(model, stored)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).eval()
@@ -74,10 +75,32 @@ def streamed_model(
     return model
 
 
-def _placeholders(model: Any, source: ModelSource, stored: dict[str, StoredTensor]) -> dict[int, str]:
+def _filled_by(adapter: Path | None) -> set[str]:
+    """The base's own parameters that peft fills from the adapter: trained biases, an embedding saved along.
+
+    Those of modules_to_save are copies, which peft makes itself.
+    """
+    if adapter is None:
+        return set()
+    read = read_adapter(adapter)
+    copies = tuple(read.config.get("modules_to_save") or ())
+    return {
+        f"{module}.{parameter}"
+        for module, update in read.modules.items()
+        for parameter in update.replaced
+        if not set(copies) & set(module.split("."))
+    }
+
+
+def _placeholders(
+    model: Any, source: ModelSource, stored: dict[str, StoredTensor], real: set[str]
+) -> dict[int, str]:
     """Give each parameter its shape on the CPU without memory, one number seen everywhere.
 
     On the meta device peft would put the adapter there as well.
+
+    Args:
+        real: names of those that get memory, to be filled.
 
     Returns:
         id of a placeholder -> name of its tensor in the files. The model keeps the placeholders alive.
@@ -89,9 +112,13 @@ def _placeholders(model: Any, source: ModelSource, stored: dict[str, StoredTenso
     made: dict[tuple[int, str], nn.Parameter] = {}
     for prefix, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            own = name_in_file(f"{prefix}.{name}" if prefix else name, stored)
+            full = f"{prefix}.{name}" if prefix else name
+            own = name_in_file(full, stored)
             place = own if own in stored else next((n for n in tied[id(parameter)] if n in stored), own)
             _require_stored(source, stored, place, parameter)
+            if full in real:
+                setattr(module, name, nn.Parameter(stored[place].whole().float(), requires_grad=False))
+                continue
             key = id(parameter), place  # a tied weight stays one, unless the file holds two
             if key not in made:
                 made[key] = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)

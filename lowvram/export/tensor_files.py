@@ -86,10 +86,10 @@ def tensors_of_file(file: Path) -> dict[str, StoredTensor]:
     Raises:
         ConfigError: it is no safetensors file, is cut off, or its header contradicts itself.
     """
-    header = read_safetensors_header(file)
     with file.open("rb") as handle:
         start = 8 + int.from_bytes(handle.read(8), "little")
     try:
+        header = read_safetensors_header(file)
         entries = sorted(header.items(), key=lambda item: int(item[1]["data_offsets"][0]))
         return {name: _tensor(file, name, start, entry) for name, entry in entries}
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
