@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lowvram import cli_flags
+from lowvram import cli_flags, cli_requests
 
 
 class Onto(str, Enum):
@@ -67,7 +67,5 @@ def merge(
         push=push,
         public=public,
     )
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
+    cli_requests.hide_loading_bars()
     merge_command.merge_run(run, output, Console(highlight=False), base, wishes)

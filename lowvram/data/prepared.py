@@ -18,10 +18,11 @@ from lowvram.cache import data_folder
 from lowvram.data.chunk_work import ChunkWork
 from lowvram.data.row_store import Entry, RowStore
 from lowvram.data.shapes import Known, Reading, known_from
-from lowvram.data.sources import Source, Table, content_key, file_sha256, opened, rows_of
+from lowvram.data.sources import Source, Table, content_key, opened, rows_of
 from lowvram.data.spelling import require_fast
 from lowvram.data.work_force import Progress, do_all
 from lowvram.errors import DataError, refusals_of_the_system
+from lowvram.file_hash import file_sha256
 from lowvram.frozen import write_atomically
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ from lowvram.data.text_files import (
     unreadable,
 )
 from lowvram.errors import ConfigError, DataError, refusals_of_the_system
+from lowvram.file_hash import file_sha256
 
 Row = tuple[str, dict[str, Any]]
 
@@ -80,15 +81,6 @@ class Table:
 
 
 Source = TextFile | Table
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as handle:
-        digest = hashlib.sha256()
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def content_key(name: str, split: str | None) -> str:

@@ -6,14 +6,16 @@ from pathlib import Path
 
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
-from lowvram.export.adapter_files import CONFIG_FILE, read_adapter_config
+from lowvram.export.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from lowvram.file_hash import file_sha256
+from lowvram.training.run_folder import RunFolder
 
 
 def adapter_of(run: Path) -> Path:
     """The adapter's folder: of a run, or `run` itself.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or its weights are not those that the run wrote.
     """
     adapter = run if (run / CONFIG_FILE).is_file() else run / "adapter"
     if not (adapter / CONFIG_FILE).is_file():
@@ -21,7 +23,20 @@ def adapter_of(run: Path) -> Path:
             f"'{run}' holds no finished adapter.",
             f"Finish it first: lowvram resume {run}, or check the path.",
         )
+    _require_hash(run, adapter)
     return adapter
+
+
+def _require_hash(run: Path, adapter: Path) -> None:
+    """Whether the run's weights are still those that it wrote; nobody knows of a lone adapter's."""
+    result = RunFolder(run).finished() if adapter != run else None
+    wanted = result.adapter_sha256 if result else None
+    found = file_sha256(adapter / WEIGHTS_FILE) if wanted else None
+    if found != wanted:
+        raise ConfigError(
+            f"'{adapter / WEIGHTS_FILE}' is not what the run wrote: its SHA-256 is {found}, not {wanted}.",
+            f"Write it anew from the checkpoints: rm -r {adapter}, then: lowvram resume {run}",
+        )
 
 
 def base_of(adapter: Path) -> str:

@@ -12,7 +12,6 @@ Nothing is pickled, so a checkpoint from a stranger can do no more than be wrong
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import random
@@ -31,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lowvram.errors import NO_ROOM, ConfigError, DoesNotFitError
+from lowvram.file_hash import file_sha256
 from lowvram.frozen import Frozen
 from lowvram.training.json_values import decode, encode
 from lowvram.units import format_bytes
@@ -351,11 +351,7 @@ def _file_damage(path: Path, expected: _File) -> str | None:
 
 
 def _describe(path: Path) -> _File:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return _File(size=path.stat().st_size, sha256=digest.hexdigest())
+    return _File(size=path.stat().st_size, sha256=file_sha256(path))
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

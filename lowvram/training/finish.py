@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from lowvram.engine.adapter_start import saved_as_plain
+from lowvram.file_hash import file_sha256
 from lowvram.frozen import write_atomically
 from lowvram.training import checkpoint
 from lowvram.training.evaluation import Evaluations, perplexity
@@ -48,6 +49,7 @@ def finish(run: Run) -> RunResult:
         seconds=run.seconds,
         tokens_per_second=run.tokens / max(run.seconds, 1e-9),
         adapter_bytes=adapter_bytes,
+        adapter_sha256=file_sha256(run.folder.adapter / "adapter_model.safetensors"),
         adapter_step=step,
         checkpoint_bytes=run.checkpoint_bytes,
         n_checkpoints=run.n_checkpoints,

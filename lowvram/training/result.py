@@ -20,6 +20,7 @@ class RunResult(Frozen):
     seconds: float  # of training steps, without evaluation and loading
     tokens_per_second: float
     adapter_bytes: int
+    adapter_sha256: str | None = None  # of its weights; a merge looks whether they are still those
     adapter_step: int | None = None  # whose adapter RUN/adapter is: the best by held-out loss
     checkpoint_bytes: int = 0  # of one
     n_checkpoints: int = 0
