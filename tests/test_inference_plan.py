@@ -222,8 +222,8 @@ def test_as_many_rows_as_fit_are_answered_together(config_only: Made) -> None:
     plan = plan_inference(_asked(source, 8, context=1024, batch=None, rows=100))
     assert 1 < plan.batch < 32
     assert plan.fits
-    with pytest.raises(DoesNotFitError, match="in each of 32 rows") as refused:
-        plan_inference(_asked(source, 8, context=1024, batch=32))
+    with pytest.raises(DoesNotFitError, match="in each of 64 rows") as refused:
+        plan_inference(_asked(source, 8, context=1024, batch=64))
     assert "--batch 1" in refused.value.remedy
     assert plan_inference(_asked(source, 24, context=512, batch=None, rows=5)).batch == 5
 
