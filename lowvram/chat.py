@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,7 +43,7 @@ class View(Protocol):
 
     def answer(self, name: str, stream: AnswerStream) -> None: ...
 
-    def side_by_side(self, streams: Callable[[], Iterator[tuple[str, AnswerStream]]]) -> None: ...
+    def side_by_side(self, streams: Iterator[tuple[str, AnswerStream]]) -> None: ...
 
 
 @dataclass
@@ -129,15 +129,14 @@ class Chat:
             self.view.answer(active, stream)
 
     def _ask_both(self, question: str) -> None:
+        with closing(self._both(question)) as streams:
+            self.view.side_by_side(streams)
+
+    def _both(self, question: str) -> Generator[tuple[str, AnswerStream], None, None]:
         """The base first, then the adapter, to the same question."""
-        chosen = self.loaded.switch.active
-
-        def streams() -> Iterator[tuple[str, AnswerStream]]:
-            for name in (BASE, chosen):
-                with self._answered(name, "base" if name == BASE else "adapter", question) as stream:
-                    yield name, stream
-
-        self.view.side_by_side(streams)
+        for name in (BASE, self.loaded.switch.active):
+            with self._answered(name, "base" if name == BASE else "adapter", question) as stream:
+                yield name, stream
 
     @contextmanager
     def _answered(self, name: str, side: str, question: str) -> Iterator[AnswerStream]:

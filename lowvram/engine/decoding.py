@@ -37,7 +37,8 @@ class Reader:
     """Rows of tokens that one model reads, with what it keeps of them."""
 
     def __init__(self, model: Any, n_rows: int, length: int, prompt_mask: torch.Tensor | None = None) -> None:
-        """
+        """Nothing is read yet.
+
         Args:
             model: the base model, prepared, adapted or not.
             length: most tokens of a row, prompt and answer.
