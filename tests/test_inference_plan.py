@@ -51,6 +51,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(**_SMALL)).save_pretrained(folder / "base")
     save_adapter(folder / "base", folder / "plain", 1)
     save_adapter(folder / "base", folder / "dora", 2, use_dora=True)
+    save_adapter(folder / "base", folder / "head", 3, modules_to_save=["lm_head"])
     return folder
 
 
@@ -89,9 +90,10 @@ def _really_allocated(base: Path, adapters: list[AdapterFolder], step: Inference
         ({"context": 600, "base_precision": "nf4"}, ("plain",), "plain"),
         ({"context": 1500}, ("dora", "plain"), "dora"),
         ({"context": 1500}, ("plain", "dora"), "plain"),
+        ({"context": 700}, ("head", "plain"), "head"),
         ({"context": 500, "base_precision": "bf16", "compute_dtype": "bf16"}, ("plain",), "plain"),
     ],
-    ids=["short", "in parts", "padded", "many", "int8", "nf4", "dora", "beside dora", "bf16"],
+    ids=["short", "in parts", "padded", "many", "int8", "nf4", "dora", "beside dora", "own head", "bf16"],
 )
 def test_the_trace_is_what_a_cpu_really_allocates(
     small: Path, changes: dict[str, Any], names: tuple[str, ...], active: str
