@@ -11,6 +11,7 @@ from typing import Protocol
 from lowvram.answering import Loaded, memory_errors
 from lowvram.data.conversations import Message
 from lowvram.data.prompting import prompt_ids
+from lowvram.engine.decoding import Thread
 from lowvram.engine.generate import Answer, AnswerStream
 from lowvram.engine.sampling import Sampling
 from lowvram.engine.switching import BASE
@@ -58,6 +59,9 @@ class Chat:
     compare: bool = False
     _turns: dict[str, list[Message]] = field(default_factory=dict)
     _n_answers: int = 0  # so that the same question is not answered with the same draws
+
+    def __post_init__(self) -> None:
+        self._thread = Thread(self.loaded.answers.model, self.loaded.plan.context)
 
     def run(self) -> None:
         """Until the lines end or /quit.
@@ -148,7 +152,8 @@ class Chat:
         active, asked = switch.active, Message(role="user", content=question)
         ids = self._fitted(turns, asked)
         room = min(self.max_new_tokens, self.loaded.plan.context - len(ids))
-        stream = self.loaded.answers.stream(ids, room, self.sampling, self._n_answers)
+        known = self._thread, name
+        stream = self.loaded.answers.stream(ids, room, self.sampling, self._n_answers, known)
         try:
             switch.to(name)
             with memory_errors(self.loaded.plan):
