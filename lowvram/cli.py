@@ -17,7 +17,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lowvram import __version__, cli_data, cli_flags, cli_profiles, cli_requests, cli_use, cli_watch
+from lowvram import (
+    __version__,
+    cli_data,
+    cli_export,
+    cli_flags,
+    cli_merge,
+    cli_profiles,
+    cli_requests,
+    cli_use,
+    cli_watch,
+)
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
 from lowvram.units import printable
@@ -239,19 +249,8 @@ def resume(
 app.command()(cli_watch.watch)
 app.command()(cli_use.chat)
 app.command()(cli_use.generate)
-
-
-@app.command()
-def merge(
-    run: Annotated[Path, typer.Argument(help="A run folder, or an adapter folder.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/merged.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, if it moved since the training.")] = None,
-) -> None:
-    """Merge the adapter into the original 16-bit weights, in bounded memory."""
-    from lowvram import merge_command
-
-    cli_requests.hide_loading_bars()
-    merge_command.merge_run(run, output, _console(), base)
+app.command()(cli_merge.merge)
+app.command()(cli_export.export)
 
 
 @app.command()

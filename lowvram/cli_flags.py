@@ -107,6 +107,10 @@ EarlyStop = Annotated[
     int | None,
     typer.Option(help="Stop after so many held-out losses in a row without a better one (default: never)."),
 ]
+Push = Annotated[
+    str | None, typer.Option(help="Upload to this new repository of the Hugging Face hub, OWNER/NAME.")
+]
+Public = Annotated[bool, typer.Option("--public", help="Let everybody see it there (default: private).")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/MODEL-DATA).")]

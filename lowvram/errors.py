@@ -51,6 +51,10 @@ class DeviceLostError(LowvramError):
     exit_code = 6
 
 
+class MergeError(LowvramError):
+    """A merged model was written and does not compute what base and adapter do."""
+
+
 class StoppedError(LowvramError):
     """SIGINT or SIGTERM: the step was finished and saved; exit code 128 + signal."""
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram.engine.adapters import trainable
 from lowvram.export import merge
+from lowvram.export.merged_tensors import MergedTensors
 from lowvram.training import checkpoint, events, finish, loop, receipt
 from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder
@@ -27,7 +28,8 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "save": (checkpoint, "save"),
     "adapter": (finish, "save_adapter"),
     "receipt": (finish, "write_receipt"),
-    "merge": (merge, "_write_shards"),
+    "merge": (merge, "write_shards"),
+    "tensor": (MergedTensors, "pieces"),
 }
 
 
@@ -97,6 +99,11 @@ def slow_steps(seconds: float) -> None:
 def interrupted(number: int) -> None:
     """Ctrl-C in the `number`-th step."""
     _before("metrics", number, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def signalled(moment: str, number: int, kind: str) -> None:
+    """The process sends itself SIGKILL or SIGSTOP."""
+    _before(moment, number, lambda: os.kill(os.getpid(), getattr(signal, kind)))
 
 
 def disk_fills(moment: str, number: int, file: str) -> None:

@@ -31,6 +31,8 @@ ORDER = [
             "profiles_view",
             "why_view",
             "merge_command",
+            "export_command",
+            "export_request",
             "phases_view",
             "watch",
             "data_page",
@@ -40,7 +42,10 @@ ORDER = [
         ),
     },
     {"demo"},
-    {"cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests", "cli_watch", "cli_use"},
+    {
+        *("cli", "cli_flags", "cli_profiles", "cli_data", "cli_requests", "cli_watch"),
+        *("cli_merge", "cli_export", "cli_use"),
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))

@@ -337,13 +337,13 @@ def test_trackers_get_flat_numbers() -> None:
 # --- a real run ---
 
 
-def test_a_real_run_records_the_machine_and_tells_warnings_between_steps(
+def test_a_real_run_records_the_machine_and_tells_warnings(
     home: Path,
     run: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rules that warn at every look: the texts reach the screen's file, told at the step they came in."""
+    """Rules that warn at every look: the texts reach the screen's file, also within evaluations."""
     monkeypatch.setattr(MachineRules, "warnings", lambda *_: ["Close the other program."])
     given = ("auto", "--model", home / "tiny", "--data", home / "rows.jsonl", *SHORT)
     code, out, err = run(*given, "-o", tmp_path / "run")
@@ -359,6 +359,8 @@ def test_a_real_run_records_the_machine_and_tells_warnings_between_steps(
         assert one.machine.gpu_own_bytes is None
     assert events
     assert {event.text for event in events} == {"Close the other program."}
-    assert {event.step for event in events} <= {1, 2}
+    steps = {event.step for event in events}
+    assert 0 in steps  # within the evaluation before the first step
+    assert steps <= {0, 1, 2}
     assert all(isinstance(event, Event) for event in events)
     assert not [t for t in threading.enumerate() if t.name == "lowvram-monitor"]

@@ -199,7 +199,7 @@ def test_ctrl_c_in_a_merge_leaves_nothing(finished: Path, run: Run, monkeypatch:
     def interrupted(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(merge, "_copy_rest", interrupted)
+    monkeypatch.setattr(merge, "write_rest", interrupted)
     before = sorted(p.name for p in finished.iterdir())
     code, _, err = run("merge", finished)
     assert (code, "nothing was written" in err) == (130, True), err

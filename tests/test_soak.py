@@ -105,11 +105,9 @@ def test_two_thousand_steps_leave_nothing_behind(home: Path) -> None:
     planned = planning.plan_for(source, data, here, profile_for(here), wishes, lambda _: None)
     plan = planned.plan.model_copy(update={"evaluate_every": 100, "save_every": 100})
     assert planned.prepared is not None
-    run = RunFolder.create(home / "run")
-    run.plan_file.write_text(plan.to_yaml())
     with Path(os.devnull).open("w") as nowhere:
         view = Samples(Console(file=nowhere))
-        train(plan, run, source, planned.prepared, view)
+        train(plan, RunFolder.create(home / "run"), source, planned.prepared, view)
     assert view.steps[-1] == STEPS
     assert view.counts[0]["live tensors' bytes"] > 1_000_000  # the embedding alone
     assert view.counts[1] == view.counts[0]

@@ -163,7 +163,7 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
     place_vocabulary(model, step, Host(torch.device(device)))
     if step.levers.liger:
         apply_liger(model)
-    _keep_nf4_layout(model)
+    keep_nf4_layout(model)
     return model
 
 
@@ -192,7 +192,7 @@ def _nf4_config(source: ModelSource, step: StepConfig) -> Any:
     )
 
 
-def _keep_nf4_layout(model: nn.Module) -> None:
+def keep_nf4_layout(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking weights on an evaluation pass.
 
     On a CPU with AVX512-BF16 its Linear4bit converts the weights in place to an inference-only layout the

@@ -1,4 +1,4 @@
-"""Where the adapter of a run lies, and which base it names."""
+"""Where the adapter of a run lies and which base it names."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from pathlib import Path
 
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
-from lowvram.export.merge import read_adapter_config
+from lowvram.export.adapter_files import CONFIG_FILE, read_adapter_config
 
 
 def adapter_of(run: Path) -> Path:
-    """The adapter folder of a run, or `run` itself where it is one.
+    """The adapter's folder: of a run, or `run` itself.
 
     Raises:
-        ConfigError: there is no finished adapter.
+        ConfigError: there is none.
     """
-    adapter = run if (run / "adapter_config.json").is_file() else run / "adapter"
-    if not (adapter / "adapter_config.json").is_file():
+    adapter = run if (run / CONFIG_FILE).is_file() else run / "adapter"
+    if not (adapter / CONFIG_FILE).is_file():
         raise ConfigError(
             f"'{run}' holds no finished adapter.",
             f"Finish it first: lowvram resume {run}, or check the path.",
@@ -25,7 +25,7 @@ def adapter_of(run: Path) -> Path:
 
 
 def base_of(adapter: Path) -> str:
-    """The folder or hub id of the model that the adapter was trained on.
+    """The base that the adapter's config names.
 
     Raises:
         ConfigError: it names none.

@@ -97,6 +97,7 @@ def _trained(run: Run, stop: StopRequest, before: Hook, after: Hook, planned_lev
         _steps(run, stop)
     result = finish(run)
     after(run)
+    run.tell_machine()
     run.accelerator.end_training()
     return result
 
@@ -184,5 +185,4 @@ def _report(
     run.folder.append_metrics(record)
     run.view.step(record)
     run.accelerator.log(record.numbers(), step=run.step)
-    for text in run.monitor.warnings():
-        run.tell("machine", text)
+    run.tell_machine()

@@ -34,8 +34,8 @@ def go_on(run: Run, planned_levers: bool = False) -> None:
     newest, notes = checkpoint.newest(run.folder.checkpoints)
     for note in notes:
         run.tell("checkpoint", note)
-    saved = Plan.from_yaml(run.folder.plan_file)
-    known = Known(0, saved.deciding, {})
+    saved = Plan.from_yaml(run.folder.plan_file) if run.folder.plan_file.exists() else None
+    known = Known(0, (saved or run.plan).deciding, {})
     state = checkpoint.load(newest) if newest is not None else None
     if state is not None and not planned_levers:
         _take_rungs(run, state)

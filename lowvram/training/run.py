@@ -73,3 +73,8 @@ class Run:
         """On the screen, and in RUN/events.jsonl for whoever looks later."""
         self.view.note(text)
         self.folder.append_event(Event.now(kind, text, self.step))
+
+    def tell_machine(self) -> None:
+        """What the monitor has to warn of since the last time."""
+        for text in self.monitor.warnings():
+            self.tell("machine", text)

@@ -65,9 +65,16 @@ def held_out_loss(run: Run) -> float:
     def attempt() -> float:
         with run.monitor.during("evaluation"):
             batches = micro_batches_now(run, run.data.held_out_micro_batches())
-            return evaluate(run.loss_of, batches, run.device)
+            return evaluate(run.loss_of, _telling(run, batches), run.device)
 
     return recovering(run, "evaluation", attempt)
+
+
+def _telling(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """A warning of the machine does not wait for the end of an evaluation, which may take minutes."""
+    for batch in batches:
+        run.tell_machine()
+        yield batch
 
 
 def evaluated(run: Run) -> float:

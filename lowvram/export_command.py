@@ -1,0 +1,182 @@
+"""`lowvram export`: a run as GGUF or LoRA-GGUF, for Ollama, vLLM or peft, and what to type next."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lowvram.errors import StoppedError, refusals_of_the_system
+from lowvram.export.adapter_files import read_adapter
+from lowvram.export.adapter_output import write_adapter
+from lowvram.export.gguf_architectures import architecture_of
+from lowvram.export.gguf_lora import GgufLora, gguf_lora
+from lowvram.export.gguf_model import GgufModel
+from lowvram.export.gguf_model import Progress as Told
+from lowvram.export.gguf_types import FILE_TYPES
+from lowvram.export.gguf_vocabulary import adds_start_token
+from lowvram.export.merged_tensors import MergedTensors
+from lowvram.export.model_card import CARD_FILE
+from lowvram.export.ollama import ADAPTER_FILE, MODEL_FILE, Modelfile, modelfile
+from lowvram.export.partial_folder import refuse_used, whole_or_not_at_all
+from lowvram.export.push import files_of, push, require_pushable
+from lowvram.export.quantizer import QuantizedModel, for_kind
+from lowvram.export.vllm import vllm_command
+from lowvram.export_request import COMMAND, Export
+from lowvram.frozen import require_new_file, write_atomically
+from lowvram.training.signals import Interrupted, stop_on_signal
+from lowvram.units import format_bytes
+
+_CHECK = "Check the permissions and the path, or give another --output."
+_NO_ROOM = "Free some room, or give an --output on another disk."
+Files = dict[str, Path | bytes]  # by their names in a repository of the hub
+
+
+def export_run(export: Export, console: Console) -> None:
+    """Write what was asked for, whole or not at all, and say what to type next.
+
+    Raises:
+        ConfigError: no adapter, no base, something the format cannot hold, or the output is in use.
+        DoesNotFitError: too little disk.
+        StoppedError: a signal came; nothing is left behind.
+    """
+    with refusals_of_the_system(f"'{export.run}' cannot be exported, nothing was written", _CHECK, _NO_ROOM):
+        require_pushable(export.push, public=export.public)
+        files = _ROADS[export.to](export, console)
+    if export.push is not None:
+        _say(console, f"Pushing to {export.push}")
+        again = f"hf upload {export.push} {export.target}"
+        url = push({**files, CARD_FILE: export.card.encode()}, export.push, public=export.public, again=again)
+        _say(console, f"Pushed: {url}")
+
+
+def _to_gguf(export: Export, console: Console) -> Files:
+    require_new_file(export.target)
+    model = _model(export)
+    with _progress(export, console) as told:
+        notes = model.write(export.target, told)
+    _say(console, f"Wrote {_sized(export.target)}.", notes)
+    _say(console, f"Run it: llama-cli -m {export.target}, or for LM Studio: lms import {export.target}")
+    return {export.target.name: export.target}
+
+
+def _to_lora(export: Export, console: Console) -> Files:
+    require_new_file(export.target)
+    _lora(export).write(export.target)
+    _say(console, f"Wrote {_sized(export.target)}.")
+    _say(console, f"Run it on the base's GGUF: llama-cli -m BASE.gguf --lora {export.target}")
+    return {export.target.name: export.target}
+
+
+def _to_ollama(export: Export, console: Console) -> Files:
+    refuse_used(export.target)
+    lora = _lora(export) if export.alone else None
+    model = None if export.alone else _model(export)
+    written = _modelfile(export)
+    with whole_or_not_at_all(export.target) as folder, _progress(export, console) as told:
+        notes = []
+        if model is not None:
+            notes = model.write(folder / MODEL_FILE, told)
+        if lora is not None:
+            lora.write(folder / ADAPTER_FILE)
+        write_atomically(folder / "Modelfile", written.text)
+        write_atomically(folder / CARD_FILE, export.card)
+    tag = _tag(export)
+    _say(console, f"Wrote {export.target} with its Modelfile.", [*notes, *written.notes])
+    _say(
+        console,
+        f"Run it: cd {export.target} && ollama create {tag} -f Modelfile && ollama run {tag}",
+    )
+    return files_of(export.target)
+
+
+def _to_vllm(export: Export, console: Console) -> Files:
+    command = vllm_command(read_adapter(export.adapter), export.source.name, _tag(export))
+    _say(console, "vLLM takes the adapter folder as it is; nothing was written. Serve it:")
+    console.print(escape(command), soft_wrap=True)
+    return {}
+
+
+def _to_adapter(export: Export, console: Console) -> Files:
+    refuse_used(export.target)
+    read_adapter(export.adapter)
+    base = export.training.plan.model if export.training else export.source.name
+    with whole_or_not_at_all(export.target) as folder:
+        write_adapter(export.adapter, base, folder)
+        write_atomically(folder / CARD_FILE, export.card)
+    _say(console, f"Wrote {export.target}, without a path of this machine.")
+    return files_of(export.target)
+
+
+_ROADS: dict[str, Callable[[Export, Console], Files]] = {
+    "gguf": _to_gguf,
+    "lora-gguf": _to_lora,
+    "ollama": _to_ollama,
+    "vllm": _to_vllm,
+    "adapter": _to_adapter,
+}
+
+
+def _model(export: Export) -> GgufModel | QuantizedModel:
+    architecture_of(export.source.config)  # before a base is downloaded
+    tensors = export.tensors
+    plain = GgufModel(tensors, tensors.source.config, export.tokenizer, export.name, FILE_TYPES["f16"])
+    return for_kind(plain, export.kind, export.quantizer)
+
+
+def _lora(export: Export) -> GgufLora:
+    made = gguf_lora(read_adapter(export.adapter), export.source.config, export.name, export.kind)
+    if export.source.is_local:  # else its shapes would cost a download of its weights
+        MergedTensors.open(export.source, export.adapter)
+    return made
+
+
+def _modelfile(export: Export) -> Modelfile:
+    return modelfile(
+        export.source,
+        export.tokenizer,
+        adapter_on=export.ollama_base,
+        add_bos=adds_start_token(export.tokenizer),
+        context=export.context,
+    )
+
+
+def _tag(export: Export) -> str:
+    """A name for the model in Ollama or vLLM: the run's, in what both take."""
+    name = export.run.resolve().name.lower()
+    return (
+        "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).strip("._-")
+        or "model"
+    )
+
+
+@contextmanager
+def _progress(export: Export, console: Console) -> Iterator[Told]:
+    """A bar with an ETA; a signal ends the work, and leaves nothing."""
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console)
+    try:
+        with stop_on_signal(lambda _: None), bar:
+            task = bar.add_task("writing", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    except Interrupted as interrupt:
+        raise StoppedError(
+            "The export was stopped; nothing was written.",
+            f"Start it again: {COMMAND} {export.run} --to {export.to}",
+            interrupt.signal_number,
+        ) from interrupt
+
+
+def _sized(file: Path) -> str:
+    return f"{file} ({format_bytes(os.path.getsize(file))})"
+
+
+def _say(console: Console, text: str, notes: list[str] | None = None) -> None:
+    console.print(escape(text), soft_wrap=True)
+    for note in notes or []:
+        console.print(f"[yellow]Note:[/] {escape(note)}", soft_wrap=True)

@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""Merges a run's adapter into its base and exports it, without installing lowvram itself.
+
+    python scripts/merge_and_export.py RUN [merge's flags] [--to gguf [export's flags]]
+
+The same as `lowvram merge RUN ..`, then, with --to, `lowvram export RUN --to ..` with all flags from
+there on. RUN is a run's folder or a peft adapter's. Needs what pyproject.toml lists.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lowvram.cli import main
+
+
+def calls(given: list[str]) -> list[list[str]]:
+    """The command lines that `given` stands for."""
+    to = next((at for at, word in enumerate(given) if word.split("=")[0] == "--to"), len(given))
+    merge = ["merge", *given[:to]]
+    return [merge, ["export", given[0], *given[to:]]] if given[to:] else [merge]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    for call in calls(sys.argv[1:]):
+        sys.argv[1:] = call
+        try:
+            main()
+        except SystemExit as ended:  # which a command that went well raises too
+            if ended.code:
+                raise

@@ -1,0 +1,229 @@
+"""`lowvram export` as a user types it: a real run for every engine, each mistake with a clear message."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFReader
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.llama_cpp import LlamaCpp, assert_agrees
+from tests.test_gguf import PROMPT, written
+from tests.test_gguf_lora import adapted
+from tests.tiny_gguf import byte_level, saved_model
+from tests.tiny_runs import ASKED, Cli, command, write_rows
+
+__all__ = ["command"]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A base with an adapter folder of it."""
+    base = saved_model(tmp_path / "base", "llama")
+    adapted(base, tmp_path / "adapter")
+    byte_level("gpt-2").save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def test_a_run_leaves_for_every_engine(tmp_path: Path, command: Cli) -> None:
+    """Trained, exported four ways; the merged file and the base with the adapter's file answer alike."""
+    base = saved_model(tmp_path / "base", "llama", byte_level("smollm"))
+    data, run = write_rows(tmp_path / "rows.jsonl", range(40)), tmp_path / "My run"
+    code, _, err = command("auto", "--model", base, "--data", data, "--steps", 3, *ASKED, "-o", run)
+    assert code == 0, err
+    code, out, err = command("export", run, "--to", "gguf", "--type", "f16")
+    assert code == 0, err
+    assert "model-f16.gguf" in out
+    code, _, err = command("export", run, "--to", "lora-gguf")
+    assert code == 0, err
+    answers = [
+        engine.goes_on(PROMPT[:20], 8)["tokens"]
+        for engine in (
+            LlamaCpp(run / "model-f16.gguf"),
+            LlamaCpp(written(tmp_path, base), run / "adapter.gguf"),
+        )
+    ]
+    assert answers[0] == answers[1]
+    code, out, err = command("export", run, "--to", "ollama")
+    assert code == 0, err
+    assert "ollama create my-run -f Modelfile" in out
+    assert sorted(file.name for file in (run / "ollama").iterdir()) == [
+        "Modelfile",
+        "README.md",
+        "model.gguf",
+    ]
+    text = (run / "ollama" / "Modelfile").read_text()
+    assert "PARAMETER num_ctx 512" in text  # the model's longest
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    code, out, err = command("export", run, "--to", "vllm")
+    assert code == 0, err
+    assert "--max-lora-rank 8" in out
+    assert f"my-run={run / 'adapter'}" in out
+    _assert_shareable(run, base, command)
+
+
+def _assert_shareable(run: Path, base: Path, command: Cli) -> None:
+    """The adapter's folder for others: plain peft makes of it what it makes of the run's; no path."""
+    code, _, err = command("export", run, "--to", "adapter")
+    assert code == 0, err
+    shared = run / "adapter-to-share"
+    config = json.loads((shared / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base"
+    ids = torch.arange(8)[None]
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    without = plain(ids).logits
+    model = PeftModel.from_pretrained(plain, run / "adapter")
+    own = model(ids).logits
+    model.load_adapter(shared, "shared")
+    model.set_adapter("shared")
+    assert torch.equal(model(ids).logits, own)
+    assert not torch.equal(own, without)
+    tokenizer = AutoTokenizer.from_pretrained(shared)
+    assert tokenizer("a b").input_ids == AutoTokenizer.from_pretrained(base)("a b").input_ids
+    assert "| held-out loss after |" in (shared / "README.md").read_text()
+    assert not [f for f in shared.iterdir() if str(run.parent).encode() in f.read_bytes()]
+
+
+def test_no_path_nor_user_name_leaves(home: Path, command: Cli) -> None:
+    for to in ("gguf", "lora-gguf"):
+        assert command("export", home / "adapter", "--to", to)[0] == 0
+    for file in (home / "adapter").glob("*.gguf"):
+        said = {name: str(field.contents()) for name, field in GGUFReader(file).fields.items()}
+        assert said["general.name"] == "base"
+        assert not [name for name, text in said.items() if str(home) in text]
+
+
+def test_q4_k_m_by_a_program(home: Path, command: Cli) -> None:
+    """One that fails, then one that copies: what it gets is whole, in the base's 16 bits."""
+    program = home / "llama-quantize"
+    program.write_text("#!/bin/sh\necho 'no such type' >&2\nexit 3\n")
+    program.chmod(0o755)
+    asked = ("export", home / "adapter", "--to", "gguf", "--type", "q4_k_m", "--quantizer", program)
+    code, _, err = command(*asked)
+    assert code == 2
+    assert "ended with 3 and said: no such type" in err
+    assert not list((home / "adapter").glob("*gguf*"))
+    program.write_text('#!/bin/sh\n[ "$3" = Q4_K_M ] && cp "$1" "$2"\n')
+    code, _, err = command(*asked)
+    assert code == 0, err
+    assert [file.name for file in (home / "adapter").glob("*gguf*")] == ["model-q4_k_m.gguf"]
+    model = adapted(home / "base", home / "again")
+    assert_agrees(model, LlamaCpp(home / "adapter" / "model-q4_k_m.gguf"), PROMPT, 8, tolerance=0.03)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--to", "onnx"), "--to 'onnx' is unknown"),
+        (("--to", "gguf", "--type", "q3_x"), "no GGUF type 'q3_x'"),
+        (("--to", "vllm", "--type", "f16"), "--type is not used by --to vllm"),
+        (("--to", "adapter", "--type", "f16"), "--type is not used by --to adapter"),
+        (("--to", "vllm", "--push", "me/x"), "--push is not used by --to vllm"),
+        (("--to", "gguf", "--public"), "--public says how to push"),
+        (("--to", "lora-gguf", "--quantizer", "x"), "--quantizer is not used"),
+        (("--to", "gguf", "--ollama-base", "llama3"), "--ollama-base is not used"),
+        (("--to", "gguf", "--quantizer", "x"), "--quantizer is not used for --type f16"),
+        (("--to", "gguf", "--type", "q6_k", "--quantizer", "gone"), "'gone' is no program"),
+        (("--to", "gguf", "--base", "/no/such/base"), "/no/such/base"),
+        (("--to", "gguf", "--output", "no/such/folder/x.gguf"), "no folder"),
+    ],
+)
+def test_mistakes(home: Path, command: Cli, asked: tuple[str, ...], said: str) -> None:
+    before = sorted(home.rglob("*"))
+    code, _, err = command("export", home / "adapter", *asked)
+    assert code == 2
+    assert said in err
+    assert "What to do" in err
+    assert sorted(home.rglob("*")) == before
+
+
+def test_what_is_there_stays(home: Path, command: Cli) -> None:
+    for to, name in (("gguf", "model-f16.gguf"), ("lora-gguf", "adapter.gguf"), ("ollama", "ollama")):
+        (home / "adapter" / name).write_text("mine")
+        code, _, err = command("export", home / "adapter", "--to", to)
+        assert code == 2
+        assert "exists already" in err
+        assert (home / "adapter" / name).read_text() == "mine"
+
+
+def test_a_truncated_base_and_a_foreign_one_are_refused(home: Path, command: Cli) -> None:
+    other = saved_model(home / "other", "llama", hidden_size=128)
+    code, _, err = command("export", home / "adapter", "--to", "gguf", "--base", other)
+    assert code == 2
+    assert "in the adapter" in err
+    code, _, err = command("export", home / "adapter", "--to", "lora-gguf", "--base", other)
+    assert code == 2
+    assert "in the adapter" in err
+    weights = home / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = command("export", home / "adapter", "--to", "gguf")
+    assert code == 2
+    assert "is cut off" in err
+    assert not list(home.rglob("*.gguf*"))
+
+
+def test_ollama_base_with_the_adapter_apart(home: Path, command: Cli) -> None:
+    code, _, err = command("export", home / "adapter", "--to", "ollama", "--ollama-base", "smollm2:135m")
+    assert code == 0, err
+    folder = home / "adapter" / "ollama"
+    assert sorted(file.name for file in folder.iterdir()) == ["Modelfile", "README.md", "adapter.gguf"]
+    assert "FROM smollm2:135m\nADAPTER ./adapter.gguf" in (folder / "Modelfile").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="signals as on POSIX")
+def test_ctrl_c_leaves_nothing(home: Path) -> None:
+    """A real process with a program that would quantize for a minute, interrupted while it does."""
+    program = home / "llama-quantize"
+    program.write_text('#!/bin/sh\ntouch "$0.runs"\nexec sleep 60\n')
+    program.chmod(0o755)
+    arguments = [home / "adapter", "--to", "gguf", "--type", "q4_k_m", "--quantizer", program]
+    code = "from lowvram.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "export", *map(str, arguments)], stderr=subprocess.PIPE, text=True
+    )
+    while not (home / "llama-quantize.runs").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert "The export was stopped; nothing was written." in " ".join(err.split())
+    assert not list((home / "adapter").glob("*gguf*"))
+
+
+def test_an_unsupported_base_is_refused_before_any_work(tmp_path: Path, command: Cli) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    adapted(saved_model(tmp_path / "base", "llama"), tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "base")
+    shape = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    OPTForCausalLM(OPTConfig(**shape, vocab_size=100, word_embed_proj_dim=32)).save_pretrained(
+        tmp_path / "base"
+    )
+    (tmp_path / "base" / "model.safetensors").unlink()  # what is never looked at
+    code, _, err = command("export", tmp_path / "adapter", "--to", "gguf")
+    assert code == 2
+    assert "'OPTForCausalLM' cannot be written as GGUF here; these can: Gemma2ForCausalLM" in err
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["model_type"] == "opt"
+
+
+def test_the_script_merges_and_exports(home: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "merge_and_export.py"
+    given = [home / "adapter", "--no-verify", "--to", "gguf", "--type", "q8_0"]
+    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (home / "adapter" / "merged" / "model.safetensors").is_file()
+    assert (home / "adapter" / "model-q8_0.gguf").is_file()
+    again = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
