@@ -183,22 +183,22 @@ def test_qwen2_7b_answers_on_8_gb(config_only: Made) -> None:
 
 def test_what_does_not_fit_is_refused_with_what_does(config_only: Made) -> None:
     source = config_only(QWEN2_7B)
-    request = _asked(source, 8, context=40_000)
-    with pytest.raises(DoesNotFitError, match=r"40,000 tokens .* needs .* GiB, the budget is") as refused:
+    request = _asked(source, 7, context=30_000)
+    with pytest.raises(DoesNotFitError, match=r"30,000 tokens .* needs .* GiB, the budget is") as refused:
         plan_inference(request)
     found = re.search(r"--context (\d+), or a (\d+) GB card", refused.value.remedy)
     assert found
     nearest, card = int(found[1]), int(found[2])
-    assert 28_000 < nearest < 40_000
+    assert 12_000 < nearest < 30_000
     step = max(request._known, key=lambda known: known.embedding_on_host and known.context)
     assert request.fits(step.model_copy(update={"context": nearest}))
     assert not request.fits(step.model_copy(update={"context": int(1.02 * nearest) + 128}))
-    assert plan_inference(_asked(source, card, context=40_000)).fits
+    assert plan_inference(_asked(source, card, context=30_000)).fits
     with pytest.raises(DoesNotFitError, match="on a bf16 base") as refused:
         plan_inference(_asked(source, 8, precision="bf16"))
     assert "--precision nf4" in refused.value.remedy
     with pytest.raises(ConfigError, match=r"knows 131,072 positions"):
-        plan_inference(_asked(source, 8, context=200_000))
+        plan_inference(_asked(source, 7, context=200_000))
     with pytest.raises(DoesNotFitError, match="the budget is"):
         plan_inference(_asked(source, 4))
 
@@ -206,16 +206,16 @@ def test_what_does_not_fit_is_refused_with_what_does(config_only: Made) -> None:
 def test_where_it_is_tight_the_embedding_moves_and_the_context_shrinks(config_only: Made) -> None:
     """The first only where it has to."""
     source = config_only(QWEN2_7B)
-    request = _asked(source, 8, context=28_000)
+    request = _asked(source, 7, context=12_000)
     moved = plan_inference(request)
     assert moved.embedding_on_host
     assert moved.fits
     assert "the embedding stays in host memory" in moved.reason
     step = InferenceStep.model_validate({name: getattr(moved, name) for name in InferenceStep.model_fields})
     assert not request.fits(step.model_copy(update={"embedding_on_host": False}))
-    trained = StepConfig(base_precision="nf4", seq_len=40_000)
-    shrunk = plan_inference(_asked(source, 8, trained=trained))
-    assert 28_000 < shrunk.context < 40_000
+    trained = StepConfig(base_precision="nf4", seq_len=30_000)
+    shrunk = plan_inference(_asked(source, 7, trained=trained))
+    assert 12_000 < shrunk.context < 30_000
     assert shrunk.fits
     assert "the longest that fits" in shrunk.reason
 
