@@ -73,7 +73,8 @@ def find(
     trust_remote_code: bool = False,
     command: str = "lowvram chat",
 ) -> Found:
-    """
+    """Look up what was asked for.
+
     Args:
         run: a run folder, an adapter's, a model's (merged or not), or a hub id.
         more: NAME=PATH of further adapters.
@@ -111,9 +112,12 @@ def _own_adapter(run: str) -> Path | None:
 
 
 def _name_of(adapter: Path) -> str:
-    """The run's name, or the folder's."""
+    """The run's name, or the folder's; "adapter" where that would mean something else."""
+    from lowvram.engine.switching import BASE
+
     path = adapter.resolve()
-    return re.sub(r"\s+", "-", path.parent.name if path.name == "adapter" else path.name) or "adapter"
+    name = re.sub(r"\s+", "-", path.parent.name if path.name == "adapter" else path.name)
+    return name if name not in ("", BASE) else "adapter"
 
 
 def _named(text: str) -> AdapterFolder:

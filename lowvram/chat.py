@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from lowvram.answering import Loaded, memory_errors
 from lowvram.data.conversations import Message
 from lowvram.data.prompting import prompt_ids
+from lowvram.engine.decoding import Thread
 from lowvram.engine.generate import Answer, AnswerStream
 from lowvram.engine.sampling import Sampling
 from lowvram.engine.switching import BASE
@@ -43,7 +44,7 @@ class View(Protocol):
 
     def answer(self, name: str, stream: AnswerStream) -> None: ...
 
-    def side_by_side(self, streams: Callable[[], Iterator[tuple[str, AnswerStream]]]) -> None: ...
+    def side_by_side(self, streams: Iterator[tuple[str, AnswerStream]]) -> None: ...
 
 
 @dataclass
@@ -58,6 +59,9 @@ class Chat:
     compare: bool = False
     _turns: dict[str, list[Message]] = field(default_factory=dict)
     _n_answers: int = 0  # so that the same question is not answered with the same draws
+
+    def __post_init__(self) -> None:
+        self._thread = Thread(self.loaded.answers.model, self.loaded.plan.context)
 
     def run(self) -> None:
         """Until the lines end or /quit.
@@ -129,15 +133,14 @@ class Chat:
             self.view.answer(active, stream)
 
     def _ask_both(self, question: str) -> None:
+        with closing(self._both(question)) as streams:
+            self.view.side_by_side(streams)
+
+    def _both(self, question: str) -> Generator[tuple[str, AnswerStream], None, None]:
         """The base first, then the adapter, to the same question."""
-        chosen = self.loaded.switch.active
-
-        def streams() -> Iterator[tuple[str, AnswerStream]]:
-            for name in (BASE, chosen):
-                with self._answered(name, "base" if name == BASE else "adapter", question) as stream:
-                    yield name, stream
-
-        self.view.side_by_side(streams)
+        for name in (BASE, self.loaded.switch.active):
+            with self._answered(name, "base" if name == BASE else "adapter", question) as stream:
+                yield name, stream
 
     @contextmanager
     def _answered(self, name: str, side: str, question: str) -> Iterator[AnswerStream]:
@@ -149,7 +152,8 @@ class Chat:
         active, asked = switch.active, Message(role="user", content=question)
         ids = self._fitted(turns, asked)
         room = min(self.max_new_tokens, self.loaded.plan.context - len(ids))
-        stream = self.loaded.answers.stream(ids, room, self.sampling, self._n_answers)
+        known = self._thread, name
+        stream = self.loaded.answers.stream(ids, room, self.sampling, self._n_answers, known)
         try:
             switch.to(name)
             with memory_errors(self.loaded.plan):

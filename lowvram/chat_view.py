@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 
 from rich.console import Console
@@ -66,11 +66,11 @@ class ChatView:
             self._console.file.write("\n")
             self._console.file.flush()
 
-    def side_by_side(self, streams: Callable[[], Iterator[tuple[str, AnswerStream]]]) -> None:
+    def side_by_side(self, streams: Iterator[tuple[str, AnswerStream]]) -> None:
         """Two columns that fill one after the other; a pipe gets them when they are whole."""
         texts: dict[str, Text] = {}
         with Live(console=self._console, auto_refresh=False, vertical_overflow="visible") as live:
-            for name, stream in streams():
+            for name, stream in streams:
                 texts[name] = Text()
                 for piece in stream:
                     texts[name].append(printable(piece))

@@ -165,6 +165,22 @@ def test_a_merged_folder_answers_as_its_adapter(
     assert merged != command("generate", chat_home / "base", *asked)[1]
 
 
+def test_memory_that_runs_out_is_said_with_the_prediction(
+    chat_home: Path, command: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch says it on a card that another program has filled meanwhile."""
+    from lowvram.engine.generate import Answers
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Answers, "to", full)
+    code, out, err = command("generate", chat_home / "sql", "-p", "hi")
+    assert (code, out) == (4, ""), err
+    assert "ran out of memory" in err
+    assert "were predicted" in err
+
+
 def test_stopped_in_the_middle_it_leaves_no_file(
     chat_home: Path,
     rows: Path,
@@ -246,4 +262,4 @@ def test_a_real_model_answers_in_4_bits(smollm: Path, command: Cli, tmp_path: Pa
     answers = _read(output)
     assert [row["prompt"] for row in answers] == questions
     assert "Paris" in answers[0]["answer"]
-    assert answers[0]["stopped"]
+    assert any(row["stopped"] for row in answers)

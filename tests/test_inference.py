@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lowvram.engine import decoding
-from lowvram.engine.decoding import decoded, prepare_for_decoding
+from lowvram.engine.decoding import Thread, decoded, prepare_for_decoding
 from lowvram.engine.generate import Answers
 from lowvram.engine.sampling import Sampler, Sampling
 from lowvram.errors import ConfigError
@@ -107,6 +107,33 @@ def test_an_answer_ends_at_its_stop_token_whatever_its_neighbours_do(answers: An
     assert together == [stopping.to([prompt], 12)[0] for prompt in prompts]
     assert {answer.stopped for answer in together} == {True, False}
     assert all(answer.n_tokens <= 12 for answer in together)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral with a window", "opt"])
+def test_a_conversation_is_read_on_from_where_it_was(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was read before: the same tokens as of the whole prompt; only what is new is read."""
+    model = _model(kind)
+    turns = [[5, 17, 33], [5, 17, 33, 60, 61, 2], [5, 17, 8, 8], [5, 17, 33, 60], [5, 17, 33, 60]]
+    turns.append(turns[-1] + generated(model, turns[-1], 6, do_sample=False) + [9, 9])
+    wanted = [generated(model, turn, 6, do_sample=False) for turn in turns]
+    prepare_for_decoding(model)
+    thread, n_read = Thread(model, 40), []
+    prefill = decoding.Reader.prefill
+    monkeypatch.setattr(
+        decoding.Reader, "prefill", lambda r, ids: (n_read.append(ids.shape[1]), prefill(r, ids))[1]
+    )
+    for turn, tokens in zip(turns, wanted, strict=True):
+        sampler = Sampler(Sampling(), [0], CPU)
+        assert [int(token) for token in thread.decoded("one", turn, 6, sampler)] == tokens
+    whole = [len(turn) for turn in turns]
+    assert n_read == (whole if "window" in kind else [3, 3, 2, 2, 1, 3])
+    stopped = thread.decoded("one", turns[1], 6, Sampler(Sampling(), [0], CPU))
+    next(stopped), next(stopped)
+    del stopped
+    n_read.clear()
+    assert [int(t) for t in thread.decoded("one", turns[1], 6, Sampler(Sampling(), [0], CPU))] == wanted[1]
+    assert [int(t) for t in thread.decoded("two", turns[1], 6, Sampler(Sampling(), [0], CPU))] == wanted[1]
+    assert n_read == ([6, 6] if "window" in kind else [1, 6])
 
 
 def _shares(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lowvram.engine.adapter_folder import AdapterFolder
 from lowvram.engine.config import Levers, StepConfig
-from lowvram.engine.decoding import decoded, prepare_for_decoding
+from lowvram.engine.decoding import Thread, decoded, prepare_for_decoding
 from lowvram.engine.inference_config import InferenceStep
 from lowvram.engine.model import load
 from lowvram.engine.sampling import Sampler, Sampling
@@ -51,6 +51,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(**_SMALL)).save_pretrained(folder / "base")
     save_adapter(folder / "base", folder / "plain", 1)
     save_adapter(folder / "base", folder / "dora", 2, use_dora=True)
+    save_adapter(folder / "base", folder / "head", 3, modules_to_save=["lm_head"])
     return folder
 
 
@@ -71,7 +72,13 @@ def _really_allocated(base: Path, adapters: list[AdapterFolder], step: Inference
 
     def run() -> None:
         sampler = Sampler(sampling, range(step.batch), torch.device("cpu"))
-        assert len(list(decoded(model, prompts, 2, sampler))) == 2
+        if step.batch > 1:
+            assert len(list(decoded(model, prompts, 2, sampler))) == 2
+            return
+        thread, (prompt,) = Thread(model, step.context), prompts  # a chat that goes on as is worst
+        first = 1 if len(prompt) <= 1024 else (len(prompt) - 1) % 1024 + 1
+        assert len(list(thread.decoded("", prompt[:first], 1, sampler))) == 1
+        assert len(list(thread.decoded("", prompt, 2, sampler))) == 2
 
     gc.collect()
     return profiled_peak_bytes(run)
@@ -89,21 +96,26 @@ def _really_allocated(base: Path, adapters: list[AdapterFolder], step: Inference
         ({"context": 600, "base_precision": "nf4"}, ("plain",), "plain"),
         ({"context": 1500}, ("dora", "plain"), "dora"),
         ({"context": 1500}, ("plain", "dora"), "plain"),
+        ({"context": 700}, ("head", "plain"), "head"),
         ({"context": 500, "base_precision": "bf16", "compute_dtype": "bf16"}, ("plain",), "plain"),
     ],
-    ids=["short", "in parts", "padded", "many", "int8", "nf4", "dora", "beside dora", "bf16"],
+    ids=["short", "in parts", "padded", "many", "int8", "nf4", "dora", "beside dora", "own head", "bf16"],
 )
 def test_the_trace_is_what_a_cpu_really_allocates(
     small: Path, changes: dict[str, Any], names: tuple[str, ...], active: str
 ) -> None:
-    """Beyond the weights, within 1 % and never more than 0.5 % under it."""
+    """Beyond the weights, within 1 % and never more than 0.5 % under it.
+
+    In 16 bits up to 20 % more are counted, which attention takes only on some CPUs.
+    """
     step = InferenceStep.model_validate({"base_precision": "fp32", "compute_dtype": "fp32", **changes})
     adapters = _adapters(small, names)
     trace = trace_inference(AutoConfig.from_pretrained(small / "base"), step, adapters, "cpu")
     held = sum(a.n_bytes for a in trace.allocations if a.component in WEIGHTS)
     predicted = peak_of(trace)[0] - held
     measured = _really_allocated(small / "base", adapters, step, active)
-    assert -0.005 < predicted / measured - 1 < 0.01, (predicted, measured)
+    most = 0.2 if step.compute_dtype == "bf16" else 0.01
+    assert -0.005 < predicted / measured - 1 < most, (predicted, measured)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -171,22 +183,22 @@ def test_qwen2_7b_answers_on_8_gb(config_only: Made) -> None:
 
 def test_what_does_not_fit_is_refused_with_what_does(config_only: Made) -> None:
     source = config_only(QWEN2_7B)
-    request = _asked(source, 8, context=40_000)
-    with pytest.raises(DoesNotFitError, match=r"40,000 tokens .* needs .* GiB, the budget is") as refused:
+    request = _asked(source, 7, context=30_000)
+    with pytest.raises(DoesNotFitError, match=r"30,000 tokens .* needs .* GiB, the budget is") as refused:
         plan_inference(request)
     found = re.search(r"--context (\d+), or a (\d+) GB card", refused.value.remedy)
     assert found
     nearest, card = int(found[1]), int(found[2])
-    assert 28_000 < nearest < 40_000
+    assert 12_000 < nearest < 30_000
     step = max(request._known, key=lambda known: known.embedding_on_host and known.context)
     assert request.fits(step.model_copy(update={"context": nearest}))
     assert not request.fits(step.model_copy(update={"context": int(1.02 * nearest) + 128}))
-    assert plan_inference(_asked(source, card, context=40_000)).fits
+    assert plan_inference(_asked(source, card, context=30_000)).fits
     with pytest.raises(DoesNotFitError, match="on a bf16 base") as refused:
         plan_inference(_asked(source, 8, precision="bf16"))
     assert "--precision nf4" in refused.value.remedy
     with pytest.raises(ConfigError, match=r"knows 131,072 positions"):
-        plan_inference(_asked(source, 8, context=200_000))
+        plan_inference(_asked(source, 7, context=200_000))
     with pytest.raises(DoesNotFitError, match="the budget is"):
         plan_inference(_asked(source, 4))
 
@@ -194,16 +206,16 @@ def test_what_does_not_fit_is_refused_with_what_does(config_only: Made) -> None:
 def test_where_it_is_tight_the_embedding_moves_and_the_context_shrinks(config_only: Made) -> None:
     """The first only where it has to."""
     source = config_only(QWEN2_7B)
-    request = _asked(source, 8, context=28_000)
+    request = _asked(source, 7, context=12_000)
     moved = plan_inference(request)
     assert moved.embedding_on_host
     assert moved.fits
     assert "the embedding stays in host memory" in moved.reason
     step = InferenceStep.model_validate({name: getattr(moved, name) for name in InferenceStep.model_fields})
     assert not request.fits(step.model_copy(update={"embedding_on_host": False}))
-    trained = StepConfig(base_precision="nf4", seq_len=40_000)
-    shrunk = plan_inference(_asked(source, 8, trained=trained))
-    assert 28_000 < shrunk.context < 40_000
+    trained = StepConfig(base_precision="nf4", seq_len=30_000)
+    shrunk = plan_inference(_asked(source, 7, trained=trained))
+    assert 12_000 < shrunk.context < 30_000
     assert shrunk.fits
     assert "the longest that fits" in shrunk.reason
 
@@ -222,8 +234,8 @@ def test_as_many_rows_as_fit_are_answered_together(config_only: Made) -> None:
     plan = plan_inference(_asked(source, 8, context=1024, batch=None, rows=100))
     assert 1 < plan.batch < 32
     assert plan.fits
-    with pytest.raises(DoesNotFitError, match="in each of 32 rows") as refused:
-        plan_inference(_asked(source, 8, context=1024, batch=32))
+    with pytest.raises(DoesNotFitError, match="in each of 64 rows") as refused:
+        plan_inference(_asked(source, 8, context=1024, batch=64))
     assert "--batch 1" in refused.value.remedy
     assert plan_inference(_asked(source, 24, context=512, batch=None, rows=5)).batch == 5
 

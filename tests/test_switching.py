@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "biases": {"bias": "all", "target_modules": ["q_proj", "down_proj"]},
     "own": {"bias": "lora_only"},
+    "head": {"modules_to_save": ["lm_head"], "target_modules": ["o_proj"]},
 }
 
 
@@ -81,7 +83,21 @@ def test_each_adapter_answers_as_alone_in_plain_peft(home: Path) -> None:
     logits = {name: _logits(model) for name, model in references.items()}
     wanted = {name: generated(model, PROMPT, N_NEW, do_sample=False) for name, model in references.items()}
     assert len({tuple(row) for row in wanted.values()}) == len(KINDS) + 1
-    for name in ("biases", BASE, "dora", "own", "few", "biases", "plain", BASE, "own", "dora", BASE):
+    for name in (
+        "biases",
+        BASE,
+        "dora",
+        "own",
+        "few",
+        "biases",
+        "head",
+        "plain",
+        BASE,
+        "own",
+        "head",
+        "dora",
+        BASE,
+    ):
         switch.to(name)
         assert switch.active == name
         atol = 1e-4 * float(logits[name].abs().max())
@@ -95,7 +111,8 @@ def test_the_base_itself_is_as_before(home: Path) -> None:
     for name in (*KINDS, BASE):
         switch.to(name)
     own = AutoModelForCausalLM.from_pretrained(home / "base").state_dict()
-    here = {name.replace(".base_layer", ""): value for name, value in base.state_dict().items()}
+    ours = (".base_layer", ".original_module")
+    here = {re.sub("|".join(map(re.escape, ours)), "", n): value for n, value in base.state_dict().items()}
     assert {name for name in own if not torch.equal(own[name], here[name])} == set()
 
 

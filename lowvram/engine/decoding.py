@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lowvram.engine.attention import GENERATING_ATTENTION, register
-from lowvram.engine.kv_cache import kv_cache
+from lowvram.engine.kv_cache import FixedLayer, kv_cache
 from lowvram.engine.sampling import Sampler
 from lowvram.errors import ConfigError
 
@@ -37,18 +37,32 @@ class Reader:
     """Rows of tokens that one model reads, with what it keeps of them."""
 
     def __init__(self, model: Any, n_rows: int, length: int, prompt_mask: torch.Tensor | None = None) -> None:
-        """
+        """Nothing is read yet.
+
         Args:
             model: the base model, prepared, adapted or not.
             length: most tokens of a row, prompt and answer.
             prompt_mask: bool [B, P], False for padding on the left; None where no row has any.
         """
-        self._model, self._n_rows, self._end = model, n_rows, 0
+        self._model, self._n_rows = model, n_rows
+        self.n_read = 0  # tokens of each row, padding included
         self.cache = kv_cache(model.config, length)
         self._mask = None if prompt_mask is None else _whole_mask(prompt_mask, length)
         knows = inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in knows else {}
         self._takes_positions = "position_ids" in knows
+
+    @property
+    def can_rewind(self) -> bool:
+        """Not where a layer keeps a window only: what left it is gone."""
+        return all(isinstance(layer, FixedLayer) for layer in self.cache.layers)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens of what was read whole."""
+        assert length <= self.n_read
+        for layer in self.cache.layers:
+            layer.rewind(length)
+        self.n_read = length
 
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:  # [B, P] -> [B, V]
         """Logits behind the last token of each row."""
@@ -62,13 +76,14 @@ class Reader:
         return self._pass(tokens[:, None])
 
     def _pass(self, ids: torch.Tensor) -> torch.Tensor:  # [B, t] -> [B, V]
-        start, self._end = self._end, self._end + ids.shape[1]
+        start, end = self.n_read, self.n_read + ids.shape[1]
         given: dict[str, Any] = dict(self._options)
         if self._mask is not None:
-            given["attention_mask"] = self._mask[:, : self._end]
+            given["attention_mask"] = self._mask[:, :end]
             if self._takes_positions:
                 given["position_ids"] = _positions(given["attention_mask"])[:, start:]
         output = self._model(input_ids=ids, cache=self.cache, use_cache=True, **given)
+        self.n_read = end
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
@@ -106,12 +121,54 @@ def decoded(
         model: the base model, prepared, adapted or not.
         prompts: token ids of each row.
     """
-    device = model.device
-    ids, mask = padded(prompts, device)
+    ids, mask = padded(prompts, model.device)
     reader = Reader(model, len(prompts), ids.shape[1] + max_new_tokens, mask)
+    yield from _written(reader, ids, max_new_tokens, sampler)
+
+
+def _written(
+    reader: Reader, ids: torch.Tensor, max_new_tokens: int, sampler: Sampler
+) -> Iterator[torch.Tensor]:  # of [B]
     logits = reader.prefill(ids)
     for n_more in reversed(range(max_new_tokens)):
         tokens = sampler(logits)
         yield tokens
         if n_more:
             logits = reader.step(tokens)
+
+
+class Thread:
+    """One conversation's keys and values, so that a prompt that goes on from it is read from there on only.
+
+    Its buffers are of the whole context from the start, as planned.
+    """
+
+    def __init__(self, model: Any, context: int) -> None:
+        self._model, self._context = model, context
+        self._reader: Reader | None = None
+        self._read: list[int] = []  # token ids; the reader knows how many of them were read whole
+        self._voice = ""
+
+    @torch.no_grad()
+    def decoded(
+        self, voice: str, prompt: Sequence[int], max_new_tokens: int, sampler: Sampler
+    ) -> Iterator[torch.Tensor]:  # of [1]
+        """As `decoded` of one prompt. `voice`: which adapter is on; another one's keys are of no use."""
+        reader = self._reader_at_start_of(voice, prompt)
+        self._read = list(prompt)
+        ids = torch.tensor([list(prompt[reader.n_read :])], device=self._model.device)
+        for tokens in _written(reader, ids, max_new_tokens, sampler):
+            self._read.append(int(tokens))
+            yield tokens
+
+    def _reader_at_start_of(self, voice: str, prompt: Sequence[int]) -> Reader:
+        """Rewound to what the prompt has in common with what was read; its last token is always read."""
+        known = self._reader
+        if known is None or not known.n_read or voice != self._voice or not known.can_rewind:
+            self._reader = known = None  # before the next one is made
+            self._reader, self._voice = Reader(self._model, 1, self._context), voice
+            return self._reader
+        pairs = zip(self._read[: known.n_read], prompt[:-1], strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(known.n_read, len(prompt) - 1))
+        known.rewind(same)
+        return known

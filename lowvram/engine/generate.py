@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lowvram.data.conversations import Message
 from lowvram.data.prompting import prompt_ids, stop_ids
-from lowvram.engine.decoding import decoded, prepare_for_decoding
+from lowvram.engine.decoding import Thread, decoded, prepare_for_decoding
 from lowvram.engine.sampling import Sampler, Sampling
 from lowvram.frozen import Frozen
 
@@ -71,11 +71,23 @@ class Answers:
         return [self._answer(row) for row in written]
 
     def stream(
-        self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, row: int = 0
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        row: int = 0,
+        thread: tuple[Thread, str] | None = None,
     ) -> AnswerStream:
-        """The answer to one prompt while it is written."""
-        steps = decoded(self.model, [prompt], max_new_tokens, self._sampler(sampling, [row]))
-        return AnswerStream(self, steps)
+        """The answer to one prompt while it is written.
+
+        Args:
+            thread: the conversation that the prompt goes on with, and the name of the adapter that is on.
+        """
+        sampler = self._sampler(sampling, [row])
+        if thread is None:
+            return AnswerStream(self, decoded(self.model, [prompt], max_new_tokens, sampler))
+        kept, voice = thread
+        return AnswerStream(self, kept.decoded(voice, prompt, max_new_tokens, sampler))
 
     def _sampler(self, sampling: Sampling, rows: Sequence[int]) -> Sampler:
         return Sampler(sampling, rows, self.model.device)

@@ -34,11 +34,16 @@ class FixedLayer(DynamicLayer):  # type: ignore[misc]  # transformers ships no t
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, K, t, D] -> [B, K, all so far, D]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, self._end = self._end, self._end + key_states.shape[2]
-        self._key_buffer[:, :, start : self._end] = key_states
-        self._value_buffer[:, :, start : self._end] = value_states
-        self.keys, self.values = (b[:, :, : self._end] for b in (self._key_buffer, self._value_buffer))
+        start, end = self._end, self._end + key_states.shape[2]
+        self._key_buffer[:, :, start:end] = key_states
+        self._value_buffer[:, :, start:end] = value_states
+        self.rewind(end)
         return self.keys, self.values
+
+    def rewind(self, length: int) -> None:
+        """Only the first `length` tokens count; those behind them are written over."""
+        self._end = length
+        self.keys, self.values = (b[:, :, :length] for b in (self._key_buffer, self._value_buffer))
 
 
 def kv_cache(config: PretrainedConfig, length: int) -> DynamicCache:

@@ -88,7 +88,8 @@ class Switch:
     """Which adapter is on. Trained biases of the base come and go with their adapter."""
 
     def __init__(self, model: Any, adapters: Sequence[AdapterFolder]) -> None:
-        """
+        """The first adapter is on.
+
         Args:
             model: as `add_layers` made it, on its device; the adapters' weights are loaded here.
         """

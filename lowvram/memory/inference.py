@@ -10,7 +10,7 @@ import bitsandbytes as bnb
 import torch
 
 from lowvram.engine.adapter_folder import AdapterFolder
-from lowvram.engine.decoding import Reader, prepare_for_decoding
+from lowvram.engine.decoding import PREFILL_TOKENS, Reader, prepare_for_decoding
 from lowvram.engine.inference_config import InferenceStep
 from lowvram.engine.model import skeleton
 from lowvram.engine.sampling import Sampler, Sampling
@@ -133,7 +133,8 @@ def _answer(recorder: Recorder, base: Any, step: InferenceStep) -> None:
     reader = Reader(base, step.batch, step.context, mask)
     sampler = Sampler(_DRAWN, range(step.batch), device)
     with recorder.during("prefill"):
-        logits = reader.prefill(ids)
+        for part in _as_read(ids):
+            logits = reader.prefill(part)
         recorder.at("")
         _label(recorder, reader)
         tokens = sampler(logits)
@@ -142,6 +143,19 @@ def _answer(recorder: Recorder, base: Any, step: InferenceStep) -> None:
         recorder.at("")
         _label(recorder, reader)
         sampler(logits)
+
+
+def _as_read(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:  # [B, P] -> parts of it
+    """One row as a chat reads it that goes on: all but the first part look back, through a mask.
+
+    The first part is as long as leaves whole passes, of which the last then looks back on all there is. Where
+    one pass would take the whole row, a single token comes before it.
+    """
+    n_rows, length = ids.shape
+    if n_rows > 1 or length < 2:
+        return (ids,)
+    first = 1 if length <= PREFILL_TOKENS else (length - 1) % PREFILL_TOKENS + 1
+    return torch.split(ids, [first, length - first], dim=1)
 
 
 def _label(recorder: Recorder, reader: Reader) -> None:

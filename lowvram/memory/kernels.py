@@ -242,16 +242,19 @@ def _split_keys_bytes(query: torch.Tensor) -> int:
 def _cpu_flash_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
     """A CPU's attention: each thread's tile of scores, sums and output in float32, 0.5 MB of long rows.
 
-    In 16 bits a copy of the scores as well. query [B, Hq, T, D], key [B, Hkv, S, D] (torch,
-    aten/native/cpu/FlashAttentionKernel.cpp, cpu_flash_attention).
+    In 16 bits a copy of the scores as well, and keys and values in the order that AMX wants them, which is
+    counted on every CPU: which of them pack, torch does not say. query [B, Hq, T, D], key [B, Hkv, S, D]
+    (torch, aten/native/cpu/FlashAttentionKernel.cpp, cpu_flash_attention).
     """
-    rows, width = query.shape[2:]
+    batch, heads, rows, width = query.shape
     tile_rows = min(256 if rows >= 768 else 64 if rows >= 192 else 32, rows)
     tile_keys = min(512, key.shape[2])
     n_bytes = 4 * tile_rows * (tile_keys + 2 + width)
-    if query.element_size() == 2:
-        n_bytes += 2 * tile_rows * tile_keys
-    return int(torch.get_num_threads() * n_bytes)
+    if query.element_size() != 2:
+        return int(torch.get_num_threads() * n_bytes)
+    n_bytes += 2 * tile_rows * tile_keys
+    packed = 2 * 2 * batch * heads * math.ceil(key.shape[2] / 64) * 64 * width
+    return int(torch.get_num_threads() * n_bytes + packed)
 
 
 def _flash_backward_bytes(query: torch.Tensor, key: torch.Tensor) -> int:
