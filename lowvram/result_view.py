@@ -33,4 +33,7 @@ def show_result(result: RunResult, folder: Path, console: Console) -> None:
     table.add_row("adapter", f"{escape(str(folder / 'adapter'))} ({size}{of_step})")
     console.print(table)
     show_phases(folder / "receipt.json", console)
-    console.print(f"Next: lowvram merge {escape(str(folder))}", soft_wrap=True)
+    run = escape(str(folder))
+    console.print(
+        f"Next: lowvram chat {run}, lowvram merge {run} or lowvram export {run} --to gguf", soft_wrap=True
+    )

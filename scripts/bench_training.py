@@ -12,7 +12,7 @@ its own plan.
 Tokens a second (without padding) are of all steps between the ends of the first and of the last but one, with
 everything that the loops do between steps. Peak memory is the whole process's, loading included. Held-out
 loss is measured by scripts/judge_adapters.py, by plain peft, for both. Rounds that are in
-benchmarks/training.csv for these steps are not made again. Needs PyPI, no GPU; a round takes 4 minutes.
+benchmarks/training.csv for these steps are not made again. Needs PyPI, no GPU; a round takes 5 minutes.
 """
 
 from __future__ import annotations

@@ -117,6 +117,8 @@ def _panel(answer: Answer, when: str, width: int, color: str) -> Panel:
 
 def _next(output: Path, console: Console) -> None:
     console.print("\n[bold]What you can do now")
+    console.print(f"  lowvram chat {escape(str(output))} --compare")
+    console.print(f"  lowvram export {escape(str(output))} --to ollama")
     console.print(f"  {escape(str(output / 'adapter'))}: load it with peft.PeftModel.from_pretrained")
     console.print(f"  {escape(str(output / 'merged'))}: load it with plain transformers")
     console.print("  lowvram plan --model Qwen/Qwen2-7B --vram 8GB")
