@@ -1,4 +1,4 @@
-"""Alloc conf: what torch's allocators are told, in the environment, before it is imported."""
+"""Alloc conf: what torch's allocators and oneDNN are told, in the environment, before torch is imported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 
 VARIABLE = "PYTORCH_ALLOC_CONF"
+PRIMITIVES_VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+# A CPU's 16-bit products keep code and buffers for each shape that was met, up to 1,024 of them, and batches
+# have many lengths: 0.08 GiB more after each step of SmolLM2, against 0.01 with 64, for 4 % of its time.
+_PRIMITIVES = "64"
 _NO_ROUNDING = "pinned_max_round_threshold_mb"
 
 
@@ -20,6 +24,7 @@ def alloc_conf() -> str:
 def set_alloc_conf() -> None:
     """For this process and its children; what the user set stays."""
     os.environ.setdefault(VARIABLE, alloc_conf())
+    os.environ.setdefault(PRIMITIVES_VARIABLE, _PRIMITIVES)
 
 
 def rounds_pinned_memory() -> bool:
