@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import select
+import shutil
 import signal
 import sys
 import time
@@ -206,12 +208,16 @@ def test_a_dry_run_loads_nothing(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(chat_home: Path) -> None:
-    """A real process on a real pseudo-terminal; an answer that would take 1,900 tokens is cut."""
+def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(chat_home: Path, tmp_path: Path) -> None:
+    """A real process on a real pseudo-terminal; an answer that would take 60,000 tokens is cut."""
     import pty
 
     code = "from lowvram.cli import main; main()"
-    given = ["chat", str(chat_home / "sql"), "--max-new-tokens", "1900", "--context", "2048"]
+    base = Path(shutil.copytree(chat_home / "base", tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 65536}))
+    given = ["chat", str(chat_home / "sql"), "--base", str(base)]
+    given += ["--max-new-tokens", "60000", "--context", "65536"]
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(COLUMNS="200", TERM="xterm", OMP_NUM_THREADS="1")

@@ -230,10 +230,11 @@ def test_the_epoch_is_a_true_fraction() -> None:
         data=SimpleNamespace(steps_per_epoch=4),
         tokens=1,
         seconds=1.0,
-        monitor=SimpleNamespace(now_bytes=1, peak_bytes=1, machine=None, warnings=list),
+        monitor=SimpleNamespace(now_bytes=1, peak_bytes=1, machine=None),
         folder=SimpleNamespace(append_metrics=lambda shown: seen.append(shown.epoch)),
         view=SimpleNamespace(step=lambda _: None),
         accelerator=SimpleNamespace(log=lambda *_, **__: None),
+        tell_machine=lambda: None,
     )
     for run.step in (3, 6):
         result = StepResult(torch.tensor(1.0), torch.tensor(1.0), 1)
