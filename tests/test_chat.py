@@ -221,6 +221,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_chat(chat_home: Pa
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(COLUMNS="200", TERM="xterm", OMP_NUM_THREADS="1")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's job in the background ignores it
         os.execv(sys.executable, [sys.executable, "-c", code, *given])
     try:
         _until(terminal, rb"> $")
