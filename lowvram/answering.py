@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from lowvram.engine.config import BasePrecision, StepConfig
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, OutOfMemoryError, refusals_of_the_system
-from lowvram.export.run_adapter import adapter_of, source_of
+from lowvram.export.run_adapter import adapter_of, source_of, tokenizer_of
 from lowvram.hardware import Hardware
 from lowvram.planner.inference import InferencePlan, InferenceRequest, plan_inference
 from lowvram.planner.plan import Plan
@@ -39,9 +39,7 @@ class Found:
     @cached_property
     def tokenizer(self) -> Any:
         """The one that was saved with the adapter, which has the chat template of the training."""
-        if self.own is not None and (self.own / "tokenizer_config.json").is_file():
-            return ModelSource(str(self.own)).tokenizer
-        return self.source.tokenizer
+        return tokenizer_of(self.own, self.source)
 
     @property
     def trained(self) -> StepConfig | None:

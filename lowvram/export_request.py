@@ -11,8 +11,8 @@ from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
 from lowvram.export.gguf_types import FileType, file_type
 from lowvram.export.merged_tensors import MergedTensors
-from lowvram.export.model_card import Contents, Training, adapter_settings, licence_of, model_card, named
-from lowvram.export.run_adapter import adapter_of, source_of
+from lowvram.export.model_card import Contents, Training, adapter_settings, licence_of, model_card, title_of
+from lowvram.export.run_adapter import adapter_of, source_of, tokenizer_of
 
 Target = Literal["gguf", "lora-gguf", "ollama", "vllm", "adapter"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -81,8 +81,7 @@ class Export:
     @cached_property
     def tokenizer(self) -> Any:
         """The adapter's own, which it was trained with; else the base's."""
-        own = (self.adapter / "tokenizer_config.json").is_file()
-        return (ModelSource(str(self.adapter)) if own else self.source).tokenizer
+        return tokenizer_of(self.adapter, self.source)
 
     @property
     def context(self) -> int | None:
@@ -125,7 +124,7 @@ class Export:
         """README.md of what is exported."""
         base = self.training.plan.model if self.training else self.source.name
         contents = Contents(
-            title=f"{named(base).rpartition('/')[2]}-{self.run.resolve().name}",
+            title=title_of(base, self.run),
             what=self.what,
             base_model=base,
             library="peft" if self.to == "adapter" else "gguf",

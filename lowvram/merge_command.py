@@ -26,7 +26,7 @@ from lowvram.export.model_card import (
     adapter_settings,
     licence_of,
     model_card,
-    named,
+    title_of,
 )
 from lowvram.export.partial_folder import refuse_used
 from lowvram.export.push import files_of, push, require_pushable
@@ -188,7 +188,7 @@ def _contents(merge: _Merge) -> Contents:
     values = {"base": "the original weights", "nf4": "the NF4 values", "int8": "the int8 values"}
     bits = ", then quantised to 4 bits (NF4)" if merge.wishes.quantized_base else ""
     return Contents(
-        title=f"{named(base).rpartition('/')[2]}-{merge.run.resolve().name}",
+        title=title_of(base, merge.run),
         what=f"A LoRA adapter, merged into {values[merge.wishes.onto]} of its base{bits}.",
         base_model=base,
         library="transformers",

@@ -49,10 +49,9 @@ from lowvram.engine.adapters import trainable
 from lowvram.engine.config import StepConfig
 from lowvram.engine.model import skeleton
 from lowvram.memory.autocast import Bf16Autocast, keep_in_recomputation
-from lowvram.memory.kernels import choose_kernels
 from lowvram.memory.load import record_loading
 from lowvram.memory.trace import Trace
-from lowvram.memory.weights import onto_meta, quantize_weight
+from lowvram.memory.weights import make_traceable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -113,16 +112,10 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 def _as_trained(trainer: SFTTrainer) -> None:
     """What Trainer.train does to the model before its first step, and quantised weights."""
-    import bitsandbytes as bnb
-
     model = trainer.model
     model.activation_checkpointing_enable(trainer.args.activation_checkpointing_kwargs)
     keep_in_recomputation(model.get_base_model())
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            quantize_weight(module)
-    onto_meta(model)
-    choose_kernels(model, "cuda", AMPERE)
+    make_traceable(model, "cuda", AMPERE)
     model.forward = partial(_autocast, model.forward)
     trainer.accelerator.prepare_model(model, device_placement=False)
     if trainer.args.activation_offloading:

@@ -12,18 +12,15 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 
+from lowvram.engine.adapter_names import CONFIG_FILE, OWN_STARTS, WEIGHTS_FILE, require_adapter_files
 from lowvram.engine.source import read_safetensors_header
 from lowvram.errors import ConfigError, first_line, refusals_of_the_system
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 _FINISH = "Give a finished run, or a folder that peft's save_pretrained wrote."
 _OTHER_KINDS = (
     *("lora_bias", "alora_invocation_tokens", "layer_replication"),
     *("trainable_token_indices", "kasa_config", "target_parameters"),
 )
-# Starts that leave the base as it is. The others (pissa, olora, loftq ...) change the base that others share.
-_OWN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class AdapterFolder:
             ConfigError: no adapter, pickled weights, or a kind that cannot be switched on and off.
         """
         with refusals_of_the_system(f"The adapter '{self.folder}' cannot be read", "Check its permissions."):
-            self._require_files()
+            require_adapter_files(self.folder)
             try:
                 config: Any = PeftConfig.from_pretrained(str(self.folder))
             except (ValueError, KeyError, TypeError) as error:
@@ -93,18 +90,11 @@ class AdapterFolder:
         config.base_model_name_or_path = None  # answering.py says it where it is another one
         return config
 
-    def _require_files(self) -> None:
-        if (self.folder / CONFIG_FILE).is_file() and (self.folder / WEIGHTS_FILE).is_file():
-            return
-        pickled = (self.folder / "adapter_model.bin").is_file()
-        detail = " (adapter_model.bin is pickled and is not read)" if pickled else ""
-        raise ConfigError(f"'{self.folder}' holds no {CONFIG_FILE} with {WEIGHTS_FILE}{detail}.", _FINISH)
-
 
 def _unsupported(config: Any) -> str:
     """What keeps such an adapter from being one of several; "" where nothing does."""
     if not isinstance(config, LoraConfig):
         return f"peft_type {getattr(config, 'peft_type', None)}"
-    if config.init_lora_weights not in _OWN_STARTS:
+    if config.init_lora_weights not in OWN_STARTS:
         return f"init_lora_weights {config.init_lora_weights}, which changes the base"
     return next((kind for kind in _OTHER_KINDS if getattr(config, kind, None)), "")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from lowvram.data.tokens import Example
 
 
@@ -98,6 +100,11 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
     ids = [token for e in examples for token in e.input_ids]
     starts = accumulate(lengths[:-1], initial=0)
     return Batch(torch.tensor([ids], dtype=torch.int64), *_trained(examples, starts), lengths=lengths)
+
+
+def start_token(config: PretrainedConfig) -> int:
+    """What an encoder-decoder's decoder reads before its target: T5 takes its padding for that."""
+    return int(getattr(config, "decoder_start_token_id", None) or config.pad_token_id or 0)
 
 
 def collate_pairs(examples: Sequence[Example], pad_token_id: int, start_token_id: int) -> Batch:

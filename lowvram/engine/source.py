@@ -171,12 +171,7 @@ class ModelSource:
         with self._readable():
             files = list(local_shards(folder))
             if not files:
-                pickled = sorted(p.name for p in folder.glob("*.bin"))
-                detail = f" (only pickled weights: {pickled[0]})" if pickled else ""
-                raise ConfigError(
-                    f"'{folder}' has no *.safetensors file{detail}.",
-                    "Point --model at a folder with safetensors weights; lowvram never unpickles a model.",
-                )
+                raise no_safetensors(folder, "Point --model at a folder with safetensors weights")
             for file in files:
                 read_safetensors_header(file)
 
@@ -273,6 +268,15 @@ def local_shards(folder: Path) -> Iterator[Path]:
         if not file.is_file():
             raise ConfigError(f"'{index}' lists {name}, which is missing.", f"Download {name} again.")
         yield file
+
+
+def no_safetensors(folder: Path, remedy: str) -> ConfigError:
+    """The refusal of a folder without weights, or with pickled ones only."""
+    pickled = sorted(p.name for p in folder.glob("*.bin"))
+    detail = f" (only pickled weights: {pickled[0]})" if pickled else ""
+    return ConfigError(
+        f"'{folder}' has no *.safetensors file{detail}.", f"{remedy}; lowvram never unpickles a model."
+    )
 
 
 def read_safetensors_header(file: Path) -> dict[str, Any]:

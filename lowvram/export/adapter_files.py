@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowvram.engine.adapter_names import CONFIG_FILE, OWN_STARTS, WEIGHTS_FILE, require_adapter_files
 from lowvram.errors import ConfigError
 from lowvram.export.tensor_files import StoredTensor, tensors_of_file
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _COPY = "Restore it, for a run by removing its adapter folder and: lowvram resume RUN"
 _BY_PEFT = "Merge it with peft's merge_and_unload; this merge does not know it."
@@ -25,7 +25,6 @@ _KNOWN = {
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size"),
     *("runtime_config", "lora_bias", "ensure_weight_tying", "velora_config"),
 }
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base as well
 
 
 @dataclass
@@ -76,7 +75,7 @@ def read_adapter(folder: Path) -> Adapter:
             the merge does not know.
     """
     weights = folder / WEIGHTS_FILE
-    _require_files(folder)
+    require_adapter_files(folder)
     config = read_adapter_config(folder)
     _require_known(config)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors_of_file(weights).items()}
@@ -90,24 +89,13 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config, modules)
 
 
-def _require_files(folder: Path) -> None:
-    if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
-        return
-    pickled = (folder / "adapter_model.bin").is_file()
-    detail = " (adapter_model.bin is pickled and is not read)" if pickled else ""
-    raise ConfigError(
-        f"'{folder}' holds no {CONFIG_FILE} with {WEIGHTS_FILE}{detail}.",
-        "Give a finished run, or a folder that peft's save_pretrained wrote.",
-    )
-
-
 def _require_known(config: dict[str, Any]) -> None:
     odd = [f"{key} {value}" for key, value in config.items() if value and key not in _KNOWN]
     if config.get("peft_type") != "LORA":
         odd.append(f"peft_type {config.get('peft_type')}")
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         odd.append(f"bias {config['bias']}")
-    if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
+    if config.get("init_lora_weights", True) not in OWN_STARTS:
         odd.append(
             f"init_lora_weights {config['init_lora_weights']}, which changed the base it was trained on"
         )

@@ -6,7 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from lowvram.export.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from lowvram.engine.adapter_names import CONFIG_FILE, WEIGHTS_FILE
+from lowvram.export.adapter_files import read_adapter_config
 from lowvram.export.base_files import copy_tokenizer
 from lowvram.export.model_card import named
 from lowvram.frozen import write_atomically

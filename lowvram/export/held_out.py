@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lowvram.data.row_store import Examples
 from lowvram.data.tokens import Example
-from lowvram.engine.batch import Batch, collate, collate_pairs
+from lowvram.engine.batch import Batch, collate, collate_pairs, start_token
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DataError
 from lowvram.export.model_card import named
@@ -71,13 +71,8 @@ def _collated(source: ModelSource, examples: list[Example]) -> Batch:
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if source.config.is_encoder_decoder:
-        return collate_pairs(examples, pad, _start_token(source))
+        return collate_pairs(examples, pad, start_token(source.config))
     return collate(examples, pad)
-
-
-def _start_token(source: ModelSource) -> int:
-    """T5 takes its padding for that."""
-    return int(getattr(source.config, "decoder_start_token_id", None) or source.config.pad_token_id or 0)
 
 
 def _bundled(source: ModelSource, why: str) -> Rows:
@@ -89,7 +84,7 @@ def _bundled(source: ModelSource, why: str) -> Rows:
         what, why = f"{len(ids)} fixed token numbers", f"{why} and the base has no tokenizer"
     pairs = source.config.is_encoder_decoder
     example = Example(ids, bytes([1] * len(ids)), "bundled text", source_ids=ids if pairs else None)
-    batch = collate_pairs([example], 0, _start_token(source)) if pairs else collate([example], 0)
+    batch = collate_pairs([example], 0, start_token(source.config)) if pairs else collate([example], 0)
     return Rows(batch, what, why)
 
 

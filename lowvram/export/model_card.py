@@ -71,6 +71,11 @@ def model_card(contents: Contents, training: Training | None) -> str:
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
+def title_of(base_model: str, run: Path) -> str:
+    """Qwen2-7B-my-run."""
+    return f"{named(base_model).rpartition('/')[2]}-{run.resolve().name}"
+
+
 def adapter_settings(adapter: Path) -> tuple[tuple[str, str], ...]:
     """For a card without a run: what adapter_config.json says of how it was set up."""
     config = read_adapter_config(adapter)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from lowvram.engine.adapter_names import CONFIG_FILE, WEIGHTS_FILE
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
-from lowvram.export.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from lowvram.export.adapter_files import read_adapter_config
 from lowvram.file_hash import file_sha256
 from lowvram.training.run_folder import RunFolder
 
@@ -49,6 +51,12 @@ def base_of(adapter: Path) -> str:
     if not name:
         raise ConfigError(f"The adapter in {adapter} does not name its base model.", "Give it: --base PATH")
     return str(name)
+
+
+def tokenizer_of(adapter: Path | None, source: ModelSource) -> Any:
+    """The one saved with the adapter, which has the chat template of the training; else the base's."""
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return (ModelSource(str(adapter)) if own else source).tokenizer
 
 
 def source_of(run: Path, adapter: Path, base: str | None, command: str) -> ModelSource:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lowvram.engine.source import INDEX_FILE, local_shards, read_safetensors_header
+from lowvram.engine.source import INDEX_FILE, local_shards, no_safetensors, read_safetensors_header
 from lowvram.errors import ConfigError
 
 DTYPES = {
@@ -129,12 +129,7 @@ def tensors_of_folder(folder: Path) -> dict[str, StoredTensor]:
     for shard in local_shards(folder):
         found.update(tensors_of_file(shard))
     if not found:
-        pickled = sorted(p.name for p in folder.glob("*.bin"))
-        detail = f" (only pickled weights: {pickled[0]})" if pickled else ""
-        raise ConfigError(
-            f"'{folder}' has no *.safetensors file{detail}.",
-            "Give a base with safetensors weights: --base PATH; lowvram never unpickles a model.",
-        )
+        raise no_safetensors(folder, "Give a base with safetensors weights: --base PATH")
     missing = sorted(set(_listed(folder)) - set(found))
     if missing:
         raise ConfigError(

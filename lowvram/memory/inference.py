@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import bitsandbytes as bnb
 import torch
 
 from lowvram.engine.adapter_folder import AdapterFolder
@@ -18,13 +17,13 @@ from lowvram.engine.switching import add_layers, require_fitting
 from lowvram.engine.vocabulary import use_host
 from lowvram.memory.estimate import estimate_of
 from lowvram.memory.inference_estimate import InferenceEstimate
-from lowvram.memory.kernels import choose_kernels, cublas_bytes
+from lowvram.memory.kernels import cublas_bytes
 from lowvram.memory.layers import trace_repeating
 from lowvram.memory.load import base_of, record_loading
 from lowvram.memory.recorder import Recorder
 from lowvram.memory.run import TracedHost
 from lowvram.memory.trace import ALLOC_ROUNDING, Backend, Capability, Trace
-from lowvram.memory.weights import onto_meta, quantize_weight
+from lowvram.memory.weights import make_traceable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -116,11 +115,7 @@ def _meta_model(
         base.config.pad_token_id = None  # or GPT-2 would look for it among the ids
         prepare_for_decoding(base)
         model = add_layers(base, adapters)
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            quantize_weight(module)
-    onto_meta(model)
-    choose_kernels(model, backend, capability)
+    make_traceable(model, backend, capability)
     return model.eval()
 
 

@@ -27,16 +27,21 @@ def meta_model(
 
     Meta and not fake tensors: an operator costs about 30 us instead of 500.
     """
-    import bitsandbytes as bnb
-
     with torch.device("meta"):
         model = add_adapters(skeleton(config, step), step)
+    make_traceable(model, backend, capability)
+    return model.train()
+
+
+def make_traceable(model: nn.Module, backend: Backend, capability: Capability) -> None:
+    """Packed weights where layers quantise, all on the meta device, the kernels of `backend`."""
+    import bitsandbytes as bnb
+
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             quantize_weight(module)
     onto_meta(model)
     choose_kernels(model, backend, capability)
-    return model.train()
 
 
 def onto_meta(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from transformers import get_scheduler
 
 from lowvram import hardware
 from lowvram.engine.adapters import add_adapters, trainable
+from lowvram.engine.batch import start_token
 from lowvram.engine.model import load
 from lowvram.engine.optimizer import make_optimizer
 from lowvram.engine.source import ModelSource
@@ -45,7 +46,9 @@ def set_up(
     set_seed(plan.seed)
     tokenizer = source.tokenizer
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    data = training_data(plan, prepared, pad, _start_token(source))
+    data = training_data(
+        plan, prepared, pad, start_token(source.config) if source.config.is_encoder_decoder else None
+    )
     for note in evaluation_notes(plan, prepared):
         view.note(note)
     view.note(f"Loading {plan.model} in {plan.base_precision} on {accelerator.device}")
@@ -72,14 +75,6 @@ def set_up(
         plan.deciding,
         counts(prepared),
     )
-
-
-def _start_token(source: ModelSource) -> int | None:
-    """What an encoder-decoder's decoder reads before its target: T5 takes its padding for that."""
-    config = source.config
-    if not config.is_encoder_decoder:
-        return None
-    return int(getattr(config, "decoder_start_token_id", None) or config.pad_token_id or 0)
 
 
 def _accelerator(plan: Plan, folder: RunFolder, log_with: tuple[str, ...]) -> Accelerator:
