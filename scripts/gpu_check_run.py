@@ -94,8 +94,16 @@ def plan_job(model: str, card_gib: float, here: Hardware) -> Job:
 
 def run_job(job: Job, emit: Emit, device: str = "cuda") -> None:
     """The plan's step, its evaluation, its longest context, and one beyond that, on the emulated card."""
-    plan, monitor = job.plan, MemoryMonitor(device)
+    monitor = MemoryMonitor(device)
     monitor.start()
+    try:
+        _run_watched(job, monitor, emit, device)
+    finally:
+        monitor.stop()
+
+
+def _run_watched(job: Job, monitor: MemoryMonitor, emit: Emit, device: str) -> None:
+    plan = job.plan
     if device == "cuda" and not emulate(plan.device.total_bytes, plan.device.context_bytes):
         emit(job.row("plan").model_copy(update={"outcome": "not run: this GPU is smaller"}))
         return
@@ -207,6 +215,7 @@ def small_step(emit: Emit, keep: Path) -> Hardware:
     emit(_replayed(snapshot))
     write_atomically(keep, json.dumps(_without_frames(snapshot)))
     context = monitor.context_bytes
+    monitor.stop()
     emit(Row(check="context", assumed_bytes=machine.DEFAULT_CONTEXT_BYTES, measured_bytes=context))
     return with_experience(machine.probe(), Experience(context_bytes=context))
 
