@@ -37,13 +37,14 @@ HERE = Path(__file__).parent
 MODELS = ("qwen2-7b", "llama-8b", "13b", "30b")  # by size
 CARDS = (8.0, 12.0, 16.0, 24.0)
 REFERENCES = ((8.0, "qwen2-7b"), (8.0, "llama-8b"), (12.0, "13b"), (24.0, "30b"))  # what users ask for first
-PARTS = ("micro", "levers", "recovery", "tiles", "cards")
+PARTS = ("micro", "levers", "recovery", "tiles", "answers", "cards")
 TOLERANCE = 0.01
 _STAGES = {  # seconds at most
     "micro": ("kernels", 120.0),
     "levers": ("levers", 90.0),
     "recovery": ("out of memory", 90.0),
     "tiles": ("a long step", 90.0),
+    "answers": ("a chat and a batch", 60.0),
 }
 _WRONG = ("differs", "failed")
 _JUDGED = ("parity", "recovery")

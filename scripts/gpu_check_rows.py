@@ -38,8 +38,8 @@ class Row(Frozen):
 
     `check` is context, cublas, gemm_4bit, attention, dropout (assumed against measured bytes), snapshot and
     replay (a small step), parity (a lever's loss and gradients), recovery (a run on too little memory; a
-    resumed one's paged state), tiles (a long step with every lever), or
-    plan, largest, beyond, refused, stopped (a model on an emulated card).
+    resumed one's paged state), tiles (a long step with every lever), answers (a chat and a batch at their
+    longest), or plan, largest, beyond, refused, stopped (a model on an emulated card).
     """
 
     check: str

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_check_answers import answer_rows
 from gpu_check_levers import parity_checks
 from gpu_check_micro import micro_checks
 from gpu_check_model import config_of
@@ -49,7 +50,7 @@ from lowvram.units import GiB, format_bytes
 Emit = Callable[[Row], None]
 _STEPS = 3  # the first makes the optimizer's state and loads kernels; the others are timed
 _BEYOND = 1.05
-STAGES = ("small", "micro", "levers", "recovery", "tiles", "plan", "card", "self-check")
+STAGES = ("small", "micro", "levers", "recovery", "tiles", "answers", "plan", "card", "self-check")
 
 
 class Job(Frozen):
@@ -266,6 +267,8 @@ def main() -> None:
         recovery_checks(emit, "cuda")
     elif given.stage == "tiles":
         tiled_rows(emit, "qwen2-7b/4", "cuda", LONG_STEP)
+    elif given.stage == "answers":
+        answer_rows(emit, "cuda")
     elif given.stage == "plan":
         here = Hardware.model_validate_json(given.hardware.read_bytes())
         try:

@@ -175,6 +175,8 @@ elif stage == "levers":
     emit(check="parity", outcome=OUTCOME)
 elif stage == "tiles":
     emit(check="tiles", phase="all", measured_reserved_bytes=7)
+elif stage == "answers":
+    emit(check="answers", phase="all", measured_reserved_bytes=9)
 elif stage == "plan":
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     if given["--model"] == "13b":
@@ -207,6 +209,7 @@ def test_the_whole_check_goes_on_past_what_fails(
         ("stopped", "", "stopped"),
         ("parity", "", outcome),
         ("tiles", "", "ran"),
+        ("answers", "", "ran"),
         ("plan", "qwen2-7b", "ran"),
         ("plan", "llama-8b", "ran"),
         ("stopped", "llama-8b", "stopped"),

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import gpu_check_answers  # noqa: E402
 import gpu_check_levers as levers  # noqa: E402
 import gpu_check_step  # noqa: E402
 from gpu_check_rows import Row  # noqa: E402
@@ -104,6 +105,19 @@ def test_what_comes_back_wrong_from_the_host_is_seen(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Shelf, "get", lambda shelf, key, *soon: get(shelf, key, *soon) + (key == 3))
     levers._shelf(rows.append, CPU)
     assert [(row.outcome, row.gradient_error) for row in rows] == [("ran", 0.0), ("differs", 1 / 24)]
+
+
+def test_a_chat_and_a_batch_really_answer() -> None:
+    """The path of the GPU's rows, on the CPU, which has no counters."""
+    chat = gpu_check_answers.CHAT.model_copy(update={"compute_dtype": "fp32", "context": 64})
+    batch = chat.model_copy(update={"batch": 3})
+    rows: list[Row] = []
+    gpu_check_answers.answer_rows(rows.append, "cpu", (("tiny", chat), ("tiny", batch)))
+    assert [(row.check, row.seq_len, row.micro_batch, row.outcome) for row in rows] == [
+        ("answers", 64, 1, "ran"),
+        ("answers", 64, 3, "ran"),
+    ]
+    assert all(row.tokens_per_second and row.predicted_reserved_bytes for row in rows)
 
 
 def test_a_long_step_is_told_for_each_head() -> None:
