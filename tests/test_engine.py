@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     Gemma2Config,
@@ -307,6 +309,17 @@ def test_weights_that_are_missing_or_of_another_shape_are_refused(
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ConfigError, match="weights of"):
         load(ModelSource(str(tmp_path)), _step(), "cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has mapped")
+def test_a_quantised_base_lets_go_of_its_files(smollm: Path) -> None:
+    """SmolLM2's file has 269 MB, of which only the embedding's 57 and the norms are still needed."""
+    step = StepConfig(base_precision="nf4", compute_dtype="bf16")
+    model: Any = load(ModelSource(str(smollm)), step, "cpu")
+    assert str((smollm / "model.safetensors").resolve()) not in Path("/proc/self/maps").read_text()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with safe_open(smollm / "model.safetensors", "pt") as file:
+        assert torch.equal(model.lm_head.weight, file.get_tensor("model.embed_tokens.weight").bfloat16())
 
 
 def test_skeleton_has_the_loaded_model_s_parameters(smollm: Path) -> None:

@@ -158,6 +158,8 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
     _require_all_weights(source, report)
     model.set_attn_implementation(attention_for(model))
     model.config.use_cache = False
+    if step.base_precision in QUANTIZED:
+        _leave_files(model)
     # transformers loads to one device (its split over several adds hooks to every module), so embedding and
     # head are there in 16 bits first, at the end of loading, when the step's activations are not
     place_vocabulary(model, step, Host(torch.device(device)))
@@ -165,6 +167,16 @@ def load(source: ModelSource, step: StepConfig, device: str) -> PreTrainedModel:
         apply_liger(model)
     keep_nf4_layout(model)
     return model
+
+
+def _leave_files(model: nn.Module) -> None:
+    """Copy what still lies in a mapped weights file: one norm that does keeps the whole file in memory.
+
+    SmolLM2-135M in 4 bits on a CPU: 257 MB of its file for 57 MB of embedding and norms.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def _require_all_weights(source: ModelSource, report: dict[str, Any]) -> None:
