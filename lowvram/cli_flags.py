@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub id, such as Qwen/Qwen2-7B.")]
+_TASKS = "Task type: SEQ2SEQ_LM for T5-type models, CAUSAL_LM for all others."
+Model = Annotated[
+    str, typer.Option("--model", "-m", help=f"Folder or hub id, such as Qwen/Qwen2-7B. {_TASKS}")
+]
 Models = Annotated[
-    list[str], typer.Option("--model", "-m", help="Folder or hub id; up to four are compared.")
+    list[str], typer.Option("--model", "-m", help=f"Folder or hub id; up to four are compared. {_TASKS}")
 ]
 Data = Annotated[
     str, typer.Option("--data", "-d", help="JSONL, JSON, CSV, parquet, or a data set's id or folder.")
@@ -99,7 +102,9 @@ ProfileName = Annotated[
 Seed = Annotated[int, typer.Option(help="Of the data order, dropout and adapter.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the data.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Peak learning rate (weight_decay, 0, is in the plan's file).")
+]
 KeepCheckpoints = Annotated[
     int | None, typer.Option(help="Newest checkpoints that stay, beside the best one's (default: 2).")
 ]

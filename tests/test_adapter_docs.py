@@ -66,6 +66,15 @@ def test_help_says_the_default(command: str, flag: str) -> None:
     assert f"(default: {'the profile' if said == 'profile' else said}" in option.help
 
 
+@pytest.mark.parametrize("command", ["plan", "auto"])
+def test_help_names_the_settings_without_a_flag(command: str) -> None:
+    """What the model or the plan's file decides: the task type, and the weight decay."""
+    said = " ".join(option.help or "" for option in _options(command).values())
+    unflagged = [row[0] for row in ROWS if not row[1].startswith("--")]
+    assert unflagged == ["task_type", "weight_decay"]
+    assert all(word in said for word in ("CAUSAL_LM", "SEQ2SEQ_LM", "weight_decay"))
+
+
 def test_named_sets_are_the_code_s() -> None:
     sets = {row[0]: tuple(row[1].split(", ")) for row in _rows("| set |")}
     assert sets.pop("all-linear") == ("every linear layer but the head",)

@@ -65,7 +65,8 @@ def with_adapter(step: StepConfig, rank: int, profile: Profile, wishes: Wishes) 
 
     Up to the profile's rank the update is scaled by alpha/r, as in its reference. Above it alpha/r would
     shrink it; rsLoRA's alpha/sqrt(r) (arXiv 2312.03732) goes on from the same scaling at the profile's rank,
-    so that its learning rate holds. LoRA-GA and LoRA-One are scaled as in their papers.
+    so that its learning rate holds. Asked for, it is peft's: the same alpha over sqrt(r), a stronger update.
+    LoRA-GA and LoRA-One are scaled as in their papers.
     """
     if scales_as_in_paper(wishes):
         papers = {"rank": rank, "use_rslora": True, "alpha": wishes.alpha or PAPERS_ALPHA}
@@ -74,7 +75,7 @@ def with_adapter(step: StepConfig, rank: int, profile: Profile, wishes: Wishes) 
     by_rule = {"never": False, "always": True, "above_rank": above}[profile.use_rslora]
     use_rslora = by_rule if wishes.rslora is None else wishes.rslora
     alpha = profile.alpha
-    if use_rslora and profile.use_rslora != "always":
+    if use_rslora and wishes.rslora is None and profile.use_rslora == "above_rank":
         alpha = round(profile.alpha / math.sqrt(profile.rank), 2)
     changes = {"rank": rank, "use_rslora": use_rslora, "alpha": wishes.alpha or alpha}
     return step.model_copy(update=changes)

@@ -10,6 +10,9 @@ from lowvram.engine.shape import ModelShape
 from lowvram.planner.wishes import Wishes
 
 PAPERS_ALPHA = 16.0  # with alpha/sqrt(r), in LoRA-GA's and LoRA-One's own runs
+# Of the learning rate: at 1e-3, where LoRA ends at 1.03, LoRA-GA ends at 1.33, and at 1e-4 at 0.93 (held-out
+# loss after 20 steps, benchmarks/adapters.csv). EVA and LoRA-One are at their best at LoRA's rate or above.
+RATE_FACTORS: dict[AdapterInit, float] = {"lora_ga": 0.1}
 _GRADIENT_TIME = 2.0  # of a micro-batch of a step: the weights' gradients, in float32
 _INPUTS_TIME = 0.5  # a forward pass, and its inputs decomposed
 _WHY = {

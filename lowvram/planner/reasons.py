@@ -111,14 +111,14 @@ def _adapter(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
 def _alpha_of(step: StepConfig, profile: Profile, wishes: Wishes) -> str:
     if step.use_rslora and initialisation.scales_as_in_paper(wishes):
         return f"as in the paper of {step.init}"
-    if step.use_rslora and profile.use_rslora != "always":
+    if step.use_rslora and wishes.rslora is None and profile.use_rslora == "above_rank":
         return f"as strong as the profile's at its r={profile.rank}"
     return f"profile {profile.name}"
 
 
 def adapter_reasons(step: StepConfig, shape: ModelShape) -> Iterator[str]:
     """Of each way in which the adapter is not plain LoRA; and why it is, where it is."""
-    others = step.use_dora, step.freeze_a, step.lora_plus_ratio != 1, step.init != "default"
+    others = step.use_rslora, step.use_dora, step.freeze_a, step.lora_plus_ratio != 1, step.init != "default"
     if not (step.inference_mode or any(others)):
         yield "plain LoRA: of the other ways that were compared none kept a lead (README)"
     if step.inference_mode:
@@ -200,11 +200,14 @@ def _why_unpacked(step: StepConfig, search: Search) -> str:
 
 
 def _learning_rate(step: StepConfig, profile: Profile, wishes: Wishes) -> Iterator[str]:
-    whole = step.effective_batch
-    if wishes.learning_rate or whole == profile.effective_batch:
-        return
-    own = f"the profile's {profile.learning_rate:g} for {profile.effective_batch} examples"
-    yield f"learning rate: {own} times {batch_factor(profile, whole):.2g}, the root of the batch's ratio"
+    whole, why = step.effective_batch, []
+    if whole != profile.effective_batch:
+        why.append(f"times {batch_factor(profile, whole):.2g}, the root of the batch's ratio")
+    if factor := initialisation.RATE_FACTORS.get(step.init):
+        why.append(f"times {factor:g}, at which {step.init} learns best (README)")
+    if why and not wishes.learning_rate:
+        own = f"the profile's {profile.learning_rate:g} for {profile.effective_batch} examples"
+        yield f"learning rate: {own} {' '.join(why)}"
 
 
 def evaluation_reasons(step: StepConfig, wishes: Wishes, stats: DataStats | None) -> Iterator[str]:

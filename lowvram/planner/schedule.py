@@ -7,6 +7,7 @@ import math
 from lowvram.data.order import steps_per_epoch
 from lowvram.data.stats import DataStats
 from lowvram.frozen import Frozen
+from lowvram.planner.initialisation import RATE_FACTORS
 from lowvram.planner.profiles import Profile
 from lowvram.planner.wishes import Wishes
 
@@ -35,9 +36,10 @@ def schedule_for(
 ) -> Schedule:
     """The whole run's."""
     factor = batch_factor(profile, effective_batch)
+    rate = profile.learning_rate * factor * RATE_FACTORS.get(wishes.init or "default", 1.0)
     steps = _total_steps(profile, wishes, stats, effective_batch, seq_len)
     return Schedule(
-        learning_rate=wishes.learning_rate or float(f"{profile.learning_rate * factor:.2g}"),
+        learning_rate=wishes.learning_rate or float(f"{rate:.2g}"),
         warmup_steps=_warmup_steps(profile, factor, steps),
         total_steps=steps,
         evaluate_every=max(1, steps // max(_EVALUATIONS, _EVALUATIONS_TO_STOP * (wishes.early_stop or 0))),
