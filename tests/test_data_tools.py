@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from lowvram.data.conversations import load_conversations
 from lowvram.data.tokens import tokenize
+from lowvram.errors import DataError
 from tests.chat_families import FAMILIES, tokenizer_of
 
 
@@ -63,3 +64,38 @@ def test_a_null_that_somebody_wrote_stays(tmp_path: Path) -> None:
     name = _jsonl(tmp_path / "a.jsonl", _row(_call("f", {"zip": None})))
     (call,) = load_conversations(name).conversations[0].messages[1].extra["tool_calls"]
     assert call["function"]["arguments"] == {"zip": None}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama31", "mistral_v3"])
+def test_openai_s_arguments_in_a_string_are_the_object(tmp_path: Path, smollm: Path, name: str) -> None:
+    """Else the template would write them as JSON once more, with the quotes escaped."""
+    asked = {"city": "Paris", "days": 2}
+    rows = [_row({"id": "call00001", **_call("f", a)}) for a in (asked, json.dumps(asked))]
+    for row in rows:
+        row["messages"][2]["tool_call_id"] = "call00001"
+    rows.append(json.loads(json.dumps(rows[0])))
+    rows[2]["messages"][1]["tool_calls"] = json.dumps(rows[0]["messages"][1]["tool_calls"])
+    data = load_conversations(_jsonl(tmp_path / "a.jsonl", *rows))
+    tokenizer = tokenizer_of(FAMILIES[name], smollm)
+    first, *others = tokenize(data.conversations, tokenizer)
+    assert '{"city": "Paris", "days": 2}' in tokenizer.decode(first.input_ids)
+    assert [(e.input_ids, e.trained) for e in others] == [(first.input_ids, first.trained)] * 2
+
+
+@pytest.mark.parametrize("arguments", ["Paris", "", '{"city": ', "[1]", "3"])
+def test_arguments_that_are_no_json_object_are_refused_with_their_place(
+    tmp_path: Path, arguments: str
+) -> None:
+    name = _jsonl(tmp_path / "a.jsonl", _row(_call("f", {}), _call("g", arguments)))
+    with pytest.raises(DataError, match="not a JSON object") as caught:
+        load_conversations(name)
+    place = "messages[1].tool_calls[1].function.arguments"
+    assert caught.value.message.startswith(f"{name}:1: {place} is a string")
+
+
+@pytest.mark.parametrize("calls", ["f()", {"name": "f"}, ["f"]])
+def test_calls_that_are_no_list_of_objects_are_refused(tmp_path: Path, calls: Any) -> None:
+    row = _row()
+    row["messages"][1]["tool_calls"] = calls
+    with pytest.raises(DataError, match=r":1: messages\[1\]\.tool_calls is "):
+        load_conversations(_jsonl(tmp_path / "a.jsonl", row))

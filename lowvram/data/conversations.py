@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from lowvram.data.shapes import KNOWN_SHAPES, SHAPES, Known, Reading, fields_of, has_turns, known_from
 from lowvram.data.sources import read_rows
+from lowvram.data.tool_calls import calls_of, objects_of
 from lowvram.errors import DataError
 from lowvram.frozen import Frozen
 
@@ -168,17 +169,7 @@ def _conversation(where: str, row: dict[str, Any], turns: list[Message]) -> Conv
 
 
 def _tools(where: str, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    tools = row.get("tools") or []
-    if isinstance(tools, str):  # how parquet files carry objects of varying fields
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise DataError(
-                f"{where}: 'tools' is a string, but not JSON.", "Write tools as a list."
-            ) from error
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: 'tools' is not a list of objects.", "Write tools as [{...}, {...}].")
-    return tuple(tools)
+    return tuple(objects_of(where, row["tools"], "'tools'")) if row.get("tools") else ()
 
 
 def turns_of(
@@ -209,6 +200,8 @@ def _message(where: str, turn: object, place: str, names: dict[str, str]) -> Mes
             f"Known roles: {', '.join(_ROLES)}.",
         )
     extra = {key: value for key, value in turn.items() if key not in (who, what) and value is not None}
+    if extra.get("tool_calls"):
+        extra["tool_calls"] = calls_of(where, extra["tool_calls"], f"{place}.tool_calls")
     content = _content(where, turn, what, place, role)
     return Message(role=role, content=content, extra=extra)
 
