@@ -63,16 +63,18 @@ SAID = st.one_of(TEXT, st.sampled_from(WORDS))
 
 @st.composite
 def conversations(draw: st.DrawFn, family: Family) -> Conversation:
-    """Of one to three exchanges, some with calls of tools."""
+    """Of one to three exchanges, some with calls of tools, behind a greeting, or with a turn of weight 0."""
     messages = []
     if family.system and draw(st.booleans()):
         messages.append(Message(role="system", content=draw(TEXT)))
     tools = TOOLS if family.tools and draw(st.booleans()) else ()
+    if family.opens and draw(st.booleans()):
+        messages.append(Message(role="assistant", content=draw(SAID), trained=draw(st.booleans())))
     for _ in range(draw(st.integers(1, 3))):
         messages.append(Message(role="user", content=draw(SAID)))
         if tools and draw(st.booleans()):
             messages += _called(draw, draw(st.integers(1, family.calls_at_once)))
-        messages.append(Message(role="assistant", content=draw(SAID)))
+        messages.append(Message(role="assistant", content=draw(SAID), trained=draw(st.booleans())))
     messages[-1] = Message(role="assistant", content=draw(SAID.filter(str.strip)))
     return Conversation(messages=tuple(messages), tools=tools, where="x:1")
 

@@ -59,7 +59,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, contr
     shown, escaped = controls.escape(conversation)
     template = Template(shown, tokenizer)
     full = template.text(len(shown.messages))
-    turns = [i for i, message in enumerate(shown.messages) if message.role == "assistant"]
+    turns = [i for i, message in enumerate(shown.messages) if message.role == "assistant" and message.trained]
     spans: list[Span] = []
     last = None
     for turn in turns:
