@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from lowvram.data.conversations import load_conversations
+from lowvram.data.prepared import prepare_rows
+from lowvram.data.prompting import prompt_ids
+from lowvram.data.shapes import Reading
 from lowvram.data.tokens import tokenize
 from lowvram.errors import DataError
 from tests.chat_families import FAMILIES, tokenizer_of
@@ -99,3 +104,60 @@ def test_calls_that_are_no_list_of_objects_are_refused(tmp_path: Path, calls: An
     row["messages"][1]["tool_calls"] = calls
     with pytest.raises(DataError, match=r":1: messages\[1\]\.tool_calls is "):
         load_conversations(_jsonl(tmp_path / "a.jsonl", row))
+
+
+FIRST_ONLY = """{%- for m in messages -%}<|im_start|>{{ m.role }}
+{{ m.content }}{{ m.tool_calls[0] | tojson if m.tool_calls else '' }}<|im_end|>
+{% endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}"""
+
+
+@pytest.mark.parametrize("content", ["", "Let me look."])
+@pytest.mark.parametrize(("name", "calls"), [("smollm2", 1), ("llama3", 2), ("gemma", 1), ("first only", 2)])
+def test_a_template_that_leaves_calls_out_is_refused(
+    tmp_path: Path, smollm: Path, name: str, calls: int, content: str
+) -> None:
+    """Else the model would learn to answer nothing, or to announce a call and make none."""
+    row = _row(*[_call("f", {"x": n}) for n in range(calls)])
+    row["messages"] = [row["messages"][0], {**row["messages"][1], "content": content}]
+    data = load_conversations(_jsonl(tmp_path / "a.jsonl", row))
+    tokenizer = copy(tokenizer_of(FAMILIES.get(name, FAMILIES["smollm2"]), smollm))
+    tokenizer.chat_template = FIRST_ONLY if name == "first only" else tokenizer.chat_template
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*no place for a tool call") as caught:
+        tokenize(data.conversations, tokenizer)
+    assert "--skip-bad" in caught.value.remedy
+
+
+def test_a_template_that_leaves_tools_out_is_refused(tmp_path: Path, smollm: Path) -> None:
+    row = {"question": "hi", "answer": "yo", "tools": [_tool("f", "zip")]}
+    (conversation,) = load_conversations(_jsonl(tmp_path / "a.jsonl", row)).conversations
+    assert tokenize([conversation], tokenizer_of(FAMILIES["qwen2"], smollm))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: .*no place for the tools of the row \(1\)"):
+        tokenize([conversation], tokenizer_of(FAMILIES["smollm2"], smollm))
+    with pytest.raises(DataError, match="knows no tools"):
+        tokenize([conversation], tokenizer_of(FAMILIES["none"], smollm))
+
+
+def test_a_template_that_adds_arguments_as_text_is_given_text(tmp_path: Path, smollm: Path) -> None:
+    """As DeepSeek's: '```json' + call['function']['arguments']."""
+    name = _jsonl(tmp_path / "a.jsonl", _row(_call("f", {"city": "Zürich"})))
+    tokenizer = copy(tokenizer_of(FAMILIES["smollm2"], smollm))
+    tokenizer.chat_template = FIRST_ONLY.replace(
+        "m.tool_calls[0] | tojson", "'CALL ' + m.tool_calls[0]['function']['arguments']"
+    )
+    (example,) = tokenize(load_conversations(name).conversations, tokenizer)
+    trained = [i for i, t in zip(example.input_ids, example.trained, strict=True) if t]
+    assert tokenizer.decode(trained) == 'CALL {"city": "Zürich"}<|im_end|>three<|im_end|>'
+    assert prompt_ids(load_conversations(name).conversations[0].messages[:3], tokenizer)
+
+
+def test_data_check_counts_rows_whose_calls_are_left_out(
+    tmp_path: Path, smollm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With SmolLM2's own template; it said 0 bad rows."""
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
+    called = [_row(_call("f", {"x": n}), tools=[_tool("f", "x")]) for n in range(3)]
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    name = _jsonl(tmp_path / "a.jsonl", *called, row)
+    store = prepare_rows(name, Reading(), AutoTokenizer.from_pretrained(smollm), keep_bad=True)
+    assert (len(store), len(store.bad_rows)) == (1, 3)

@@ -54,3 +54,17 @@ def _with_object(where: str, call: dict[str, Any], place: str) -> dict[str, Any]
             'Write the arguments as an object, {"city": "Paris"}; {} where there are none.',
         )
     return {**call, "arguments": arguments}
+
+
+def with_written_arguments(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same with each call's arguments as a string of JSON."""
+    return [_with_string(call) for call in calls]
+
+
+def _with_string(call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_string(call["function"])}
+    arguments = call.get("arguments")
+    if not isinstance(arguments, dict):
+        return call
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
