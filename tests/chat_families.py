@@ -38,6 +38,7 @@ class Family:
     system: bool = True
     tools: bool = False
     calls_at_once: int = 2
+    opens: bool = True  # whether the assistant may speak first
 
     @property
     def template(self) -> str | None:
@@ -59,8 +60,8 @@ def _p(text: str) -> Part:
     return text, "prompt", False
 
 
-def _a(text: str) -> Part:
-    return text, "answer", False
+def _kind(message: Any) -> Kind:
+    return "answer" if message.role == "assistant" and message.trained else "prompt"
 
 
 def _turns(c: Conversation) -> tuple[str | None, list[Any]]:
@@ -90,10 +91,9 @@ def smollm2(c: Conversation) -> list[Part]:
 def _chatml(turns: list[Any]) -> list[Part]:
     parts: list[Part] = [_p("\n")]
     for message in turns:
-        answered = message.role == "assistant"
-        parts += [_c("<|im_start|>"), _p(f"{message.role}\n")]
-        parts += [_a(message.content) if answered else _p(message.content)]
-        parts += [_c("<|im_end|>", "answer" if answered else "prompt"), _p("\n")]
+        kind = _kind(message)
+        parts += [_c("<|im_start|>"), _p(f"{message.role}\n"), (message.content, kind, False)]
+        parts += [_c("<|im_end|>", kind), _p("\n")]
     return parts
 
 
@@ -112,7 +112,9 @@ def qwen2(c: Conversation) -> list[Part]:
                 for n, a, _ in _calls(message)
             ]
             said = "\n".join(([message.content] if message.content or not calls else []) + calls)
-            parts += [_c("<|im_start|>"), _p("assistant\n"), _a(said), _c("<|im_end|>", "answer"), _p("\n")]
+            kind = _kind(message)
+            parts += [_c("<|im_start|>"), _p("assistant\n"), (said, kind, False), _c("<|im_end|>", kind)]
+            parts += [_p("\n")]
         elif message.role == "tool":
             if turns[at - 1].role != "tool":
                 parts += [_c("<|im_start|>"), _p("user")]
@@ -132,7 +134,7 @@ def _headed(role: str, text: str, kind: Kind = "prompt") -> list[Part]:
 def llama3(c: Conversation) -> list[Part]:
     parts = [_c("<|begin_of_text|>")]
     for m in c.messages:
-        parts += _headed(m.role, m.content.strip(), "answer" if m.role == "assistant" else "prompt")
+        parts += _headed(m.role, m.content.strip(), _kind(m))
     return parts
 
 
@@ -146,13 +148,13 @@ def llama31(c: Conversation) -> list[Part]:
             parts += _headed("ipython", _json(m.content))
         elif _calls(m):
             name, arguments, _ = _calls(m)[0]
-            parts += _headed("assistant", f'{{"name": "{name}", "parameters": {arguments}}}', "answer")
+            parts += _headed("assistant", f'{{"name": "{name}", "parameters": {arguments}}}', _kind(m))
         elif m.role == "user" and at == 0 and c.tools:
             listed = "".join(f"{_json(tool, 4)}\n\n" for tool in c.tools)
             said = f"Answer with a call of one of these functions:\n\n{listed}{m.content.strip()}"
             parts += _headed("user", said)
         else:
-            parts += _headed(m.role, m.content.strip(), "answer" if m.role == "assistant" else "prompt")
+            parts += _headed(m.role, m.content.strip(), _kind(m))
     return parts
 
 
@@ -164,7 +166,7 @@ def llama2(c: Conversation) -> list[Part]:
             head = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system is not None and at == 0 else ""
             parts += [_c("<s>"), _p(f"[INST] {head}{m.content.strip()} [/INST]")]
         else:
-            parts += [_a(f" {m.content.strip()} "), _c("</s>", "answer")]
+            parts += [(f" {m.content.strip()} ", _kind(m), False), _c("</s>", _kind(m))]
     return parts
 
 
@@ -176,7 +178,7 @@ def mistral_v1(c: Conversation) -> list[Part]:
             head = f"{system}\n\n" if system is not None and at == 0 else ""
             parts += [_p(f"[INST] {head}{m.content} [/INST]")]
         else:
-            parts += [_a(f" {m.content}"), _c("</s>", "answer")]
+            parts += [(f" {m.content}", _kind(m), False), _c("</s>", _kind(m))]
     return parts
 
 
@@ -195,9 +197,10 @@ def mistral_v3(c: Conversation) -> list[Part]:
             parts += [_c("[TOOL_RESULTS]"), _p(said), _c("[/TOOL_RESULTS]")]
         elif _calls(m):
             calls = [f'{{"name": "{n}", "arguments": {a}, "id": "{i}"}}' for n, a, i in _calls(m)]
-            parts += [_c("[TOOL_CALLS]", "answer"), _a(f" [{', '.join(calls)}]"), _c("</s>", "answer")]
+            said = f" [{', '.join(calls)}]"
+            parts += [_c("[TOOL_CALLS]", _kind(m)), (said, _kind(m), False), _c("</s>", _kind(m))]
         else:
-            parts += [_a(f" {m.content}"), _c("</s>", "answer")]
+            parts += [(f" {m.content}", _kind(m), False), _c("</s>", _kind(m))]
     return parts
 
 
@@ -205,7 +208,7 @@ def gemma(c: Conversation) -> list[Part]:
     parts = [_c("<bos>")]
     for m in c.messages:
         answered = m.role == "assistant"
-        kind: Kind = "answer" if answered else "prompt"
+        kind = _kind(m)
         parts += [_c("<start_of_turn>"), _p("model\n" if answered else "user\n")]
         parts += [(m.content.strip(), kind, False), _c("<end_of_turn>", kind), _p("\n")]
     return parts
@@ -214,13 +217,12 @@ def gemma(c: Conversation) -> list[Part]:
 def phi3(c: Conversation) -> list[Part]:
     """<|user|> and the others take the white space to their right, so the template's new lines go with them.
 
-    What the conversation itself has there stays: of a user's turn it cannot be told from the template's.
+    What the conversation itself has there stays only of a trained turn: else it cannot be told from theirs.
     """
     parts: list[Part] = []
     for m in c.messages:
-        answered = m.role == "assistant"
-        kind: Kind = "answer" if answered else "prompt"
-        said = m.content if answered else m.content.lstrip()
+        kind = _kind(m)
+        said = m.content if kind == "answer" else m.content.lstrip()
         parts += [_c(f"<|{m.role}|>"), (said, kind, False), _c("<|end|>", kind)]
     return parts
 
@@ -230,7 +232,8 @@ def no_template(c: Conversation) -> list[Part]:
     parts = [_c("<|endoftext|>")]
     for m in c.messages:
         parts += [_p(f"### {m.role.capitalize()}:\n")]
-        parts += [_a(m.content), _c("<|im_end|>", "answer")] if m.role == "assistant" else [_p(m.content)]
+        parts += [(m.content, _kind(m), False)]
+        parts += [_c("<|im_end|>", _kind(m))] if m.role == "assistant" else []
         parts += [_p("\n\n")]
     return parts
 
@@ -250,10 +253,10 @@ FAMILIES = {
         Family("qwen2", qwen2, None, "<|im_end|>", (), added=("<tool_call>", "</tool_call>"), tools=True),
         Family("llama3", llama3, "<|begin_of_text|>", "<|eot_id|>", _LLAMA3),
         Family("llama31", llama31, "<|begin_of_text|>", "<|eot_id|>", _LLAMA3, tools=True, calls_at_once=1),
-        Family("llama2", llama2, "<s>", "</s>", _LLAMA2, base="prepend"),
-        Family("mistral_v1", mistral_v1, "<s>", "</s>", _LLAMA2, base="prepend"),
+        Family("llama2", llama2, "<s>", "</s>", _LLAMA2, base="prepend", opens=False),
+        Family("mistral_v1", mistral_v1, "<s>", "</s>", _LLAMA2, base="prepend", opens=False),
         Family("mistral_v3", mistral_v3, "<s>", "</s>", _MISTRAL_V3, base="metaspace", tools=True),
-        Family("gemma", gemma, "<bos>", "<eos>", _GEMMA, base="metaspace", system=False),
+        Family("gemma", gemma, "<bos>", "<eos>", _GEMMA, base="metaspace", system=False, opens=False),
         Family("phi3", phi3, "<s>", "<|endoftext|>", _PHI3, base="prepend", swallowing=True),
     )
 }

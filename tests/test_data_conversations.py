@@ -124,6 +124,15 @@ def _answer(content: Any) -> dict[str, Any]:
     return {"messages": [MESSAGES[0], {"role": "assistant", "content": content}]}
 
 
+def _weighted(*weights: Any) -> dict[str, Any]:
+    """One exchange for each weight."""
+    turns = []
+    for number, weight in enumerate(weights):
+        turns += [{"role": "user", "content": f"q{number}"}]
+        turns += [{"role": "assistant", "content": f"a{number}", "weight": weight}]
+    return {"messages": turns}
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"question": "q", "answer": ""}, "the field 'answer' is empty"),
     ({"question": " \n", "answer": "a"}, "the field 'question' is empty"),
@@ -147,6 +156,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "p", "completion": [MESSAGES[0]]}, "the last turn is the user's"),
     ({"system": 3, "question": "q", "answer": "a"}, "the field 'system' is a int"),
     ({"prompt": "p", "chosen": "c", "rejected": "r"}, "its fields are prompt, chosen, rejected"),
+    ({"messages": [{"role": "system", "content": ""}]}, "nothing but an empty system turn"),
+    (_weighted(0, 0), "every assistant turn has the weight 0"),
+    (_weighted(1, 2), "messages[3] has the weight 2"),
+    (_weighted("0"), "messages[1] has the weight '0'"),
+    (_weighted(True), "messages[1] has the weight True"),
     ({}, "its fields are none"),
 ]
 
@@ -217,3 +231,25 @@ def test_a_conversation_is_either_turns_or_text() -> None:
         Conversation(where="x:1")
     with pytest.raises(ValidationError, match="either messages or text"):
         Conversation(messages=(Message(role="assistant", content="b"),), text="a", where="x:1")
+
+
+def test_a_weight_says_which_turns_are_trained(tmp_path: Path) -> None:
+    """What follows the last trained one is left out, and 1 is as if nothing was written."""
+    rows = [_weighted(0, 1, 0), _weighted(1, 1.0), _weighted(None, None)]
+    first, *others = load_conversations(_file(tmp_path, *rows)).conversations
+    assert [(m.content, m.trained) for m in first.messages] == [
+        ("q0", True),
+        ("a0", False),
+        ("q1", True),
+        ("a1", True),
+    ]
+    assert not any(m.extra for m in first.messages)
+    assert len({content_sha256(c) for c in others}) == 1
+    assert content_sha256(first) != content_sha256(others[0])
+
+
+@pytest.mark.parametrize("content", ["", None, []])
+def test_an_empty_system_turn_is_none(tmp_path: Path, content: Any) -> None:
+    rows = [{"messages": [{"role": "system", "content": content}, *MESSAGES]}, {"messages": MESSAGES}]
+    first, second = load_conversations(_file(tmp_path, *rows)).conversations
+    assert (_turns(first), content_sha256(first)) == (HI, content_sha256(second))

@@ -63,16 +63,18 @@ SAID = st.one_of(TEXT, st.sampled_from(WORDS))
 
 @st.composite
 def conversations(draw: st.DrawFn, family: Family) -> Conversation:
-    """Of one to three exchanges, some with calls of tools."""
+    """Of one to three exchanges, some with calls of tools, behind a greeting, or with a turn of weight 0."""
     messages = []
     if family.system and draw(st.booleans()):
         messages.append(Message(role="system", content=draw(TEXT)))
     tools = TOOLS if family.tools and draw(st.booleans()) else ()
+    if family.opens and draw(st.booleans()):
+        messages.append(Message(role="assistant", content=draw(SAID), trained=draw(st.booleans())))
     for _ in range(draw(st.integers(1, 3))):
         messages.append(Message(role="user", content=draw(SAID)))
         if tools and draw(st.booleans()):
             messages += _called(draw, draw(st.integers(1, family.calls_at_once)))
-        messages.append(Message(role="assistant", content=draw(SAID)))
+        messages.append(Message(role="assistant", content=draw(SAID), trained=draw(st.booleans())))
     messages[-1] = Message(role="assistant", content=draw(SAID.filter(str.strip)))
     return Conversation(messages=tuple(messages), tools=tools, where="x:1")
 
@@ -81,7 +83,7 @@ def _called(draw: st.DrawFn, n: int) -> list[Message]:
     ids = [f"call0000{number}" for number in range(n)]
     calls = [{"id": i, "function": {"name": "get_weather", "arguments": {"city": draw(SAID)}}} for i in ids]
     return [
-        Message(role="assistant", content="", extra={"tool_calls": calls}),
+        Message(role="assistant", content="", extra={"tool_calls": calls}, trained=draw(st.booleans())),
         *(Message(role="tool", content=draw(SAID), extra={"tool_call_id": i}) for i in ids),
     ]
 
@@ -236,6 +238,48 @@ def test_a_turn_that_is_rewritten_later_is_left_out_and_counted(smollm: Path) ->
     said = "m.content if loop.last else m.content.split('</think>')[-1]"
     tokenizer = _with_template(smollm, CHATML.replace("SAID", said) + PROMPT)
     assert _trained(tokenizer, _chat(*TWICE)) == ("<think>so</think>2<|im_end|>", 1)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.opens])
+@pytest.mark.parametrize("system", [True, False])
+def test_a_lone_answer_is_trained(smollm: Path, name: str, system: bool) -> None:
+    """By the tokens that it has behind a question; the oracles ask for a user's turn."""
+    tokenizer = tokenizer_of(FAMILIES[name], smollm)
+    turns = [("system", "be kind"), ("assistant", " hi <|im_end|> hi")][not system :]
+    (example,) = tokenize([_chat(*turns)], tokenizer)
+    (asked,) = tokenize([_chat(("user", "?"), turns[-1])], tokenizer)
+    ids = [[i for i, t in zip(e.input_ids, e.trained, strict=True) if t] for e in (example, asked)]
+    assert ids[0] == ids[1]
+    assert example.skipped_turns == 0
+
+
+def test_a_template_that_needs_a_question_is_given_one(smollm: Path) -> None:
+    """As Qwen3.5's, which refuses a conversation without a user's turn: so the system turn by itself."""
+    users = "messages | selectattr('role', 'eq', 'user') | list"
+    needs = f"{{% if not {users} %}}{{{{ raise_exception('no') }}}}{{% endif %}}"
+    tokenizer = _with_template(smollm, needs + CHATML.replace("SAID", "m.content") + PROMPT)
+    turns = (("system", "s"), ("assistant", "hello"), *TWICE[:2])
+    assert _trained(tokenizer, _chat(*turns)) == ("hello<|im_end|><think>hm</think>1<|im_end|>", 0)
+
+
+def test_an_opening_answer_that_cannot_be_shown_is_refused_or_counted(smollm: Path) -> None:
+    with pytest.raises(DataError, match=r"x:1: .*refuses this conversation .*roles must alternate"):
+        tokenize([_chat(("assistant", "hi"), *TWICE)], tokenizer_of(FAMILIES["gemma"], smollm))
+    hides = "m.content if not loop.first else ''"
+    tokenizer = _with_template(smollm, CHATML.replace("SAID", hides) + PROMPT)
+    assert _trained(tokenizer, _chat(("assistant", "hi"), *TWICE[:2])) == ("<think>hm</think>1<|im_end|>", 1)
+    with pytest.raises(DataError, match="does not show the last assistant turn"):
+        tokenize([_chat(("assistant", "hi"))], tokenizer)
+
+
+def test_an_answer_of_which_only_the_end_is_shown_is_refused(smollm: Path) -> None:
+    hides = "m.content if m.role == 'user' or loop.last else ''"
+    tokenizer = _with_template(smollm, CHATML.replace("SAID", hides) + PROMPT)
+    assert _trained(tokenizer, _chat(*TWICE)) == ("<think>so</think>2<|im_end|>", 1)
+    hides = "m.content if m.role == 'user' or loop.index > 2 else ''"
+    tokenizer = _with_template(smollm, CHATML.replace("SAID", hides) + PROMPT)
+    with pytest.raises(DataError, match=r"x:1: .* nothing of an assistant turn but its end"):
+        tokenize([_chat(*TWICE)], tokenizer)
 
 
 def test_an_end_token_at_once_behind_the_end_of_turn_is_trained_too(smollm: Path) -> None:

@@ -69,6 +69,16 @@ def test_what_teaches_no_answer_is_refused_with_its_place(text: str) -> None:
         tokenize_pairs([row], tokenizer())
 
 
+def test_a_pair_without_a_question_or_with_a_call_for_an_answer_is_refused() -> None:
+    with pytest.raises(DataError, match="d:1: nothing comes before the answer"):
+        tokenize_pairs([_conversation(("assistant", "red"))], tokenizer())
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    calling = Message(role="assistant", content="let me look", extra={"tool_calls": calls})
+    turns = (Message(role="user", content="red"), calling)
+    with pytest.raises(DataError, match="d:1: the last turn calls a tool"):
+        tokenize_pairs([Conversation(messages=turns, where="d:1")], tokenizer())
+
+
 def test_batches_are_transformers_own(t5: Path) -> None:
     """Decoder inputs as T5 shifts labels, every target position trained, padding masked on both sides."""
     made, model = AutoTokenizer.from_pretrained(t5), AutoModelForSeq2SeqLM.from_pretrained(t5)

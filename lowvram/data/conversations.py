@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from lowvram.data.shapes import KNOWN_SHAPES, SHAPES, Known, Reading, fields_of, has_turns, known_from
 from lowvram.data.sources import read_rows
+from lowvram.data.tool_calls import calls_of, objects_of
 from lowvram.errors import DataError
 from lowvram.frozen import Frozen
 
@@ -35,6 +36,7 @@ class Message(Frozen):
     role: Role
     content: str
     extra: dict[str, Any] = Field(default_factory=dict)
+    trained: bool = True  # false: OpenAI's "weight": 0, an assistant turn that is only shown
 
 
 class Conversation(Frozen):
@@ -54,7 +56,10 @@ class Conversation(Frozen):
 
 def content_sha256(conversation: Conversation) -> str:
     """Hex digest of what is trained on; where it came from does not count."""
-    turns = [{"role": m.role, "content": m.content, "extra": m.extra} for m in conversation.messages]
+    turns = [
+        {"role": m.role, "content": m.content, "extra": m.extra} | ({} if m.trained else {"trained": False})
+        for m in conversation.messages
+    ]
     content = {"messages": turns, "text": conversation.text, "tools": conversation.tools}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -164,21 +169,22 @@ def _conversation(where: str, row: dict[str, Any], turns: list[Message]) -> Conv
             f"{where}: the last turn is the {turns[-1].role}'s, so there is no answer to learn.",
             "End every conversation with an assistant turn, or remove the row.",
         )
-    return Conversation(messages=tuple(turns), where=where, tools=_tools(where, row))
+    return Conversation(messages=tuple(_up_to_trained(where, turns)), where=where, tools=_tools(where, row))
+
+
+def _up_to_trained(where: str, turns: list[Message]) -> list[Message]:
+    """Without what follows the last trained turn, for nothing is learned from it."""
+    trained = [n for n, turn in enumerate(turns) if turn.role == "assistant" and turn.trained]
+    if not trained:
+        raise DataError(
+            f"{where}: every assistant turn has the weight 0, so there is no answer to learn.",
+            'Give one of them "weight": 1, or remove the row.',
+        )
+    return turns[: trained[-1] + 1]
 
 
 def _tools(where: str, row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    tools = row.get("tools") or []
-    if isinstance(tools, str):  # how parquet files carry objects of varying fields
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise DataError(
-                f"{where}: 'tools' is a string, but not JSON.", "Write tools as a list."
-            ) from error
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: 'tools' is not a list of objects.", "Write tools as [{...}, {...}].")
-    return tuple(tools)
+    return tuple(objects_of(where, row["tools"], "'tools'")) if row.get("tools") else ()
 
 
 def turns_of(
@@ -186,17 +192,26 @@ def turns_of(
 ) -> list[Message]:
     """Each turn of a list in `field`, written as role/content, or as `names` calls them.
 
+    An empty system turn is none, like a row's empty field `system`.
+
     Raises:
         DataError: it is no list of turns.
     """
     turns = row[field]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: '{field}' is not a list of turns, or is empty.", KNOWN_SHAPES)
-    return [_message(where, turn, f"{field}[{index}]", names or {}) for index, turn in enumerate(turns)]
+    places = ((turn, f"{field}[{index}]") for index, turn in enumerate(turns))
+    found = [message for t, place in places if (message := _message(where, t, place, names or {}))]
+    if not found:
+        raise DataError(f"{where}: '{field}' holds nothing but an empty system turn.", "Add turns to it.")
+    return found
 
 
-def _message(where: str, turn: object, place: str, names: dict[str, str]) -> Message:
-    """One turn, written as role/content or as ShareGPT's from/value, or under the names that were given."""
+def _message(where: str, turn: object, place: str, names: dict[str, str]) -> Message | None:
+    """One turn, written as role/content or as ShareGPT's from/value, or under the names that were given.
+
+    None of an empty system turn.
+    """
     if not isinstance(turn, dict):
         raise DataError(f"{where}: {place} is a {type(turn).__name__}, not an object.", KNOWN_SHAPES)
     who, what = ("from", "value") if "from" in turn else ("role", "content")
@@ -209,16 +224,31 @@ def _message(where: str, turn: object, place: str, names: dict[str, str]) -> Mes
             f"Known roles: {', '.join(_ROLES)}.",
         )
     extra = {key: value for key, value in turn.items() if key not in (who, what) and value is not None}
+    if extra.get("tool_calls"):
+        extra["tool_calls"] = calls_of(where, extra["tool_calls"], f"{place}.tool_calls")
     content = _content(where, turn, what, place, role)
-    return Message(role=role, content=content, extra=extra)
+    if role == "system" and not content:
+        return None
+    trained = role != "assistant" or _is_trained(where, extra.pop("weight", 1), place)
+    return Message(role=role, content=content, extra=extra, trained=trained)
+
+
+def _is_trained(where: str, weight: Any, place: str) -> bool:
+    """By OpenAI's weight of an assistant turn; 1.0 is how parquet files may carry it."""
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(
+            f"{where}: {place} has the weight {weight!r}.",
+            "Write 1 for a turn that is trained, 0 for one that is only shown.",
+        )
+    return bool(weight)
 
 
 def _content(where: str, turn: dict[str, Any], field: str, place: str, role: Role) -> str:
-    """The turn's text. A turn that only calls tools has none, and a tool may return nothing."""
+    """The turn's text. A turn that only calls tools has none, nor one of an empty system text or result."""
     value = turn.get(field)
     if isinstance(value, list):
         value = _joined_parts(where, value, place)
-    may_be_empty = turn.get("tool_calls") or role == "tool"
+    may_be_empty = turn.get("tool_calls") or role in ("tool", "system")
     if may_be_empty and value in (None, ""):
         return ""
     return string_of(where, {f"{place}.{field}": value}, f"{place}.{field}")

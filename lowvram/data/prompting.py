@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from lowvram.data.conversations import Conversation, Message
 from lowvram.data.spelling import speller
-from lowvram.data.turns import Rendered, Template, render
+from lowvram.data.template import template_of
+from lowvram.data.turns import Rendered, render
 from lowvram.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def prompt_ids(
     spell = speller(tokenizer)
     conversation = Conversation(messages=tuple(messages), where=where)
     shown, mark = spell.controls.escape(conversation)
-    text = Template(shown, tokenizer).text(len(shown.messages), prompt=True)
+    template = template_of(shown, tokenizer)
+    text = template.text(template.messages, prompt=True)
     whole = Rendered(text, ((0, len(text)),), stopped=False, escaped=mark)
     ((ids, _),) = spell.spell([whole], [where])
     return ids

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from lowvram.data.conversations import Conversation
 from lowvram.data.spelling import Speller, speller
+from lowvram.data.template import template_of
 from lowvram.data.tokens import Example
-from lowvram.data.turns import Rendered, Template
+from lowvram.data.tool_use import require_shown
+from lowvram.data.turns import Rendered
 from lowvram.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,6 +59,11 @@ def _pair(
         raise DataError(
             f"{conversation.where}: nothing but the end token would be trained.", "Remove the row."
         )
+    if conversation.messages[-1].extra.get("tool_calls"):
+        raise DataError(
+            f"{conversation.where}: the last turn calls a tool, for which a target has no place.",
+            "Write the call into its text, remove the row, or use a decoder-only model.",
+        )
     shown, escaped = spell.controls.escape(conversation)
     texts = _source(shown, tokenizer), shown.messages[-1].content
     source, target = (Rendered(text, ((0, len(text)),), False, escaped) for text in texts)
@@ -65,10 +72,17 @@ def _pair(
 
 def _source(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str:
     before = conversation.messages[:-1]
+    if not before:
+        raise DataError(
+            f"{conversation.where}: nothing comes before the answer, so the encoder has nothing to read.",
+            "Put a question before it, or use a decoder-only model.",
+        )
     roles = [message.role for message in before]
     if not tokenizer.chat_template and not conversation.tools and roles in (["user"], ["system", "user"]):
         return "\n\n".join(message.content for message in before)
-    return Template(conversation, tokenizer).text(len(before), prompt=True)
+    template = template_of(conversation, tokenizer)
+    require_shown(template, template.text(template.messages))
+    return template.text(template.messages[:-1], prompt=True)
 
 
 def _example(where: str, source: list[int], target: list[int], eos: int) -> Example:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from lowvram.cache import data_folder
+from lowvram.data.arrow_rows import without_filled
 from lowvram.data.text_files import (
     COMPRESSED,
     Chunk,
@@ -64,7 +65,7 @@ class Table:
         """(row's number from 1, row) of one chunk."""
         columns = self.rows_of[chunk.start : chunk.start + chunk.size]
         for number, cells in enumerate(zip(*columns.values(), strict=True), start=chunk.number):
-            yield number, dict(zip(columns, cells, strict=True))
+            yield number, without_filled(dict(zip(columns, cells, strict=True)))
 
     def place(self, number: int) -> str:
         return f"{self.name}:row {number}"

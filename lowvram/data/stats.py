@@ -22,6 +22,7 @@ class DataStats(Frozen):
     reading: Reading = Field(Reading(), description="how to read it again the same way")
     unread_fields: tuple[str, ...] = Field((), description="of the first row, of which nothing is made")
     n_skipped: int = Field(0, ge=0, description="rows left out that cannot be used")
+    n_skipped_turns: int = Field(0, ge=0, description="assistant turns that the template rewrites: untrained")
     sha256: str = Field(description="of the content, whatever the file's name")
     template: str = Field(description="whose chat template rendered it")
     n_examples: int = Field(ge=1, description="examples trained on; held-out ones do not count")
@@ -88,6 +89,7 @@ def data_stats(train: Examples, held_out: Examples, reading: Reading, template: 
         reading=reading.model_copy(update={"shape": known.shape}),
         unread_fields=store.entry.unread,
         n_skipped=len(store.bad_rows) + (len(held_out.store.bad_rows) if own else 0),
+        n_skipped_turns=int(train.skipped_turns.sum()),
         sha256=store.sha256(),
         template=template,
         n_examples=len(train),

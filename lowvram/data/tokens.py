@@ -67,13 +67,13 @@ def tokenize(
         <|im_start|>user\\nhi<|im_end|>\\n<|im_start|>assistant\\n[hello<|im_end|>]
 
     A turn is left out (`skipped_turns`) if its template shows it differently once more turns follow, as
-    Qwen3 does by removing old thoughts. What a row says is text, also where it reads like a control token
-    (data/control.py). Plain text is trained whole. `progress(done, total)` counts
-    conversations.
+    Qwen3 does by removing old thoughts; one of weight 0 is shown and not trained. What a row says is text,
+    also where it reads like a control token (data/control.py). Plain text is trained whole.
+    `progress(done, total)` counts conversations.
 
     Raises:
-        DataError: the template refuses or hides a conversation, nothing in it would be trained, or the
-            tokenizer has no offsets or no end-of-text token.
+        DataError: the template refuses or hides a conversation or its tools, nothing in it would be trained,
+            or the tokenizer has no offsets or no end-of-text token.
     """
     examples: list[Example] = []
     for first in range(0, len(conversations), _BATCH):

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lowvram.data.control import Controls, unseen
-from lowvram.data.conversations import Conversation, Message
+from lowvram.data.conversations import Conversation
+from lowvram.data.template import Template, Turn, template_of
+from lowvram.data.tool_use import require_said, require_shown
 from lowvram.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_CHAT_TEMPLATE = (
-    "{% if tools %}{{ raise_exception('the default template knows no tools') }}{% endif %}"
-    "{% if bos_token %}{{ bos_token }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['tool_calls'] %}{{ raise_exception('the default template knows no tools') }}{% endif %}"
-    "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{{ '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
-
 Span = tuple[int, int]
+
+_QUESTION: Turn = {
+    "role": "user",
+    "content": "?",
+}  # of which only the length matters, and that goes out again
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,87 +44,81 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, contr
     A turn begins where the rendering of the turns before it, with the generation prompt, ends, and ends where
     the rendering of the turns up to it ends: exactly what the model is given, and has to write. Nothing is
     searched for by its words, which a user may have written too. Two renderings for a single turn, two for
-    each turn of several.
+    each turn of several, and three more for one that opens the conversation.
 
     Raises:
-        DataError: the template refuses the conversation, or does not show its last turn as an answer.
+        DataError: the template refuses the conversation, leaves tools out of it, or does not show its last
+            turn as an answer.
     """
     if conversation.text is not None:
         end, stopped = controls.end_of_turn(conversation.text, (0, len(conversation.text)))
         return Rendered(conversation.text, ((0, end),), stopped)
     shown, escaped = controls.escape(conversation)
-    template = Template(shown, tokenizer)
-    full = template.text(len(shown.messages))
-    turns = [i for i, message in enumerate(shown.messages) if message.role == "assistant"]
-    spans: list[Span] = []
-    last = None
-    for turn in turns:
-        last = _span(template, turn, full, controls)
-        if last is not None and last[0] < (spans[-1][1] if spans else 0):
-            last = None
-        spans += [last] if last is not None else []
-    if last is None or turns[-1] != len(shown.messages) - 1:
+    template = template_of(shown, tokenizer)
+    full = template.text(template.messages)
+    require_shown(template, full)
+    turns = [i for i, message in enumerate(shown.messages) if message.role == "assistant" and message.trained]
+    spans = _spans(template, turns, full, controls)
+    if spans[-1:] == [None] or turns[-1:] != [len(shown.messages) - 1]:
         raise DataError(
             f"{conversation.where}: the chat template does not show the last assistant turn as an answer.",
             "Use a model with another chat template, or train on the text shape.",
         )
-    ends = [controls.end_of_turn(full, span) for span in spans]
-    found = tuple((first, end) for (first, _), (end, _) in zip(spans, ends, strict=True))
-    return Rendered(full, found, ends[-1][1], escaped, len(turns) - len(spans))
+    found = [span for span in spans if span is not None]
+    ends = [controls.end_of_turn(full, span) for span in found]
+    trained = tuple((first, end) for (first, _), (end, _) in zip(found, ends, strict=True))
+    return Rendered(full, trained, ends[-1][1], escaped, len(turns) - len(found))
 
 
-class Template:
-    """Renders the first turns of one conversation."""
+def _spans(template: Template, turns: list[int], full: str, controls: Controls) -> list[Span | None]:
+    """Of each assistant turn, in order.
 
-    def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._tools = list(conversation.tools) or None
-        self.messages = [_as_dict(message) for message in conversation.messages]
-        self._where = conversation.where
-
-    def text(self, turns: int, *, prompt: bool = False, messages: list[dict[str, Any]] | None = None) -> str:
-        """Of the first `turns` messages, with the generation prompt if `prompt`.
-
-        Raises:
-            DataError: the template raised something.
-        """
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    (messages or self.messages)[:turns],
-                    tools=self._tools,
-                    chat_template=None if self._tokenizer.chat_template else DEFAULT_CHAT_TEMPLATE,
-                    add_generation_prompt=prompt,
-                    tokenize=False,
-                )
-            )
-        except Exception as error:  # a template is a program of the model's author: it raises what it likes
-            raise DataError(
-                f"{self._where}: the model's chat template refuses this conversation ({error}).",
-                "Change the row to turns that this model knows, or use another model.",
-            ) from error
-
-
-def _as_dict(message: Message) -> dict[str, Any]:
-    return {**message.extra, "role": message.role, "content": message.content}
+    Raises:
+        DataError: the last is refused, or one that says something would be trained as its end alone.
+    """
+    spans: list[Span | None] = []
+    behind = 0
+    for turn in turns:
+        span = _span(template, turn, full, controls)
+        if span is not None and span[0] < behind:
+            span = None
+        if span is not None:
+            require_said(template, turn, controls.only(full[slice(*span)]))
+            behind = span[1]
+        spans.append(span)
+    return spans
 
 
 def _span(template: Template, turn: int, full: str, controls: Controls) -> Span | None:
     """Characters of assistant turn `turn` in `full`; None if it is shown differently there."""
-    last = turn == len(template.messages) - 1
+    before, last = template.messages[:turn], turn == len(template.messages) - 1
+    opens = all(message["role"] == "system" for message in before)
     try:
-        prompt = template.text(turn, prompt=True)
-        through = full if last else template.text(turn + 1)
+        found = _span_behind(before, template, turn, full, controls) if before else None
     except DataError:
-        if last:
+        if last and not opens:
             raise
-        return None  # a template may refuse a conversation that stops, or starts, here
+        found = None  # a template may refuse a conversation that stops, or starts, here
+    if found is None and opens:
+        # transformers renders no empty conversation, and some templates none without a question
+        with suppress(DataError):
+            return _span_behind([*before, _QUESTION], template, turn, full, controls)
+    return found
+
+
+def _span_behind(
+    before: list[Turn], template: Template, turn: int, full: str, controls: Controls
+) -> Span | None:
+    """As `_span`, by the renderings of `before` with the generation prompt, and of the turn behind it."""
+    shown = [*before, template.messages[turn]]
+    prompt = template.text(before, prompt=True)
+    through = full if shown == template.messages else template.text(shown)
     if not through.startswith(prompt):
         return None
     own = through[len(prompt) :]
     if full.startswith(prompt):
         return _shown(own, full, len(prompt), controls)
-    at = _moved_to(template, turn, full, through)
+    at = _moved_to(template, turn, full, shown, through)
     return None if at is None else _shown(own, full, len(prompt) + at, controls)
 
 
@@ -148,20 +138,19 @@ def _shown(own: str, full: str, at: int, controls: Controls) -> Span | None:
     return (at, at + same) if controls.only(own[same:]) else None
 
 
-def _moved_to(template: Template, turn: int, full: str, through: str) -> int | None:
-    """By how many characters `turn` lies elsewhere in `full` than in the rendering that ends with it.
+def _moved_to(template: Template, turn: int, full: str, shown: list[Turn], through: str) -> int | None:
+    """By how many characters `turn` lies elsewhere in `full` than in `through`, the rendering of `shown`.
 
     Mistral's templates show tools and system prompt with the last user turn, wherever that is. The place is
     found by a mark put into the turn: both renderings must have it once, and without it be as before.
     """
-    mark = unseen(full, through)
-    messages = list(template.messages)
+    mark, messages = unseen(full, through), list(template.messages)
     marked = _marked(messages[turn], mark)
     if marked is None:
         return None
     messages[turn] = marked
     try:
-        both = template.text(len(messages), messages=messages), template.text(turn + 1, messages=messages)
+        both = template.text(messages), template.text([*shown[:-1], marked])
     except DataError:
         return None
     if any(text.count(mark) != 1 for text in both) or [t.replace(mark, "") for t in both] != [full, through]:
@@ -169,7 +158,7 @@ def _moved_to(template: Template, turn: int, full: str, through: str) -> int | N
     return both[0].index(mark) - both[1].index(mark)
 
 
-def _marked(message: dict[str, Any], mark: str) -> dict[str, Any] | None:
+def _marked(message: Turn, mark: str) -> Turn | None:
     """With the mark before the first letter of what it says, or of the function that it calls."""
     content, calls = message["content"], message.get("tool_calls")
     said = content.lstrip()

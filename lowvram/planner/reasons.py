@@ -66,6 +66,8 @@ def _data(stats: DataStats) -> str:
     said = f"data of the shape {stats.shape} ({how})"
     if stats.unread_fields:
         said += f", fields not read: {', '.join(stats.unread_fields)}"
+    if stats.n_skipped_turns:
+        said += f", {stats.n_skipped_turns:,} assistant turns untrained, which the chat template rewrites"
     return said + (f", {stats.n_skipped} rows skipped that cannot be used" if stats.n_skipped else "")
 
 
