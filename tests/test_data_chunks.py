@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowvram.data import text_files
+from lowvram.data.csv_files import CsvFile
 from lowvram.data.sources import content_key, opened, read_rows
 from lowvram.data.text_files import Chunk, TextFile
 from lowvram.errors import ConfigError, DataError
@@ -189,4 +190,4 @@ def test_a_chunk_past_the_header_is_not_the_header(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("\na,b\n1,2\na,b\n")
     assert _read(path) == [(3, {"a": "1", "b": "2"}), (4, {"a": "a", "b": "b"})]
-    assert list(TextFile(str(path), str(path), "csv").rows(Chunk(9, 4, 4))) == [(4, {"a": "a", "b": "b"})]
+    assert list(CsvFile(str(path), str(path), "csv").rows(Chunk(9, 4, 4))) == [(4, {"a": "a", "b": "b"})]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from lowvram.cache import data_folder
+from lowvram.data.csv_files import CsvFile
 from lowvram.data.text_files import (
     COMPRESSED,
     Chunk,
@@ -164,11 +165,11 @@ def opened(name: str, split: str | None = None) -> Iterator[Source]:
 def _file(name: str) -> Iterator[Source]:
     suffix, packed = plain_suffix(name), Path(name).suffix.lower()
     if suffix in _TEXT and packed not in COMPRESSED:
-        yield TextFile(name, name, kind_of(name, name, suffix))
+        yield _text_file(name, name, suffix)
     elif suffix in _TEXT:
         with _workplace() as folder:
             plain = _unpacked(name, packed, folder / f"plain{suffix}")
-            yield TextFile(name, plain, kind_of(plain, name, suffix))
+            yield _text_file(name, plain, suffix)
     elif suffix == ".parquet" and packed not in COMPRESSED:
         open_binary(name, name).close()
         with _workplace() as folder:
@@ -178,6 +179,11 @@ def _file(name: str) -> Iterator[Source]:
         raise DataError(f"{name}: is compressed.", f"Run: {unpack}, then give the unpacked file.")
     else:
         raise DataError(f"{name}: unknown extension '{suffix}'.", _FORMATS)
+
+
+def _text_file(name: str, path: str, suffix: str) -> TextFile:
+    kind = kind_of(path, name, suffix)
+    return (CsvFile if kind in ("csv", "tsv") else TextFile)(name, path, kind)
 
 
 @contextmanager
