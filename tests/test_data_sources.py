@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset
 
@@ -64,12 +66,50 @@ def test_csv_cells_stay_as_written_and_keep_the_line_where_the_row_starts(tmp_pa
 
 
 def test_parquet_rows(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     rows = [{"messages": [{"role": "user", "content": "hi"}]}, {"messages": []}]
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert _rows(str(path)) == [("a.parquet:row 1", rows[0]), ("a.parquet:row 2", rows[1])]
+
+
+@pytest.mark.parametrize(
+    "name", ["a[1].parquet", "b*.parquet", "c?.parquet", "d[1]*/a.parquet", "**/a.parquet"]
+)
+def test_a_name_is_no_pattern_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Beside each file lies the one that it would match as a pattern; the folder of the cache is one too."""
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache[1]*"))
+    for other in ("a1.parquet", "b2.parquet", "c3.parquet", "d1x/a.parquet", "a.parquet", name):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        Dataset.from_list([{"text": other}]).to_parquet(tmp_path / other)
+    assert [row["text"] for _, row in read_rows(str(tmp_path / name))] == [name]
+    rows = Dataset.from_list([{"text": "right"}])
+    Dataset.from_list([{"text": "wrong"}]).save_to_disk(tmp_path / "s1x")
+    rows.save_to_disk(tmp_path / "s[1]*")
+    assert [row for _, row in read_rows(str(tmp_path / "s[1]*"))] == [{"text": "right"}]
+
+
+def test_words_of_a_category_are_read_from_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array(["x", None, "y"]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": column}), path)
+    assert [row["text"] for _, row in read_rows(str(path))] == ["x", None, "y"]
+
+
+def test_parquet_brings_no_bars_but_ours(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Dataset.from_list([{"text": "x"}]).to_parquet(tmp_path / "a.parquet")
+    capfd.readouterr()
+    assert len(list(read_rows(str(tmp_path / "a.parquet")))) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_parquet_without_rows_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
+    error = _error(str(path))
+    assert (error.message, error.remedy) == (
+        f"{path}:1: the file has no rows.",
+        "Write one example a row, then try again.",
+    )
 
 
 def test_a_hub_id_is_loaded_with_its_config_and_the_train_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,11 @@ _FORMATS = (
     "Give a .jsonl, .json, .csv, .tsv or .parquet file (text also as .gz, .bz2 or .xz), a folder that "
     "datasets saved, or a Hugging Face dataset id such as owner/name."
 )
+_HUB_HELP = (
+    "If it is a file, check the path. If it is a hub dataset, check its name (owner/name, or "
+    "owner/name:config where it has several), its --split, your connection, and for a private one "
+    "`hf auth login`."
+)
 _CHUNK_ROWS = 500
 
 
@@ -109,8 +114,9 @@ def rows_of(source: Source) -> Iterator[tuple[int, Found]]:
         for number, row in source.rows(chunk):
             yield number, row
     if not number:
+        one = "a row" if isinstance(source, Table) else "a line"
         raise DataError(
-            f"{source.name}:1: the file has no rows.", "Write one example a line, then try again."
+            f"{source.name}:1: the file has no rows.", f"Write one example {one}, then try again."
         )
 
 
@@ -171,9 +177,8 @@ def _file(name: str) -> Iterator[Source]:
             plain = _unpacked(name, packed, folder / f"plain{suffix}")
             yield _text_file(name, plain, suffix)
     elif suffix == ".parquet" and packed not in COMPRESSED:
-        open_binary(name, name).close()
         with _workplace() as folder:
-            yield Table(name, _loaded(name, "parquet", data_files=name, cache_dir=str(folder)))
+            yield Table(name, _of_parquet(name, folder / "rows.arrow"))
     elif packed in _UNPACK:
         unpack = f"{_UNPACK[packed]} {shlex.quote(name)}"
         raise DataError(f"{name}: is compressed.", f"Run: {unpack}, then give the unpacked file.")
@@ -209,6 +214,29 @@ def _unpacked(name: str, packed: str, plain: Path) -> str:
             f"{name}: cannot be unpacked ({error}).", "Check that the file is whole: copy it again."
         ) from error
     return str(plain)
+
+
+def _of_parquet(name: str, plain: Path) -> Any:
+    """Unpacked here and not by load_dataset, for which a name such as a[1].parquet is a pattern of names."""
+    import pyarrow as pa
+    from datasets import Dataset
+    from pyarrow.parquet import ParquetFile
+
+    handle = open_binary(name, name)
+    try:
+        with (
+            handle,
+            ParquetFile(handle) as source,
+            plain.open("wb") as sink,
+            pa.ipc.new_stream(sink, source.schema_arrow) as writer,
+        ):
+            for batch in source.iter_batches(batch_size=_CHUNK_ROWS):
+                writer.write_batch(batch)
+        return Dataset.from_file(str(plain))
+    except Exception as error:  # pyarrow and datasets raise dozens of unrelated types
+        if getattr(error, "errno", None):  # the disk's refusal, not the file's fault
+            raise
+        raise _cannot_load(name, error, "Check that the file is a whole parquet file.") from error
 
 
 def _hub(name: str, split: str) -> Table:
@@ -247,25 +275,15 @@ def _from_disk(name: str, split: str | None) -> Any:
     return splits[wanted]
 
 
-def _loaded(name: str, *args: str, split: str = "train", **options: Any) -> Any:
+def _loaded(name: str, *args: str, split: str) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(*args, split=split, **options)
+        return load_dataset(*args, split=split)
     except Exception as error:  # the hub client and pyarrow raise dozens of unrelated types
-        raise _cannot_load(name, error, _how(options)) from error
+        raise _cannot_load(name, error, _HUB_HELP) from error
 
 
 def _cannot_load(name: str, error: Exception, remedy: str) -> DataError:
     reason = " ".join(str(error).split())
     return DataError(f"{name}: cannot be loaded ({type(error).__name__}: {reason}).", remedy)
-
-
-def _how(options: dict[str, Any]) -> str:
-    if options:
-        return "Check that the file is a whole parquet file."
-    return (
-        "If it is a file, check the path. If it is a hub dataset, check its name (owner/name, or "
-        "owner/name:config where it has several), its --split, your connection, and for a private one "
-        "`hf auth login`."
-    )
