@@ -240,6 +240,14 @@ def test_it_is_remembered_by_content_template_and_reading(
     assert len(calls) == 5
 
 
+def test_a_list_within_an_object_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "my rows.json"
+    path.write_text(json.dumps({"version": 1, "data": [{"question": "q", "answer": "a"}]}))
+    with pytest.raises(DataError, match=r"rows\.json:1: an object whose field 'data' is the list") as caught:
+        prepare_rows(str(path), Reading(), None)
+    assert caught.value.remedy.endswith(f"""jq '."data"' '{path}' > rows.json""")
+
+
 def test_bad_rows_are_not_remembered_under_another_name(
     words: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -11,8 +11,10 @@ import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset
 
-from lowvram.data.sources import read_rows
+from lowvram.data.sources import opened, read_rows, rows_of
 from lowvram.errors import DataError
+
+LONG = '{"a": ' + "1" * 5000 + "}"  # Python reads 4,300 digits
 
 
 def _write(tmp_path: Path, name: str, content: str | bytes) -> str:
@@ -193,6 +195,18 @@ def test_an_empty_file(tmp_path: Path, name: str, content: str) -> None:
         ("a.json", '[\n{"a": 1},\n7]', 3, "a int, not an object"),
         ("a.json", '[\n{"a": 1}\n', 3, "not JSON"),
         ("a.json", '[{"a": 1}]\n\n[{"a": 1}]', 3, "text after the array's closing ]"),
+        (
+            "a.jsonl",
+            f'{{"a": 1}}\n{{"a": {"1" * 5000}}}\n',
+            2,
+            "a number is too long. Exceeds the limit (4300 ",
+        ),
+        (
+            "a.json",
+            f'[\n{{"a": 1}},\n{{"a": {"1" * 5000}}}]',
+            3,
+            "integer string conversion: value has 5000 ",
+        ),
         ("a.csv", "x,y\n1,2\n1,2,3\n", 3, "3 cells where the header has 2"),
         ("a.csv", "x,y\n1,2\n\n1\n", 4, "1 cells where the header has 2"),
         ("a.csv", 'x,y\n1,2\n"1,2\n3,4\n', 3, "not CSV"),
@@ -205,6 +219,29 @@ def test_a_broken_row_is_reported_with_its_line(
     message = _error(path).message
     assert message.startswith(f"{path}:{line}: ")
     assert reason in message
+
+
+def test_a_number_too_long_is_one_bad_row_of_an_array(tmp_path: Path) -> None:
+    path = _write(tmp_path, "a.json", f'[{{"a": 1}},\n{LONG},\n{{"a": 3}}]')
+    with opened(path) as source:
+        (_, first), (line, bad), last = rows_of(source)
+    assert (first, line, last) == ({"a": 1}, 2, (3, {"a": 3}))
+    assert isinstance(bad, DataError)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("a.jsonl", '{\n"a": 1\n}', "Every line must be one whole JSON object"),
+        ("a.json", '{\n"a": 1\n}', "One object over many lines: put it into [ ]"),
+        ("a.json", '{\n"data": [\n{"a": 1}\n]}', "if it holds the list of examples, give only that"),
+        ("a.json", '[\n{"a": 1}\n{"a": 2}]', "Check for a missing quote, comma or bracket."),
+    ],
+)
+def test_what_to_mend_is_that_of_the_kind_of_file(
+    tmp_path: Path, name: str, content: str, remedy: str
+) -> None:
+    assert remedy in _error(_write(tmp_path, name, content)).remedy
 
 
 def test_a_long_broken_line_is_shown_by_its_start_only(tmp_path: Path) -> None:

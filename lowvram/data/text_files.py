@@ -14,6 +14,13 @@ from lowvram.errors import DataError
 CHUNK_BYTES = 1 << 19  # some hundred rows: their tokens are little memory, their start-up cost less
 BOM = b"\xef\xbb\xbf"
 
+_LINE_HELP = "Every line must be one whole JSON object; check for a missing quote, comma or bracket."
+_ARRAY_HELP = "Check for a missing quote, comma or bracket."
+_JSON_HELP = (
+    "A .json file is one list, [{...}, {...}], or one whole object a line; check for a missing quote, comma "
+    "or bracket. One object over many lines: put it into [ ]; if it holds the list of examples, give only that."
+)
+
 Found = dict[str, Any] | DataError  # a row, or why there is none
 
 
@@ -100,29 +107,30 @@ def _chunks_of_lines(file: TextFile) -> Iterator[Chunk]:
 
 
 def _json_lines(file: TextFile, chunk: Chunk) -> Iterator[tuple[int, Found]]:
+    remedy = _JSON_HELP if plain_suffix(file.name) == ".json" else _LINE_HELP
     for number, raw in enumerate(read_chunk(file, chunk).split(b"\n"), start=chunk.number):
         if raw.strip():
-            yield number, _json_line(file.place(number), raw)
+            yield number, _json_line(file.place(number), raw, remedy)
 
 
-def _json_line(place: str, raw: bytes) -> Found:
+def _json_line(place: str, raw: bytes, remedy: str) -> Found:
     line = decoded(place, raw)
     if isinstance(line, DataError):
         return line
     try:
         value = json.loads(line.rstrip("\r"))  # else an error at the end is one of the next line
     except (ValueError, RecursionError) as error:
-        return _not_json(place, error, line)
+        return _not_read(place, error, line, remedy)
     return _object(place, value, line)
 
 
-def _not_json(place: str, error: Exception, line: str) -> DataError:
-    reason = str(getattr(error, "msg", "nested too deeply"))
-    column = getattr(error, "colno", 1)
-    return DataError(
-        f"{place}: not JSON, column {column}: {reason}. The line starts: {_start(line)}",
-        "Every line must be one whole JSON object; check for a missing quote, comma or bracket.",
-    )
+def _not_read(place: str, error: Exception, text: str, remedy: str) -> DataError:
+    """What json said of a text; it takes a number of more than 4,300 digits for a wrong value."""
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+        reason = str(error).split(";")[0]  # then follows how a program raises the limit
+        return DataError(f"{place}: a number is too long. {reason}.", "Shorten it, or put it in quotes.")
+    reason, column = str(getattr(error, "msg", "nested too deeply")), getattr(error, "colno", 1)
+    return DataError(f"{place}: not JSON, column {column}: {reason}. The line starts: {_start(text)}", remedy)
 
 
 def _start(line: str) -> str:
@@ -194,20 +202,23 @@ class _Window:
         """Where the value that begins here ends in `text`."""
         while True:
             try:
-                return _DECODER.raw_decode(self.text, self.at)[1]
+                return _ENDS.raw_decode(self.text, self.at)[1]
             except json.JSONDecodeError as error:
                 if not (_may_be_cut(error) and self.grow()):
                     raise self.broken(error) from error
             except RecursionError as error:
-                raise _not_json(self.file.place(self.line), error, self.text[self.at :]) from error
+                raise _not_read(
+                    self.file.place(self.line), error, self.text[self.at :], _ARRAY_HELP
+                ) from error
 
     def broken(self, error: json.JSONDecodeError) -> DataError:
         line = self.line + self.text.count("\n", self.at, error.pos)
         shown = self.text[self.text.rfind("\n", 0, error.pos) + 1 :].split("\n", 1)[0]
-        return _not_json(self.file.place(line), error, shown)
+        return _not_read(self.file.place(line), error, shown, _ARRAY_HELP)
 
 
 _DECODER = json.JSONDecoder()
+_ENDS = json.JSONDecoder(parse_int=len)  # finds the end of any number, also of one too long to be read
 
 
 def _may_be_cut(error: json.JSONDecodeError) -> bool:
@@ -257,13 +268,22 @@ def _elements(window: _Window) -> Iterator[tuple[int, int, int]]:
         )
 
 
+def _element(place: str, text: str, at: int) -> tuple[Found, int]:
+    """The value that begins there, or what is wrong with it, and where it ends."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except ValueError as error:
+        return _not_read(place, error, text[at:], _ARRAY_HELP), _ENDS.raw_decode(text, at)[1]
+    return _object(place, value, text[at:end]), end
+
+
 def _json_array(file: TextFile, chunk: Chunk) -> Iterator[tuple[int, Found]]:
     text = read_chunk(file, chunk).decode("utf-8")
     at, counted, line = 0, 0, chunk.number
     while at < len(text):
         line, counted = line + text.count("\n", counted, at), at
-        value, end = _DECODER.raw_decode(text, at)
-        yield line, _object(file.place(line), value, text[at:end])
+        found, end = _element(file.place(line), text, at)
+        yield line, found
         at = _skip(text, _skip(text, end) + 1)
 
 
