@@ -209,6 +209,9 @@ def test_an_empty_file(tmp_path: Path, name: str, content: str) -> None:
         ),
         ("a.csv", "x,y\n1,2\n1,2,3\n", 3, "3 cells where the header has 2"),
         ("a.csv", "x,y\n1,2\n\n1\n", 4, "1 cells where the header has 2"),
+        ("a.csv", b"x,y\n1,2\n1,\xe9\n", 3, "not UTF-8 (byte 0xe9 at byte 3)"),
+        ("a.csv", b"x,\xe9\n1,2\n", 1, "not UTF-8 (byte 0xe9 at byte 3)"),
+        ("a.csv", "\nx,y,z,y\n1,2,3,4\n", 2, "columns 2 and 4 are both named 'y'"),
         ("a.csv", 'x,y\n1,2\n"1,2\n3,4\n', 3, "not CSV"),
     ],
 )
@@ -227,6 +230,23 @@ def test_a_number_too_long_is_one_bad_row_of_an_array(tmp_path: Path) -> None:
         (_, first), (line, bad), last = rows_of(source)
     assert (first, line, last) == ({"a": 1}, 2, (3, {"a": 3}))
     assert isinstance(bad, DataError)
+
+
+def test_what_cannot_be_decoded_is_one_bad_row_of_a_csv(tmp_path: Path) -> None:
+    """Also within a cell over lines; a quote that hides where its row ends is still the end of the file."""
+    content = b'x,y\n1,2\n1,"a\n\xe9""\n"\n3,\xe94\n5,6\n'
+    path = _write(tmp_path, "a.csv", content)
+    with opened(path) as source:
+        rows = list(rows_of(source))
+    assert [line for line, _ in rows] == [2, 3, 6, 7]
+    assert (rows[0][1], rows[3][1]) == ({"x": "1", "y": "2"}, {"x": "5", "y": "6"})
+    said = [str(bad) for _, bad in rows[1:3]]
+    assert said == [f"{path}:{line}: not UTF-8 (byte 0xe9 at byte {at})." for line, at in ((4, 1), (6, 3))]
+    assert "a.csv:8: not CSV" in _error(_write(tmp_path, "a.csv", content + b'"7" 7,8\n')).message
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    assert _rows(_write(tmp_path, "a.csv", "x,,\n1,,\n")) == [("a.csv:2", {"x": "1", "": ""})]
 
 
 @pytest.mark.parametrize(

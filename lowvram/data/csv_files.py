@@ -31,6 +31,7 @@ class _Records:
 
     def __init__(self, file: TextFile, handle: BinaryIO, number: int = 1) -> None:
         self.file, self.handle, self.number, self.bytes = file, handle, number, 0
+        self.undecoded: DataError | None = None  # of the record that is being read
         csv.field_size_limit(max(csv.field_size_limit(), _CELL_BYTES))
         delimiter = "\t" if file.kind == "tsv" else ","
         self.reader = csv.reader(self._lines(), strict=True, delimiter=delimiter)
@@ -39,15 +40,18 @@ class _Records:
         for count, raw in enumerate(self.handle):
             self.bytes += len(raw)
             line = decoded(self.file.place(self.number + count), raw)
-            if isinstance(line, DataError):
-                raise line
+            if isinstance(line, DataError):  # read on: quotes, commas and line ends are what they are
+                self.undecoded = self.undecoded or line
+                line = raw.decode("utf-8", "surrogateescape")
             yield line
 
-    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[str] | DataError]]:
+        """(line, cells or why they cannot be decoded) of each record."""
         first = number = self.number
         try:
             for cells in self.reader:
-                yield number, cells
+                yield number, self.undecoded or cells
+                self.undecoded = None
                 number = first + self.reader.line_num
         except csv.Error as error:
             place = self.file.place(number)
@@ -76,24 +80,35 @@ def _after_bom(handle: BinaryIO) -> int:
 
 
 def _header(file: TextFile) -> tuple[int, list[str]]:
+    """(line, names); raises DataError where they cannot be told apart."""
     with file.open() as handle:
         handle.seek(_after_bom(handle))
-        return next(((line, cells) for line, cells in _Records(file, handle) if cells), (1, []))
+        line, names = next(((line, cells) for line, cells in _Records(file, handle) if cells), (1, []))
+    if isinstance(names, DataError):
+        raise names
+    for at, name in enumerate(names):
+        if name and name in names[:at]:  # several without a name are what spreadsheets leave behind
+            raise DataError(
+                f"{file.place(line)}: columns {names.index(name) + 1} and {at + 1} are both named '{name}'.",
+                "Rename or remove one of them.",
+            )
+    return line, names
 
 
 def _csv_rows(file: TextFile, chunk: Chunk) -> Iterator[tuple[int, Found]]:
     """Every cell as it is written: type guessing would turn the answer 42 into 42.0, and NA into nothing."""
     header_line, header = _header(file)
     for number, cells in _Records(file, io.BytesIO(read_chunk(file, chunk)), chunk.number):
-        if not cells or number == header_line:
-            continue
-        if len(cells) != len(header):
-            yield (
-                number,
-                DataError(
-                    f"{file.place(number)}: {len(cells)} cells where the header has {len(header)}.",
-                    'Put quotes around a cell that holds a comma: "like, this".',
-                ),
-            )
-        else:
-            yield number, dict(zip(header, cells, strict=True))
+        if cells and number != header_line:
+            yield number, _row(file.place(number), header, cells)
+
+
+def _row(place: str, header: list[str], cells: list[str] | DataError) -> Found:
+    if isinstance(cells, DataError):
+        return cells
+    if len(cells) != len(header):
+        return DataError(
+            f"{place}: {len(cells)} cells where the header has {len(header)}.",
+            'Put quotes around a cell that holds a comma: "like, this".',
+        )
+    return dict(zip(header, cells, strict=True))

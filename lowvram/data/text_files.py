@@ -18,7 +18,8 @@ _LINE_HELP = "Every line must be one whole JSON object; check for a missing quot
 _ARRAY_HELP = "Check for a missing quote, comma or bracket."
 _JSON_HELP = (
     "A .json file is one list, [{...}, {...}], or one whole object a line; check for a missing quote, comma "
-    "or bracket. One object over many lines: put it into [ ]; if it holds the list of examples, give only that."
+    "or bracket. One object over many lines: put it into [ ]; if it holds the list of examples, give only "
+    "that."
 )
 
 Found = dict[str, Any] | DataError  # a row, or why there is none
