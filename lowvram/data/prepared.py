@@ -146,7 +146,7 @@ def _made(
 
 def _first_of(source: Source, reading: Reading, keeps: bool) -> tuple[Known, tuple[str, ...]]:
     """The shape, and the fields of the first row that has it which nobody reads."""
-    first_error: DataError | None = None
+    first_error, bad = None, 0
     for number, row in rows_of(source):
         try:
             if isinstance(row, DataError):
@@ -156,11 +156,11 @@ def _first_of(source: Source, reading: Reading, keeps: bool) -> tuple[Known, tup
             known.named_our_way(source.place(number), row)
             return known, known.unread(row)
         except DataError as error:
-            first_error = first_error or error
+            first_error, bad = first_error or error, bad + 1
             if not keeps:
                 raise
     assert first_error is not None  # a source without rows is refused
-    raise first_error
+    raise DataError(f"{first_error.message} In all {bad} of {bad} rows cannot be used.", first_error.remedy)
 
 
 def _refuse_wrapper(source: Source, number: int, row: dict[str, Any], reading: Reading) -> None:

@@ -1,4 +1,4 @@
-"""Row store: prepared rows on disk; numbers of each row in memory, tokens read when they are asked for."""
+"""Row store: prepared rows on disk, of which tokens and numbers are read when they are asked for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from lowvram.errors import DataError
 from lowvram.frozen import Frozen
 
 Numbers = npt.NDArray[np.int64]
-_SHA_BLOCK = 1 << 16
 
 
 class Entry(Frozen):
@@ -49,25 +48,32 @@ class RowStore:
         for source in self._maps:
             source.close()
 
-    @cached_property
+    @property
     def _is_bad(self) -> npt.NDArray[np.bool_]:
         is_bad: npt.NDArray[np.bool_] = ~self._table["problem"].is_null().to_numpy()
         return is_bad
 
     @cached_property
-    def _rows(self) -> Numbers:
+    def _rows(self) -> npt.NDArray[np.int32]:
         """Of each good row its place in the table."""
-        return np.flatnonzero(~self._is_bad)
+        return np.flatnonzero(~self._is_bad).astype(np.int32)
 
     @cached_property
-    def bad_rows(self) -> Numbers:
+    def bad_rows(self) -> npt.NDArray[np.int32]:
         """Of each bad row its place in the table."""
-        return np.flatnonzero(self._is_bad)
+        return np.flatnonzero(self._is_bad).astype(np.int32)
 
     def problems(self, at_most: int | None = None) -> Iterator[str]:
         """`FILE:LINE: what is wrong`, in order."""
         for row in self.bad_rows[:at_most]:
             yield self._table["problem"][int(row)].as_py()
+
+    def told_bad(self) -> str:
+        """The first bad row's problem and how many there are; "" without one."""
+        bad = len(self.bad_rows)
+        if not bad:
+            return ""
+        return f"{next(self.problems(1))} In all {bad} of {bad + len(self)} rows cannot be used."
 
     def require_good(self) -> None:
         """Raises: DataError, the first bad row's."""
@@ -82,42 +88,51 @@ class RowStore:
         values: Numbers = self._table[name].to_numpy()
         return values[self._rows]
 
-    @cached_property
+    @property
     def lengths(self) -> Numbers:
         """Tokens of each good row."""
         return self._column("n_tokens")
 
-    @cached_property
+    @property
     def n_trained(self) -> Numbers:
         """Trained tokens of each good row."""
         return self._column("n_trained")
 
-    @cached_property
+    @property
     def answer_starts(self) -> Numbers:
         """Tokens before the first trained one, of each good row."""
         return self._column("answer_start")
 
-    @cached_property
+    @property
     def skipped_turns(self) -> Numbers:
         """Earlier assistant turns of each good row that the template rewrites, so left untrained."""
         return self._column("skipped_turns")
 
-    @cached_property
+    @property
     def characters(self) -> Numbers:
         """Of each good row's texts."""
         return self._column("characters")
 
-    @cached_property
-    def digests(self) -> npt.NDArray[np.bytes_]:
-        """Of each good row's content, 32 bytes."""
-        parts = [b"".join(d for d in part.to_pylist() if d) for part in self._table["digest"].chunks]
-        return np.frombuffer(b"".join(parts), dtype="S32")
+    @property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """Of each good row's content 8 bytes as a number: two of a billion rows share one in 3 % of cases."""
+        found, at = np.empty(len(self), np.uint64), 0
+        for block in self._digest_blocks():
+            found[at : at + len(block)] = block[:, :8].copy().view(">u8")[:, 0]
+            at += len(block)
+        return found
+
+    def _digest_blocks(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The 32 bytes of each good row's digest, as a row of numbers."""
+        for part in self._table["digest"].chunks:
+            good = b"".join(part.drop_null().to_pylist())
+            yield np.frombuffer(good, np.uint8).reshape(-1, 32)
 
     def sha256(self) -> str:
         """Of the content of all good rows in their order, whatever the file's name or format."""
         digest = hashlib.sha256()
-        for start in range(0, len(self), _SHA_BLOCK):
-            digest.update(self.digests[start : start + _SHA_BLOCK].tobytes().hex().encode())
+        for block in self._digest_blocks():
+            digest.update(block.tobytes().hex().encode())
         return digest.hexdigest()
 
     def place(self, index: int) -> str:
