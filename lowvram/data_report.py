@@ -11,7 +11,7 @@ from lowvram.cache import data_folder
 from lowvram.data.prepared import folder_bytes, prepare_rows
 from lowvram.data.row_store import Examples, RowStore
 from lowvram.data.shapes import SHAPES, Reading
-from lowvram.data.split import n_different, split_store
+from lowvram.data.split import split_store
 from lowvram.data.stats import quantiles
 from lowvram.data.tokens import template_name
 from lowvram.data.work_force import Progress
@@ -78,7 +78,7 @@ def _of_rows(store: RowStore, train: Examples, held_out: Examples) -> dict[str, 
         "examples": len(store),
         "examples_trained": len(train),
         "held_out": len(held_out),
-        "duplicates": len(store) - n_different(store.digests),
+        "duplicates": len(store) - store.n_different(),
         "bad_rows": bad,
         "bad": list(store.problems(_LISTED)),
     }

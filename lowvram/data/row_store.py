@@ -19,7 +19,7 @@ from lowvram.data.tokens import Example, cut
 from lowvram.errors import DataError
 from lowvram.frozen import Frozen
 
-Numbers = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.signedinteger[Any]]  # of rows 4 bytes each: no source has 2 billion
 
 
 class Entry(Frozen):
@@ -54,12 +54,12 @@ class RowStore:
         return is_bad
 
     @cached_property
-    def _rows(self) -> npt.NDArray[np.int32]:
+    def _rows(self) -> Numbers:
         """Of each good row its place in the table."""
         return np.flatnonzero(~self._is_bad).astype(np.int32)
 
     @cached_property
-    def bad_rows(self) -> npt.NDArray[np.int32]:
+    def bad_rows(self) -> Numbers:
         """Of each bad row its place in the table."""
         return np.flatnonzero(self._is_bad).astype(np.int32)
 
@@ -86,7 +86,7 @@ class RowStore:
 
     def _column(self, name: str) -> Numbers:
         values: Numbers = self._table[name].to_numpy()
-        return values[self._rows]
+        return values[self._rows] if len(self.bad_rows) else values
 
     @property
     def lengths(self) -> Numbers:
@@ -121,6 +121,12 @@ class RowStore:
             found[at : at + len(block)] = block[:, :8].copy().view(">u8")[:, 0]
             at += len(block)
         return found
+
+    def n_different(self) -> int:
+        """How many of the good rows are no copy of another."""
+        ascending = self.digests
+        ascending.sort()
+        return min(len(self), 1) + int(np.count_nonzero(ascending[1:] != ascending[:-1]))
 
     def _digest_blocks(self) -> Iterator[npt.NDArray[np.uint8]]:
         """The 32 bytes of each good row's digest, as a row of numbers."""
@@ -162,7 +168,7 @@ class RowStore:
         return self._table[name].chunk(chunk)
 
     def select(self, indices: Sequence[int] | Numbers) -> Examples:
-        return Examples(self, np.asarray(indices, dtype=np.int64))
+        return Examples(self, np.asarray(indices, dtype=np.int32))
 
 
 class Examples(Sequence[Example]):

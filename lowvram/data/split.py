@@ -47,8 +47,7 @@ def split_held_out(
     Raises:
         DataError: fewer than two different examples.
     """
-    ascending = np.sort(digests)
-    if not len(digests) or ascending[0] == ascending[-1]:
+    if not len(digests) or (digests == digests[0]).all():
         which = f"{bad} The rest" if bad else f"{name}:1:"
         raise DataError(
             f"{which} needs at least 2 examples that differ, one of them to hold out; "
@@ -56,14 +55,8 @@ def split_held_out(
             "Mend the rows that cannot be used, or add examples." if bad else "Add examples.",
         )
     wanted = min(max(round(fraction * len(digests)), at_least), at_most, len(digests) - 1)
-    held = np.isin(digests, _choose(ascending, wanted, at_least))
+    held = np.isin(digests, _choose(np.sort(digests), wanted, at_least))
     return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-def n_different(digests: Digests) -> int:
-    """How many of the rows are no copy of another."""
-    ascending = np.sort(digests)
-    return min(len(digests), 1) + int(np.count_nonzero(ascending[1:] != ascending[:-1]))
 
 
 def _choose(ascending: Digests, wanted: int, at_least: int) -> list[Any]:
