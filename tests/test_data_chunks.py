@@ -157,9 +157,18 @@ def test_saved_data_sets_are_read_with_their_splits(tmp_path: Path) -> None:
     two = str(tmp_path / "two")
     assert [row["text"] for _, row in read_rows(two)] == ["a", "b"]
     assert [row["text"] for _, row in read_rows(two, "test")] == ["b"]
+    for split, texts in (("train[:50%]", "a"), ("train[1:]", "b"), ("test+train[:1]", "ba")):
+        assert "".join(row["text"] for _, row in read_rows(two, split)) == texts
+    assert [row["text"] for _, row in read_rows(one, "train[-1:]")] == ["b"]
+    with pytest.raises(DataError, match="no rows"):
+        list(read_rows(two, "train[5:]"))
+    DatasetDict(dev=rows).save_to_disk(tmp_path / "three")
+    with pytest.raises(DataError, match="has no split 'train'"):
+        list(read_rows(str(tmp_path / "three")))
     for name, split in ((one, "test"), (two, "dev")):
-        with pytest.raises(DataError, match=f"has no split '{split}'"):
+        with pytest.raises(DataError, match=f"has no split '{split}'") as caught:
             list(read_rows(name, split))
+        assert "--split train" in caught.value.remedy
 
 
 def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from lowvram.data.text_files import (
     plain_suffix,
     unreadable,
 )
-from lowvram.errors import ConfigError, DataError, refusals_of_the_system
+from lowvram.errors import ConfigError, DataError, first_line, refusals_of_the_system
 from lowvram.file_hash import file_sha256
 
 Row = tuple[str, dict[str, Any]]
@@ -263,16 +263,28 @@ def _from_disk(name: str, split: str | None) -> Any:
         found = load_from_disk(name)
     except Exception as error:  # pyarrow raises dozens of unrelated types
         raise _cannot_load(name, error, "Write it again with save_to_disk.") from error
-    splits: dict[str | None, Any] = dict(found) if isinstance(found, dict) else {None: found}
-    wanted = split or ("train" if "train" in splits else None)
-    if wanted not in splits:
+    if isinstance(found, dict):
+        return _part(name, dict(found), split or "train")
+    own = str(found.split or "train")
+    return _part(name, {own: found}, split or own)
+
+
+def _part(name: str, splits: dict[str, Any], wanted: str) -> Any:
+    """What `wanted` names of a saved data set, in the words of the hub: test, train[:10%], train+test."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    if wanted in splits:
+        return splits[wanted]
+    try:
+        rows_of_split = {split: len(rows) for split, rows in splits.items()}
+        parts = ReadInstruction.from_spec(wanted).to_absolute(rows_of_split)
+    except (ValueError, AssertionError) as error:  # no such split, or rows and percents that are none
         raise DataError(
-            f"{name}: has no split '{wanted or 'train'}'.",
-            f"Give --split {' or '.join(s for s in splits if s)}."
-            if None not in splits
-            else "Leave --split out.",
-        )
-    return splits[wanted]
+            f"{name}: has no split '{wanted}' ({first_line(error).rstrip('.')}).",
+            f"Give --split {' or '.join(splits)}, or a part of it such as '{next(iter(splits))}[:10%]'.",
+        ) from error
+    ranges = [(splits[part.splitname], range(part.from_, part.to)) for part in parts]
+    return concatenate_datasets([rows.select(kept or []) for rows, kept in ranges])
 
 
 def _loaded(name: str, *args: str, split: str) -> Any:
