@@ -34,11 +34,9 @@ class Report:
 
     def require_usable(self, reading: Reading) -> None:
         """Raises: DataError when rows cannot be used and nobody said to skip them."""
-        if self.facts["bad_rows"] and not reading.skip_bad:
-            raise DataError(
-                self.store.told_bad(),
-                "Mend or remove them, or leave them out: --skip-bad.",
-            )
+        bad = self.store.first_bad()
+        if bad and not reading.skip_bad:
+            raise DataError(bad.message, "Mend or remove them, or leave them out: --skip-bad.")
 
 
 def report_on(

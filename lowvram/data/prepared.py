@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram.cache import data_folder
 from lowvram.data.chunk_work import ChunkWork
-from lowvram.data.row_store import Entry, RowStore
+from lowvram.data.row_store import Entry, RowStore, in_all
 from lowvram.data.shapes import Known, Reading, find_shape, known_from
 from lowvram.data.sources import Source, Table, content_key, opened, rows_of
 from lowvram.data.spelling import require_fast
@@ -160,7 +160,7 @@ def _first_of(source: Source, reading: Reading, keeps: bool) -> tuple[Known, tup
             if not keeps:
                 raise
     assert first_error is not None  # a source without rows is refused
-    raise DataError(f"{first_error.message} In all {bad} of {bad} rows cannot be used.", first_error.remedy)
+    raise in_all(first_error, bad, bad)
 
 
 def _refuse_wrapper(source: Source, number: int, row: dict[str, Any], reading: Reading) -> None:

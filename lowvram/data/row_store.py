@@ -34,6 +34,12 @@ class Entry(Frozen):
     n_bad: int = 0
 
 
+def in_all(first: DataError, bad: int, rows: int) -> DataError:
+    """The first bad row's error, with the number of them."""
+    stop = "" if first.message.endswith(".") else "."
+    return DataError(f"{first.message}{stop} In all {bad} of {rows} rows cannot be used.", first.remedy)
+
+
 class RowStore:
     """The rows of one source, in order, good and bad; index `i` counts the good ones."""
 
@@ -68,18 +74,20 @@ class RowStore:
         for row in self.bad_rows[:at_most]:
             yield self._table["problem"][int(row)].as_py()
 
-    def told_bad(self) -> str:
-        """The first bad row's problem and how many there are; "" without one."""
-        bad = len(self.bad_rows)
-        if not bad:
-            return ""
-        return f"{next(self.problems(1))} In all {bad} of {bad + len(self)} rows cannot be used."
+    def first_bad(self) -> DataError | None:
+        """What is wrong with the first bad row, and how many there are."""
+        if not len(self.bad_rows):
+            return None
+        bad, error = len(self.bad_rows), self._error_of(int(self.bad_rows[0]))
+        return in_all(error, bad, bad + len(self))
+
+    def _error_of(self, row: int) -> DataError:
+        return DataError(self._table["problem"][row].as_py(), self._table["remedy"][row].as_py())
 
     def require_good(self) -> None:
         """Raises: DataError, the first bad row's."""
         if len(self.bad_rows):
-            row = int(self.bad_rows[0])
-            raise DataError(self._table["problem"][row].as_py(), self._table["remedy"][row].as_py())
+            raise self._error_of(int(self.bad_rows[0]))
 
     def __len__(self) -> int:
         return len(self._rows)

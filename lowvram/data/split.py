@@ -20,7 +20,7 @@ def split_store(store: RowStore, fraction: float = 0.05) -> tuple[Examples, Exam
     Raises:
         DataError: fewer than two different examples; where others cannot be used, the first of those.
     """
-    sides = split_held_out(store.digests, fraction, store.entry.name, bad=store.told_bad())
+    sides = split_held_out(store.digests, fraction, store.entry.name, bad=store.first_bad())
     return store.select(sides[0]), store.select(sides[1])
 
 
@@ -31,7 +31,7 @@ def split_held_out(
     *,
     at_most: int = 64,
     at_least: int = 1,
-    bad: str = "",
+    bad: DataError | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Indices to train on and indices held out, each ascending.
 
@@ -42,17 +42,17 @@ def split_held_out(
     Args:
         digests: of each row's content.
         name: of the source, for the refusal.
-        bad: what is said of rows that cannot be used, for the refusal.
+        bad: about rows that cannot be used, for the refusal.
 
     Raises:
         DataError: fewer than two different examples.
     """
     if not len(digests) or (digests == digests[0]).all():
-        which = f"{bad} The rest" if bad else f"{name}:1:"
+        which = f"{bad.message} The rest" if bad else f"{name}:1:"
         raise DataError(
             f"{which} needs at least 2 examples that differ, one of them to hold out; "
             f"has {len(digests)} rows, {min(len(digests), 1)} different.",
-            "Mend the rows that cannot be used, or add examples." if bad else "Add examples.",
+            bad.remedy if bad else "Add examples.",
         )
     wanted = min(max(round(fraction * len(digests)), at_least), at_most, len(digests) - 1)
     held = np.isin(digests, _choose(np.sort(digests), wanted, at_least))

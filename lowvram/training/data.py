@@ -68,8 +68,9 @@ def prepare(
 
 
 def _all_of(store: RowStore) -> Examples:
-    if not len(store):
-        raise DataError(store.told_bad(), "Mend rows, or give other data.")
+    bad = store.first_bad()
+    if bad and not len(store):
+        raise bad
     return store.select(range(len(store)))
 
 
