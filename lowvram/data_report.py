@@ -11,7 +11,7 @@ from lowvram.cache import data_folder
 from lowvram.data.prepared import folder_bytes, prepare_rows
 from lowvram.data.row_store import Examples, RowStore
 from lowvram.data.shapes import SHAPES, Reading
-from lowvram.data.split import split_held_out
+from lowvram.data.split import split_store
 from lowvram.data.stats import quantiles
 from lowvram.data.tokens import template_name
 from lowvram.data.work_force import Progress
@@ -34,12 +34,9 @@ class Report:
 
     def require_usable(self, reading: Reading) -> None:
         """Raises: DataError when rows cannot be used and nobody said to skip them."""
-        bad, rows = self.facts["bad_rows"], self.facts["rows"]
+        bad = self.store.first_bad()
         if bad and not reading.skip_bad:
-            raise DataError(
-                f"{self.facts['bad'][0]} In all {bad} of {rows} rows cannot be used.",
-                "Mend or remove them, or leave them out: --skip-bad.",
-            )
+            raise DataError(bad.message, "Mend or remove them, or leave them out: --skip-bad.")
 
 
 def report_on(
@@ -53,12 +50,10 @@ def report_on(
     """Read everything; with a tokenizer, count tokens; of `pairs` the lengths are those of the sources.
 
     Raises:
-        DataError: nothing readable there, or fewer than two different examples.
+        DataError: nothing readable there, or fewer than two different examples beside bad rows.
     """
     store = prepare_rows(name, reading, tokenizer, progress, pairs=pairs, keep_bad=True)
-    if not len(store):
-        store.require_good()
-    train, held_out = map(store.select, split_held_out(store.digests, name=name))
+    train, held_out = split_store(store)
     facts = _of_rows(store, train, held_out)
     if tokenizer is None:
         facts |= _lengths(store.characters, "characters")
@@ -81,7 +76,7 @@ def _of_rows(store: RowStore, train: Examples, held_out: Examples) -> dict[str, 
         "examples": len(store),
         "examples_trained": len(train),
         "held_out": len(held_out),
-        "duplicates": len(store) - len(np.unique(store.digests)),
+        "duplicates": len(store) - store.n_different(),
         "bad_rows": bad,
         "bad": list(store.problems(_LISTED)),
     }
@@ -107,13 +102,14 @@ def _of_tokens(train: Examples, tokenizer: PreTrainedTokenizerBase) -> dict[str,
 
 def _of_cut(store: RowStore, seq_len: int) -> dict[str, int]:
     """What is lost at `seq_len` tokens, of all examples."""
-    over = np.maximum(store.lengths - seq_len, 0)
+    lengths = store.lengths
+    over = np.maximum(lengths - seq_len, 0)
     lost = store.answer_starts >= seq_len
     return {
         "seq_len": seq_len,
         "examples_cut": int(((over > 0) & ~lost).sum()),
         "examples_lost": int(lost.sum()),
-        "tokens_cut": int(over[~lost].sum() + store.lengths[lost].sum()),
+        "tokens_cut": int(over[~lost].sum() + lengths[lost].sum()),
     }
 
 

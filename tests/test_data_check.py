@@ -18,6 +18,7 @@ from lowvram.data.shapes import Reading
 from lowvram.data.tokens import tokenize
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DataError
+from lowvram.training.data import prepare
 from tests.test_plan_page import HOSTILE, _Reader
 
 SKIP = Reading(skip_bad=True)
@@ -74,9 +75,30 @@ def test_every_bad_row_is_counted_and_the_first_20_listed(tmp_path: Path) -> Non
     assert (facts["rows"], facts["bad_rows"], facts["duplicates"], len(facts["bad"])) == (67, 26, 1, 20)
 
 
-def test_a_file_of_bad_rows_only(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r":1: not JSON"):
-        _printed(_file(tmp_path, "{", "[]"))
+@pytest.mark.parametrize("reading", [Reading(), SKIP])
+@pytest.mark.parametrize("good", [0, 1])
+def test_bad_rows_are_told_where_too_few_are_good(tmp_path: Path, good: int, reading: Reading) -> None:
+    name = _file(tmp_path, *map(json.dumps, ROWS[:good]), *["{"] * 50)
+    said = rf":{good + 1}: not JSON, .* In all 50 of {good + 50} rows cannot be used\."
+    with pytest.raises(DataError, match=said) as caught:
+        _printed(name, reading=reading)
+    assert caught.value.remedy
+    assert ("needs at least 2 examples that differ" in caught.value.message) == bool(good)
+
+
+@pytest.mark.parametrize("row", ["{", '{"question": "", "answer": "a"}'])
+def test_a_run_tells_bad_rows_where_too_few_are_good(tmp_path: Path, smollm: Path, row: str) -> None:
+    """Of the data, of its held-out file, and where none is good."""
+    source, few = ModelSource(str(smollm)), _file(tmp_path, json.dumps(ROWS[0]), *[row] * 50)
+    with pytest.raises(DataError, match=r"train\.jsonl:2: .* In all 50 of 51 rows cannot be used\."):
+        prepare(few, source, reading=SKIP)
+    with pytest.raises(DataError, match=r"train\.jsonl:2: "):
+        prepare(few, source)
+    none, whole = tmp_path / "none.jsonl", tmp_path / "whole.jsonl"
+    none.write_text(f"{row}\n" * 50)
+    whole.write_text("".join(f"{json.dumps(good)}\n" for good in ROWS))
+    with pytest.raises(DataError, match=r"none\.jsonl:1: .* In all 50 of 50 rows cannot be used\."):
+        prepare(str(whole), source, reading=SKIP, eval_name=str(none))
 
 
 def test_the_numbers_are_those_of_the_tokens(good: str, smollm: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowvram.data import text_files
+from lowvram.data.csv_files import CsvFile
 from lowvram.data.sources import content_key, opened, read_rows
 from lowvram.data.text_files import Chunk, TextFile
 from lowvram.errors import ConfigError, DataError
@@ -156,9 +157,18 @@ def test_saved_data_sets_are_read_with_their_splits(tmp_path: Path) -> None:
     two = str(tmp_path / "two")
     assert [row["text"] for _, row in read_rows(two)] == ["a", "b"]
     assert [row["text"] for _, row in read_rows(two, "test")] == ["b"]
+    for split, texts in (("train[:50%]", "a"), ("train[1:]", "b"), ("test+train[:1]", "ba")):
+        assert "".join(row["text"] for _, row in read_rows(two, split)) == texts
+    assert [row["text"] for _, row in read_rows(one, "train[-1:]")] == ["b"]
+    with pytest.raises(DataError, match="no rows"):
+        list(read_rows(two, "train[5:]"))
+    DatasetDict(dev=rows).save_to_disk(tmp_path / "three")
+    with pytest.raises(DataError, match="has no split 'train'"):
+        list(read_rows(str(tmp_path / "three")))
     for name, split in ((one, "test"), (two, "dev")):
-        with pytest.raises(DataError, match=f"has no split '{split}'"):
+        with pytest.raises(DataError, match=f"has no split '{split}'") as caught:
             list(read_rows(name, split))
+        assert "--split train" in caught.value.remedy
 
 
 def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:
@@ -189,4 +199,4 @@ def test_a_chunk_past_the_header_is_not_the_header(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("\na,b\n1,2\na,b\n")
     assert _read(path) == [(3, {"a": "1", "b": "2"}), (4, {"a": "a", "b": "b"})]
-    assert list(TextFile(str(path), str(path), "csv").rows(Chunk(9, 4, 4))) == [(4, {"a": "a", "b": "b"})]
+    assert list(CsvFile(str(path), str(path), "csv").rows(Chunk(9, 4, 4))) == [(4, {"a": "a", "b": "b"})]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -240,6 +239,14 @@ def test_it_is_remembered_by_content_template_and_reading(
     assert len(calls) == 5
 
 
+def test_a_list_within_an_object_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "my rows.json"
+    path.write_text(json.dumps({"version": 1, "data": [{"question": "q", "answer": "a"}]}))
+    with pytest.raises(DataError, match=r"rows\.json:1: an object whose field 'data' is the list") as caught:
+        prepare_rows(str(path), Reading(), None)
+    assert caught.value.remedy.endswith(f"""jq '."data"' '{path}' > rows.json""")
+
+
 def test_bad_rows_are_not_remembered_under_another_name(
     words: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -301,49 +308,3 @@ def test_without_a_tokenizer_rows_are_checked_only(tmp_path: Path) -> None:
     assert store.characters.tolist() == [len(f"row {n}row {n * 7 % 1000}") for n in range(1, 21) if n != 3]
     assert len(np.unique(store.digests)) == 19
     assert len(split_held_out(store.digests)[1]) == 1
-
-
-MEMORY = """
-import resource, sys, threading
-from pathlib import Path
-from lowvram.data import text_files
-from lowvram.data.shapes import Reading
-from lowvram.data.prepared import prepare_rows
-
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-
-warm = prepare_rows(sys.argv[1], Reading(), None)
-before, most, stop = anonymous(), 0.0, threading.Event()
-
-def watch():
-    global most
-    while not stop.wait(0.01):
-        most = max(most, anonymous())
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-rows = len(prepare_rows(sys.argv[2], Reading(), None))
-stop.set()
-watcher.join()
-print(rows, most - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="counts pages in /proc")
-def test_memory_stays_flat(tmp_path: Path) -> None:
-    """48 MB of rows in 24 MB: a chunk of 0.5 MB as objects, its table, and numbers of each row."""
-    small = tmp_path / "small.jsonl"
-    small.write_text("".join(json.dumps({"text": f"{n} " + "word " * 800}) + "\n" for n in range(300)))
-    large = tmp_path / "large.jsonl"
-    with large.open("w") as file:
-        for n in range(12_000):
-            file.write(json.dumps({"text": f"{n} " + "word " * 800}) + "\n")
-    assert large.stat().st_size > 48e6
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(small), str(large)], capture_output=True, text=True, check=True
-    )
-    rows, grown = done.stdout.split()
-    assert int(rows) == 12_000
-    assert float(grown) < 24

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset
 
-from lowvram.data.sources import read_rows
+from lowvram.data.sources import opened, read_rows, rows_of
 from lowvram.errors import DataError
+
+LONG = '{"a": ' + "1" * 5000 + "}"  # Python reads 4,300 digits
 
 
 def _write(tmp_path: Path, name: str, content: str | bytes) -> str:
@@ -64,12 +68,50 @@ def test_csv_cells_stay_as_written_and_keep_the_line_where_the_row_starts(tmp_pa
 
 
 def test_parquet_rows(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     rows = [{"messages": [{"role": "user", "content": "hi"}]}, {"messages": []}]
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     assert _rows(str(path)) == [("a.parquet:row 1", rows[0]), ("a.parquet:row 2", rows[1])]
+
+
+@pytest.mark.parametrize(
+    "name", ["a[1].parquet", "b*.parquet", "c?.parquet", "d[1]*/a.parquet", "**/a.parquet"]
+)
+def test_a_name_is_no_pattern_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Beside each file lies the one that it would match as a pattern; the folder of the cache is one too."""
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache[1]*"))
+    for other in ("a1.parquet", "b2.parquet", "c3.parquet", "d1x/a.parquet", "a.parquet", name):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        Dataset.from_list([{"text": other}]).to_parquet(tmp_path / other)
+    assert [row["text"] for _, row in read_rows(str(tmp_path / name))] == [name]
+    rows = Dataset.from_list([{"text": "right"}])
+    Dataset.from_list([{"text": "wrong"}]).save_to_disk(tmp_path / "s1x")
+    rows.save_to_disk(tmp_path / "s[1]*")
+    assert [row for _, row in read_rows(str(tmp_path / "s[1]*"))] == [{"text": "right"}]
+
+
+def test_words_of_a_category_are_read_from_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    column = pyarrow.array(["x", None, "y"]).dictionary_encode()
+    parquet.write_table(pyarrow.table({"text": column}), path)
+    assert [row["text"] for _, row in read_rows(str(path))] == ["x", None, "y"]
+
+
+def test_parquet_brings_no_bars_but_ours(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Dataset.from_list([{"text": "x"}]).to_parquet(tmp_path / "a.parquet")
+    capfd.readouterr()
+    assert len(list(read_rows(str(tmp_path / "a.parquet")))) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_parquet_without_rows_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
+    error = _error(str(path))
+    assert (error.message, error.remedy) == (
+        f"{path}:1: the file has no rows.",
+        "Write one example a row, then try again.",
+    )
 
 
 def test_a_hub_id_is_loaded_with_its_config_and_the_train_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,8 +195,23 @@ def test_an_empty_file(tmp_path: Path, name: str, content: str) -> None:
         ("a.json", '[\n{"a": 1},\n7]', 3, "a int, not an object"),
         ("a.json", '[\n{"a": 1}\n', 3, "not JSON"),
         ("a.json", '[{"a": 1}]\n\n[{"a": 1}]', 3, "text after the array's closing ]"),
+        (
+            "a.jsonl",
+            f'{{"a": 1}}\n{{"a": {"1" * 5000}}}\n',
+            2,
+            "a number is too long. Exceeds the limit (4300 ",
+        ),
+        (
+            "a.json",
+            f'[\n{{"a": 1}},\n{{"a": {"1" * 5000}}}]',
+            3,
+            "integer string conversion: value has 5000 ",
+        ),
         ("a.csv", "x,y\n1,2\n1,2,3\n", 3, "3 cells where the header has 2"),
         ("a.csv", "x,y\n1,2\n\n1\n", 4, "1 cells where the header has 2"),
+        ("a.csv", b"x,y\n1,2\n1,\xe9\n", 3, "not UTF-8 (byte 0xe9 at byte 3)"),
+        ("a.csv", b"x,\xe9\n1,2\n", 1, "not UTF-8 (byte 0xe9 at byte 3)"),
+        ("a.csv", "\nx,y,z,y\n1,2,3,4\n", 2, "columns 2 and 4 are both named 'y'"),
         ("a.csv", 'x,y\n1,2\n"1,2\n3,4\n', 3, "not CSV"),
     ],
 )
@@ -165,6 +222,46 @@ def test_a_broken_row_is_reported_with_its_line(
     message = _error(path).message
     assert message.startswith(f"{path}:{line}: ")
     assert reason in message
+
+
+def test_a_number_too_long_is_one_bad_row_of_an_array(tmp_path: Path) -> None:
+    path = _write(tmp_path, "a.json", f'[{{"a": 1}},\n{LONG},\n{{"a": 3}}]')
+    with opened(path) as source:
+        (_, first), (line, bad), last = rows_of(source)
+    assert (first, line, last) == ({"a": 1}, 2, (3, {"a": 3}))
+    assert isinstance(bad, DataError)
+
+
+def test_what_cannot_be_decoded_is_one_bad_row_of_a_csv(tmp_path: Path) -> None:
+    """Also within a cell over lines; a quote that hides where its row ends is still the end of the file."""
+    content = b'x,y\n1,2\n1,"a\n\xe9""\n"\n3,\xe94\n5,6\n'
+    path = _write(tmp_path, "a.csv", content)
+    with opened(path) as source:
+        rows = list(rows_of(source))
+    assert [line for line, _ in rows] == [2, 3, 6, 7]
+    assert (rows[0][1], rows[3][1]) == ({"x": "1", "y": "2"}, {"x": "5", "y": "6"})
+    said = [str(bad) for _, bad in rows[1:3]]
+    assert said == [f"{path}:{line}: not UTF-8 (byte 0xe9 at byte {at})." for line, at in ((4, 1), (6, 3))]
+    assert "a.csv:8: not CSV" in _error(_write(tmp_path, "a.csv", content + b'"7" 7,8\n')).message
+
+
+def test_columns_without_a_name_may_be_several(tmp_path: Path) -> None:
+    assert _rows(_write(tmp_path, "a.csv", "x,,\n1,,\n")) == [("a.csv:2", {"x": "1", "": ""})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("a.jsonl", '{\n"a": 1\n}', "Every line must be one whole JSON object"),
+        ("a.json", '{\n"a": 1\n}', "One object over many lines: put it into [ ]"),
+        ("a.json", '{\n"data": [\n{"a": 1}\n]}', "if it holds the list of examples, give only that"),
+        ("a.json", '[\n{"a": 1}\n{"a": 2}]', "Check for a missing quote, comma or bracket."),
+    ],
+)
+def test_what_to_mend_is_that_of_the_kind_of_file(
+    tmp_path: Path, name: str, content: str, remedy: str
+) -> None:
+    assert remedy in _error(_write(tmp_path, name, content)).remedy
 
 
 def test_a_long_broken_line_is_shown_by_its_start_only(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -12,12 +13,12 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowvram.cache import data_folder
 from lowvram.data.chunk_work import ChunkWork
-from lowvram.data.row_store import Entry, RowStore
-from lowvram.data.shapes import Known, Reading, known_from
+from lowvram.data.row_store import Entry, RowStore, in_all
+from lowvram.data.shapes import Known, Reading, find_shape, known_from
 from lowvram.data.sources import Source, Table, content_key, opened, rows_of
 from lowvram.data.spelling import require_fast
 from lowvram.data.work_force import Progress, do_all
@@ -145,20 +146,38 @@ def _made(
 
 def _first_of(source: Source, reading: Reading, keeps: bool) -> tuple[Known, tuple[str, ...]]:
     """The shape, and the fields of the first row that has it which nobody reads."""
-    first_error: DataError | None = None
+    first_error, bad = None, 0
     for number, row in rows_of(source):
         try:
             if isinstance(row, DataError):
                 raise row
+            _refuse_wrapper(source, number, row, reading)
             known = known_from(source.place(number), row, reading)
             known.named_our_way(source.place(number), row)
             return known, known.unread(row)
         except DataError as error:
-            first_error = first_error or error
+            first_error, bad = first_error or error, bad + 1
             if not keeps:
                 raise
     assert first_error is not None  # a source without rows is refused
-    raise first_error
+    raise in_all(first_error, bad, bad)
+
+
+def _refuse_wrapper(source: Source, number: int, row: dict[str, Any], reading: Reading) -> None:
+    """Raises: DataError when a .json is one object that holds the examples as a list."""
+    if Path(source.name).suffix.lower() != ".json" or reading.shape or find_shape(row):
+        return
+    lists = [field for field, value in row.items() if isinstance(value, list) and _are_rows(value)]
+    if lists:
+        taken = f"jq {shlex.quote('.' + json.dumps(lists[0]))} {shlex.quote(source.name)} > rows.json"
+        raise DataError(
+            f"{source.place(number)}: an object whose field '{lists[0]}' is the list of examples.",
+            f"Make that list the file: {taken}",
+        )
+
+
+def _are_rows(values: list[Any]) -> bool:
+    return any(isinstance(value, dict) and find_shape(value) for value in values)
 
 
 def _sealed(file: Path) -> str:

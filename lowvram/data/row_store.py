@@ -1,4 +1,4 @@
-"""Row store: prepared rows on disk; numbers of each row in memory, tokens read when they are asked for."""
+"""Row store: prepared rows on disk, of which tokens and numbers are read when they are asked for."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from lowvram.data.tokens import Example, cut
 from lowvram.errors import DataError
 from lowvram.frozen import Frozen
 
-Numbers = npt.NDArray[np.int64]
-_SHA_BLOCK = 1 << 16
+Numbers = npt.NDArray[np.signedinteger[Any]]  # of rows 4 bytes each: no source has 2 billion
 
 
 class Entry(Frozen):
@@ -33,6 +32,12 @@ class Entry(Frozen):
     in_rows: bool = Field(description="places are numbers of rows, not lines")
     files: dict[str, str] = Field(description="name: sha256")
     n_bad: int = 0
+
+
+def in_all(first: DataError, bad: int, rows: int) -> DataError:
+    """The first bad row's error, with the number of them."""
+    stop = "" if first.message.endswith(".") else "."
+    return DataError(f"{first.message}{stop} In all {bad} of {rows} rows cannot be used.", first.remedy)
 
 
 class RowStore:
@@ -49,7 +54,7 @@ class RowStore:
         for source in self._maps:
             source.close()
 
-    @cached_property
+    @property
     def _is_bad(self) -> npt.NDArray[np.bool_]:
         is_bad: npt.NDArray[np.bool_] = ~self._table["problem"].is_null().to_numpy()
         return is_bad
@@ -57,67 +62,91 @@ class RowStore:
     @cached_property
     def _rows(self) -> Numbers:
         """Of each good row its place in the table."""
-        return np.flatnonzero(~self._is_bad)
+        return np.flatnonzero(~self._is_bad).astype(np.int32)
 
     @cached_property
     def bad_rows(self) -> Numbers:
         """Of each bad row its place in the table."""
-        return np.flatnonzero(self._is_bad)
+        return np.flatnonzero(self._is_bad).astype(np.int32)
 
     def problems(self, at_most: int | None = None) -> Iterator[str]:
         """`FILE:LINE: what is wrong`, in order."""
         for row in self.bad_rows[:at_most]:
             yield self._table["problem"][int(row)].as_py()
 
+    def first_bad(self) -> DataError | None:
+        """What is wrong with the first bad row, and how many there are."""
+        if not len(self.bad_rows):
+            return None
+        bad, error = len(self.bad_rows), self._error_of(int(self.bad_rows[0]))
+        return in_all(error, bad, bad + len(self))
+
+    def _error_of(self, row: int) -> DataError:
+        return DataError(self._table["problem"][row].as_py(), self._table["remedy"][row].as_py())
+
     def require_good(self) -> None:
         """Raises: DataError, the first bad row's."""
         if len(self.bad_rows):
-            row = int(self.bad_rows[0])
-            raise DataError(self._table["problem"][row].as_py(), self._table["remedy"][row].as_py())
+            raise self._error_of(int(self.bad_rows[0]))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def _column(self, name: str) -> Numbers:
         values: Numbers = self._table[name].to_numpy()
-        return values[self._rows]
+        return values[self._rows] if len(self.bad_rows) else values
 
-    @cached_property
+    @property
     def lengths(self) -> Numbers:
         """Tokens of each good row."""
         return self._column("n_tokens")
 
-    @cached_property
+    @property
     def n_trained(self) -> Numbers:
         """Trained tokens of each good row."""
         return self._column("n_trained")
 
-    @cached_property
+    @property
     def answer_starts(self) -> Numbers:
         """Tokens before the first trained one, of each good row."""
         return self._column("answer_start")
 
-    @cached_property
+    @property
     def skipped_turns(self) -> Numbers:
         """Earlier assistant turns of each good row that the template rewrites, so left untrained."""
         return self._column("skipped_turns")
 
-    @cached_property
+    @property
     def characters(self) -> Numbers:
         """Of each good row's texts."""
         return self._column("characters")
 
-    @cached_property
-    def digests(self) -> npt.NDArray[np.bytes_]:
-        """Of each good row's content, 32 bytes."""
-        parts = [b"".join(d for d in part.to_pylist() if d) for part in self._table["digest"].chunks]
-        return np.frombuffer(b"".join(parts), dtype="S32")
+    @property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """Of each good row's content 8 bytes as a number: two of a billion rows share one in 3 % of cases."""
+        found, at = np.empty(len(self), np.uint64), 0
+        for block in self._digest_blocks():
+            found[at : at + len(block)] = block[:, :8].copy().view(">u8")[:, 0]
+            at += len(block)
+        return found
+
+    def n_different(self) -> int:
+        """How many of the good rows are no copy of another."""
+        ascending = self.digests
+        ascending.sort()
+        return min(len(self), 1) + int(np.count_nonzero(ascending[1:] != ascending[:-1]))
+
+    def _digest_blocks(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The 32 bytes of each good row's digest, as a row of numbers."""
+        for part in self._table["digest"].chunks:
+            good = b"".join(part.drop_null().to_pylist())
+            yield np.frombuffer(good, np.uint8).reshape(-1, 32)
 
     def sha256(self) -> str:
         """Of the content of all good rows in their order, whatever the file's name or format."""
         digest = hashlib.sha256()
-        for start in range(0, len(self), _SHA_BLOCK):
-            digest.update(self.digests[start : start + _SHA_BLOCK].tobytes().hex().encode())
+        for block in self._digest_blocks():
+            digest.update(block.tobytes().hex().encode())
         return digest.hexdigest()
 
     def place(self, index: int) -> str:
@@ -147,7 +176,7 @@ class RowStore:
         return self._table[name].chunk(chunk)
 
     def select(self, indices: Sequence[int] | Numbers) -> Examples:
-        return Examples(self, np.asarray(indices, dtype=np.int64))
+        return Examples(self, np.asarray(indices, dtype=np.int32))
 
 
 class Examples(Sequence[Example]):

@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 
 from lowvram.cache import data_folder
 from lowvram.data.arrow_rows import without_filled
+from lowvram.data.csv_files import CsvFile
 from lowvram.data.text_files import (
     COMPRESSED,
     Chunk,
@@ -28,7 +29,7 @@ from lowvram.data.text_files import (
     plain_suffix,
     unreadable,
 )
-from lowvram.errors import ConfigError, DataError, refusals_of_the_system
+from lowvram.errors import ConfigError, DataError, first_line, refusals_of_the_system
 from lowvram.file_hash import file_sha256
 
 Row = tuple[str, dict[str, Any]]
@@ -45,6 +46,11 @@ _HUB_ID = re.compile(r"^(?:[\w-][\w.-]*/)?[\w-][\w.-]*(?::[\w.-]+)?$")
 _FORMATS = (
     "Give a .jsonl, .json, .csv, .tsv or .parquet file (text also as .gz, .bz2 or .xz), a folder that "
     "datasets saved, or a Hugging Face dataset id such as owner/name."
+)
+_HUB_HELP = (
+    "If it is a file, check the path. If it is a hub dataset, check its name (owner/name, or "
+    "owner/name:config where it has several), its --split, your connection, and for a private one "
+    "`hf auth login`."
 )
 _CHUNK_ROWS = 500
 
@@ -109,8 +115,9 @@ def rows_of(source: Source) -> Iterator[tuple[int, Found]]:
         for number, row in source.rows(chunk):
             yield number, row
     if not number:
+        one = "a row" if isinstance(source, Table) else "a line"
         raise DataError(
-            f"{source.name}:1: the file has no rows.", "Write one example a line, then try again."
+            f"{source.name}:1: the file has no rows.", f"Write one example {one}, then try again."
         )
 
 
@@ -165,20 +172,24 @@ def opened(name: str, split: str | None = None) -> Iterator[Source]:
 def _file(name: str) -> Iterator[Source]:
     suffix, packed = plain_suffix(name), Path(name).suffix.lower()
     if suffix in _TEXT and packed not in COMPRESSED:
-        yield TextFile(name, name, kind_of(name, name, suffix))
+        yield _text_file(name, name, suffix)
     elif suffix in _TEXT:
         with _workplace() as folder:
             plain = _unpacked(name, packed, folder / f"plain{suffix}")
-            yield TextFile(name, plain, kind_of(plain, name, suffix))
+            yield _text_file(name, plain, suffix)
     elif suffix == ".parquet" and packed not in COMPRESSED:
-        open_binary(name, name).close()
         with _workplace() as folder:
-            yield Table(name, _loaded(name, "parquet", data_files=name, cache_dir=str(folder)))
+            yield Table(name, _of_parquet(name, folder / "rows.arrow"))
     elif packed in _UNPACK:
         unpack = f"{_UNPACK[packed]} {shlex.quote(name)}"
         raise DataError(f"{name}: is compressed.", f"Run: {unpack}, then give the unpacked file.")
     else:
         raise DataError(f"{name}: unknown extension '{suffix}'.", _FORMATS)
+
+
+def _text_file(name: str, path: str, suffix: str) -> TextFile:
+    kind = kind_of(path, name, suffix)
+    return (CsvFile if kind in ("csv", "tsv") else TextFile)(name, path, kind)
 
 
 @contextmanager
@@ -206,6 +217,29 @@ def _unpacked(name: str, packed: str, plain: Path) -> str:
     return str(plain)
 
 
+def _of_parquet(name: str, plain: Path) -> Any:
+    """Unpacked here and not by load_dataset, for which a name such as a[1].parquet is a pattern of names."""
+    import pyarrow as pa
+    from datasets import Dataset
+    from pyarrow.parquet import ParquetFile
+
+    handle = open_binary(name, name)
+    try:
+        with (
+            handle,
+            ParquetFile(handle) as source,
+            plain.open("wb") as sink,
+            pa.ipc.new_stream(sink, source.schema_arrow) as writer,
+        ):
+            for batch in source.iter_batches(batch_size=_CHUNK_ROWS):
+                writer.write_batch(batch)
+        return Dataset.from_file(str(plain))
+    except Exception as error:  # pyarrow and datasets raise dozens of unrelated types
+        if getattr(error, "errno", None):  # the disk's refusal, not the file's fault
+            raise
+        raise _cannot_load(name, error, "Check that the file is a whole parquet file.") from error
+
+
 def _hub(name: str, split: str) -> Table:
     if Path(name).suffix.lower() in (*_KNOWN, *COMPRESSED, *_UNPACK) or not _HUB_ID.match(name):
         raise DataError(f"{name}: no such file (looked in {Path.cwd()}).", "Give the path of your data file.")
@@ -230,37 +264,39 @@ def _from_disk(name: str, split: str | None) -> Any:
         found = load_from_disk(name)
     except Exception as error:  # pyarrow raises dozens of unrelated types
         raise _cannot_load(name, error, "Write it again with save_to_disk.") from error
-    splits: dict[str | None, Any] = dict(found) if isinstance(found, dict) else {None: found}
-    wanted = split or ("train" if "train" in splits else None)
-    if wanted not in splits:
+    if isinstance(found, dict):
+        return _part(name, dict(found), split or "train")
+    own = str(found.split or "train")
+    return _part(name, {own: found}, split or own)
+
+
+def _part(name: str, splits: dict[str, Any], wanted: str) -> Any:
+    """What `wanted` names of a saved data set, in the words of the hub: test, train[:10%], train+test."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    if wanted in splits:
+        return splits[wanted]
+    try:
+        rows_of_split = {split: len(rows) for split, rows in splits.items()}
+        parts = ReadInstruction.from_spec(wanted).to_absolute(rows_of_split)
+    except (ValueError, AssertionError) as error:  # no such split, or rows and percents that are none
         raise DataError(
-            f"{name}: has no split '{wanted or 'train'}'.",
-            f"Give --split {' or '.join(s for s in splits if s)}."
-            if None not in splits
-            else "Leave --split out.",
-        )
-    return splits[wanted]
+            f"{name}: has no split '{wanted}' ({first_line(error).rstrip('.')}).",
+            f"Give --split {' or '.join(splits)}, or a part of it such as '{next(iter(splits))}[:10%]'.",
+        ) from error
+    ranges = [(splits[part.splitname], range(part.from_, part.to)) for part in parts]
+    return concatenate_datasets([rows.select(kept or []) for rows, kept in ranges])
 
 
-def _loaded(name: str, *args: str, split: str = "train", **options: Any) -> Any:
+def _loaded(name: str, *args: str, split: str) -> Any:
     from datasets import load_dataset
 
     try:
-        return load_dataset(*args, split=split, **options)
+        return load_dataset(*args, split=split)
     except Exception as error:  # the hub client and pyarrow raise dozens of unrelated types
-        raise _cannot_load(name, error, _how(options)) from error
+        raise _cannot_load(name, error, _HUB_HELP) from error
 
 
 def _cannot_load(name: str, error: Exception, remedy: str) -> DataError:
     reason = " ".join(str(error).split())
     return DataError(f"{name}: cannot be loaded ({type(error).__name__}: {reason}).", remedy)
-
-
-def _how(options: dict[str, Any]) -> str:
-    if options:
-        return "Check that the file is a whole parquet file."
-    return (
-        "If it is a file, check the path. If it is a hub dataset, check its name (owner/name, or "
-        "owner/name:config where it has several), its --split, your connection, and for a private one "
-        "`hf auth login`."
-    )

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from lowvram.data.row_store import Examples, RowStore
 from lowvram.errors import DataError
+
+Digests = npt.NDArray[Any]  # numbers, or bytes of one length
+
+
+def split_store(store: RowStore, fraction: float = 0.05) -> tuple[Examples, Examples]:
+    """Examples to train on and examples held out, as `split_held_out` chooses them.
+
+    Raises:
+        DataError: fewer than two different examples; where others cannot be used, the first of those.
+    """
+    sides = split_held_out(store.digests, fraction, store.entry.name, bad=store.first_bad())
+    return store.select(sides[0]), store.select(sides[1])
 
 
 def split_held_out(
-    digests: npt.NDArray[np.bytes_],
+    digests: Digests,
     fraction: float = 0.05,
     name: str = "data",
     *,
     at_most: int = 64,
     at_least: int = 1,
+    bad: DataError | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Indices to train on and indices held out, each ascending.
 
@@ -23,33 +40,45 @@ def split_held_out(
     rows stay on one side, so that no held-out row was trained on.
 
     Args:
-        digests: of each row's content, all equally long.
+        digests: of each row's content.
         name: of the source, for the refusal.
+        bad: about rows that cannot be used, for the refusal.
 
     Raises:
         DataError: fewer than two different examples.
     """
-    _, group_of, sizes = np.unique(digests, return_inverse=True, return_counts=True)
-    if len(sizes) < 2:
+    if not len(digests) or (digests == digests[0]).all():
+        which = f"{bad.message} The rest" if bad else f"{name}:1:"
         raise DataError(
-            f"{name}:1: needs at least 2 examples that differ, one of them to hold out; "
-            f"has {len(digests)} rows, {len(sizes)} different.",
-            "Add examples.",
+            f"{which} needs at least 2 examples that differ, one of them to hold out; "
+            f"has {len(digests)} rows, {min(len(digests), 1)} different.",
+            bad.remedy if bad else "Add examples.",
         )
     wanted = min(max(round(fraction * len(digests)), at_least), at_most, len(digests) - 1)
-    held = np.isin(group_of, _choose(sizes, wanted, at_least))
+    held = np.isin(digests, _choose(np.sort(digests), wanted, at_least))
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def _choose(sizes: npt.NDArray[np.int64], wanted: int, at_least: int) -> list[int]:
+def _choose(ascending: Digests, wanted: int, at_least: int) -> list[Any]:
     """Of groups of identical rows, in the order of their digests, the first that together fit."""
-    held, room = [], wanted
-    for group, size in enumerate(sizes.tolist()):
+    held, room, smallest = [], wanted, (len(ascending), ascending[0])
+    for digest, size in _groups(ascending):
         if size <= room:
-            held.append(group)
+            held.append(digest)
             room -= size
         if not room:
-            break
+            return held
+        if size < smallest[0]:
+            smallest = (size, digest)
     if not held and at_least:
-        return [int(sizes.argmin())]  # every row has copies: the smallest group is still held out whole
+        return [smallest[1]]  # every row has copies: the smallest group is still held out whole
     return held
+
+
+def _groups(ascending: Digests) -> Iterator[tuple[Any, int]]:
+    """(digest, how often) of each group of copies."""
+    at = 0
+    while at < len(ascending):
+        end = int(np.searchsorted(ascending, ascending[at], side="right"))
+        yield ascending[at], end - at
+        at = end

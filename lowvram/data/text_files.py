@@ -1,10 +1,8 @@
-"""Text files: JSON lines, JSON arrays, CSV and TSV, cut into chunks that are read on their own."""
+"""Text files, cut into chunks that are read on their own; of JSON lines and of JSON arrays their rows."""
 
 from __future__ import annotations
 
 import codecs
-import csv
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +12,15 @@ from typing import Any, BinaryIO, NamedTuple
 from lowvram.errors import DataError
 
 CHUNK_BYTES = 1 << 19  # some hundred rows: their tokens are little memory, their start-up cost less
-_BOM = b"\xef\xbb\xbf"
-_CSV_CELL_BYTES = 1 << 30  # Python's default of 128 KiB is shorter than a long chat
+BOM = b"\xef\xbb\xbf"
+
+_LINE_HELP = "Every line must be one whole JSON object; check for a missing quote, comma or bracket."
+_ARRAY_HELP = "Check for a missing quote, comma or bracket."
+_JSON_HELP = (
+    "A .json file is one list, [{...}, {...}], or one whole object a line; check for a missing quote, comma "
+    "or bracket. One object over many lines: put it into [ ]; if it holds the list of examples, give only "
+    "that."
+)
 
 Found = dict[str, Any] | DataError  # a row, or why there is none
 
@@ -42,11 +47,11 @@ class TextFile:
         Raises:
             DataError: what makes all that follows unreadable: an array's broken syntax, a CSV's open quote.
         """
-        return {"lines": _chunks_of_lines, "array": _chunks_of_array}.get(self.kind, _chunks_of_csv)(self)
+        return _chunks_of_array(self) if self.kind == "array" else _chunks_of_lines(self)
 
     def rows(self, chunk: Chunk) -> Iterator[tuple[int, Found]]:
         """(line, row or what is wrong with it) of one chunk."""
-        return {"lines": _json_lines, "array": _json_array}.get(self.kind, _csv_rows)(self, chunk)
+        return _json_array(self, chunk) if self.kind == "array" else _json_lines(self, chunk)
 
     def place(self, line: int) -> str:
         return f"{self.name}:{line}"
@@ -68,18 +73,25 @@ def unreadable(name: str, error: OSError) -> DataError:
     return DataError(f"{name}: cannot be read ({error.strerror}).", remedy)
 
 
-def _decoded(place: str, raw: bytes) -> str | DataError:
+def decoded(place: str, raw: bytes) -> str | DataError:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        return _not_utf8(place, raw[error.start], error.start + 1)
+        return not_utf8(place, raw[error.start], error.start + 1)
 
 
-def _not_utf8(place: str, byte: int, at: int) -> DataError:
+def not_utf8(place: str, byte: int, at: int) -> DataError:
     return DataError(
         f"{place}: not UTF-8 (byte 0x{byte:02x} at byte {at}).",
         "Save the file as UTF-8 (in most editors: Save as, encoding UTF-8).",
     )
+
+
+def read_chunk(file: TextFile, chunk: Chunk) -> bytes:
+    with file.open() as handle:
+        handle.seek(chunk.start)
+        block = handle.read(chunk.size)
+    return block.removeprefix(BOM) if chunk.start == 0 else block
 
 
 # JSON lines -------------------------------------------------------------------------------------------------
@@ -95,37 +107,31 @@ def _chunks_of_lines(file: TextFile) -> Iterator[Chunk]:
             start, number = start + len(block), number + block.count(b"\n")
 
 
-def _read(file: TextFile, chunk: Chunk) -> bytes:
-    with file.open() as handle:
-        handle.seek(chunk.start)
-        block = handle.read(chunk.size)
-    return block.removeprefix(_BOM) if chunk.start == 0 else block
-
-
 def _json_lines(file: TextFile, chunk: Chunk) -> Iterator[tuple[int, Found]]:
-    for number, raw in enumerate(_read(file, chunk).split(b"\n"), start=chunk.number):
+    remedy = _JSON_HELP if plain_suffix(file.name) == ".json" else _LINE_HELP
+    for number, raw in enumerate(read_chunk(file, chunk).split(b"\n"), start=chunk.number):
         if raw.strip():
-            yield number, _json_line(file.place(number), raw)
+            yield number, _json_line(file.place(number), raw, remedy)
 
 
-def _json_line(place: str, raw: bytes) -> Found:
-    line = _decoded(place, raw)
+def _json_line(place: str, raw: bytes, remedy: str) -> Found:
+    line = decoded(place, raw)
     if isinstance(line, DataError):
         return line
     try:
         value = json.loads(line.rstrip("\r"))  # else an error at the end is one of the next line
     except (ValueError, RecursionError) as error:
-        return _not_json(place, error, line)
+        return _not_read(place, error, line, remedy)
     return _object(place, value, line)
 
 
-def _not_json(place: str, error: Exception, line: str) -> DataError:
-    reason = str(getattr(error, "msg", "nested too deeply"))
-    column = getattr(error, "colno", 1)
-    return DataError(
-        f"{place}: not JSON, column {column}: {reason}. The line starts: {_start(line)}",
-        "Every line must be one whole JSON object; check for a missing quote, comma or bracket.",
-    )
+def _not_read(place: str, error: Exception, text: str, remedy: str) -> DataError:
+    """What json said of a text; it takes a number of more than 4,300 digits for a wrong value."""
+    if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
+        reason = str(error).split(";")[0]  # then follows how a program raises the limit
+        return DataError(f"{place}: a number is too long. {reason}.", "Shorten it, or put it in quotes.")
+    reason, column = str(getattr(error, "msg", "nested too deeply")), getattr(error, "colno", 1)
+    return DataError(f"{place}: not JSON, column {column}: {reason}. The line starts: {_start(text)}", remedy)
 
 
 def _start(line: str) -> str:
@@ -154,7 +160,7 @@ def _object(place: str, value: object, line: str) -> Found:
 
 def _first_byte(path: str, name: str) -> bytes:
     with open_binary(path, name) as handle:
-        head = handle.read(4096).removeprefix(_BOM).lstrip()
+        head = handle.read(4096).removeprefix(BOM).lstrip()
         return head[:1]
 
 
@@ -163,8 +169,8 @@ class _Window:
 
     def __init__(self, file: TextFile, handle: BinaryIO) -> None:
         self.file, self.handle = file, handle
-        head = handle.read(len(_BOM))
-        self.start = len(_BOM) if head == _BOM else 0  # byte in the file of text[at]
+        head = handle.read(len(BOM))
+        self.start = len(BOM) if head == BOM else 0  # byte in the file of text[at]
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.text, self.at, self.line = self.decoder.decode(b"" if self.start else head), 0, 1
 
@@ -176,7 +182,7 @@ class _Window:
         except UnicodeDecodeError as error:
             line = self.line + self.text.count("\n", self.at) + error.object[: error.start].count(b"\n")
             byte_of_line = error.start - error.object.rfind(b"\n", 0, error.start)
-            raise _not_utf8(self.file.place(line), error.object[error.start], byte_of_line) from error
+            raise not_utf8(self.file.place(line), error.object[error.start], byte_of_line) from error
         self.text, self.at = self.text[self.at :] + more, 0
         return bool(block)
 
@@ -197,20 +203,23 @@ class _Window:
         """Where the value that begins here ends in `text`."""
         while True:
             try:
-                return _DECODER.raw_decode(self.text, self.at)[1]
+                return _ENDS.raw_decode(self.text, self.at)[1]
             except json.JSONDecodeError as error:
                 if not (_may_be_cut(error) and self.grow()):
                     raise self.broken(error) from error
             except RecursionError as error:
-                raise _not_json(self.file.place(self.line), error, self.text[self.at :]) from error
+                raise _not_read(
+                    self.file.place(self.line), error, self.text[self.at :], _ARRAY_HELP
+                ) from error
 
     def broken(self, error: json.JSONDecodeError) -> DataError:
         line = self.line + self.text.count("\n", self.at, error.pos)
         shown = self.text[self.text.rfind("\n", 0, error.pos) + 1 :].split("\n", 1)[0]
-        return _not_json(self.file.place(line), error, shown)
+        return _not_read(self.file.place(line), error, shown, _ARRAY_HELP)
 
 
 _DECODER = json.JSONDecoder()
+_ENDS = json.JSONDecoder(parse_int=len)  # finds the end of any number, also of one too long to be read
 
 
 def _may_be_cut(error: json.JSONDecodeError) -> bool:
@@ -260,90 +269,23 @@ def _elements(window: _Window) -> Iterator[tuple[int, int, int]]:
         )
 
 
+def _element(place: str, text: str, at: int) -> tuple[Found, int]:
+    """The value that begins there, or what is wrong with it, and where it ends."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+    except ValueError as error:
+        return _not_read(place, error, text[at:], _ARRAY_HELP), _ENDS.raw_decode(text, at)[1]
+    return _object(place, value, text[at:end]), end
+
+
 def _json_array(file: TextFile, chunk: Chunk) -> Iterator[tuple[int, Found]]:
-    text = _read(file, chunk).decode("utf-8")
+    text = read_chunk(file, chunk).decode("utf-8")
     at, counted, line = 0, 0, chunk.number
     while at < len(text):
         line, counted = line + text.count("\n", counted, at), at
-        value, end = _DECODER.raw_decode(text, at)
-        yield line, _object(file.place(line), value, text[at:end])
+        found, end = _element(file.place(line), text, at)
+        yield line, found
         at = _skip(text, _skip(text, end) + 1)
-
-
-# CSV and TSV ------------------------------------------------------------------------------------------------
-
-
-class _Records:
-    """Records of a CSV text, each with the line on which it starts: a quoted cell may span lines."""
-
-    def __init__(self, file: TextFile, handle: BinaryIO, number: int = 1) -> None:
-        self.file, self.handle, self.number, self.bytes = file, handle, number, 0
-        csv.field_size_limit(max(csv.field_size_limit(), _CSV_CELL_BYTES))
-        delimiter = "\t" if file.kind == "tsv" else ","
-        self.reader = csv.reader(self._lines(), strict=True, delimiter=delimiter)
-
-    def _lines(self) -> Iterator[str]:
-        for count, raw in enumerate(self.handle):
-            self.bytes += len(raw)
-            line = _decoded(self.file.place(self.number + count), raw)
-            if isinstance(line, DataError):
-                raise line
-            yield line
-
-    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
-        first = number = self.number
-        try:
-            for cells in self.reader:
-                yield number, cells
-                number = first + self.reader.line_num
-        except csv.Error as error:
-            place = self.file.place(number)
-            raise DataError(f"{place}: not CSV ({error}).", "Check the quotes of this row.") from error
-
-
-def _chunks_of_csv(file: TextFile) -> Iterator[Chunk]:
-    with file.open() as handle:
-        handle.seek(_after_bom(handle))
-        records = _Records(file, handle)
-        base, start, number = handle.tell(), None, 1
-        before = 0
-        for line, _ in records:
-            if start is None:
-                start, number = before, line
-            if records.bytes - start >= CHUNK_BYTES:
-                yield Chunk(base + start, records.bytes - start, number)
-                start = None
-            before = records.bytes
-        if start is not None:
-            yield Chunk(base + start, records.bytes - start, number)
-
-
-def _after_bom(handle: BinaryIO) -> int:
-    return len(_BOM) if handle.read(len(_BOM)) == _BOM else 0
-
-
-def _header(file: TextFile) -> tuple[int, list[str]]:
-    with file.open() as handle:
-        handle.seek(_after_bom(handle))
-        return next(((line, cells) for line, cells in _Records(file, handle) if cells), (1, []))
-
-
-def _csv_rows(file: TextFile, chunk: Chunk) -> Iterator[tuple[int, Found]]:
-    """Every cell as it is written: type guessing would turn the answer 42 into 42.0, and NA into nothing."""
-    header_line, header = _header(file)
-    for number, cells in _Records(file, io.BytesIO(_read(file, chunk)), chunk.number):
-        if not cells or number == header_line:
-            continue
-        if len(cells) != len(header):
-            yield (
-                number,
-                DataError(
-                    f"{file.place(number)}: {len(cells)} cells where the header has {len(header)}.",
-                    'Put quotes around a cell that holds a comma: "like, this".',
-                ),
-            )
-        else:
-            yield number, dict(zip(header, cells, strict=True))
 
 
 def kind_of(path: str, name: str, suffix: str) -> str:

@@ -12,7 +12,7 @@ from lowvram.data.packed_order import pack
 from lowvram.data.prepared import prepare_rows
 from lowvram.data.row_store import Examples, RowStore
 from lowvram.data.shapes import Reading
-from lowvram.data.split import split_held_out
+from lowvram.data.split import split_store
 from lowvram.data.stats import DataStats, data_stats
 from lowvram.data.tokens import Example, template_name
 from lowvram.data.work_force import Progress
@@ -57,7 +57,7 @@ def prepare(
     pairs = bool(source.config.is_encoder_decoder)
     store = prepare_rows(name, reading, source.tokenizer, progress, pairs=pairs)
     if eval_name is None:
-        train, held_out = (store.select(side) for side in split_held_out(store.digests, held_out_share, name))
+        train, held_out = split_store(store, held_out_share)
     else:
         alike = _reading_of_eval(eval_name, reading, store)
         other = prepare_rows(eval_name, alike, source.tokenizer, progress, pairs=pairs)
@@ -68,8 +68,9 @@ def prepare(
 
 
 def _all_of(store: RowStore) -> Examples:
-    if not len(store):
-        raise DataError(f"{store.entry.name}:1: no row of it can be used.", "Add examples.")
+    bad = store.first_bad()
+    if bad and not len(store):
+        raise bad
     return store.select(range(len(store)))
 
 
