@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lowvram.engine.source import ModelSource, local_shards
+from lowvram.engine.source import SINGLE_FILE, ModelSource, local_shards, weight_map
 from lowvram.errors import ConfigError
 from lowvram.file_hash import file_sha256
 from lowvram.frozen import write_atomically
@@ -33,9 +33,11 @@ def base_folder(base: ModelSource) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = ["*.safetensors", "*.json", "*.py", "README.md", *_TOKENIZER, *_LICENSES]
+    wanted = [SINGLE_FILE, "*.json", "*.py", "README.md", *_TOKENIZER, *_LICENSES]
     try:
         folder = Path(snapshot_download(base.name, allow_patterns=wanted))
+        if shards := sorted(set(weight_map(folder).values())):  # not Mistral's consolidated one of 14 GB too
+            snapshot_download(base.name, revision=folder.name, allow_patterns=shards)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ConfigError(
             f"The base model '{base.name}' is neither a folder nor reachable on the hub.",
