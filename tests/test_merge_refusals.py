@@ -16,8 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
 from lowvram.export.merge import merge_adapter
+from lowvram.export.merged_tensors import MergedTensors
+from lowvram.export.quantized_output import write_quantized
 from lowvram.export.tensor_files import tensors_of_folder
 from tests.merge_cases import LLAMA, Case, save_adapter, save_base
+from tests.tiny_gguf import byte_level
 
 Harm = Callable[[Path], object]
 WEIGHTS, INDEX = "adapter/adapter_model.safetensors", "base/model.safetensors.index.json"
@@ -238,6 +241,41 @@ def test_fused_experts_are_refused(tmp_path: Path) -> None:
     expert = "base_model.model.model.layers.0.mlp.experts.gate_up_proj"
     _tensors(lambda t: t.update({expert: torch.ones(2, 192, 64)}))(tmp_path)
     _refused(tmp_path, "another name in memory than on disk|makes of other tensors")
+
+
+_NO_TOKENIZER = "The tokenizer in '.*adapter' cannot be loaded"
+BROKEN: dict[str, tuple[str, str | None, str]] = {
+    "tokenizer cut off": (
+        "adapter/tokenizer.json",
+        '{"version": ',
+        _NO_TOKENIZER,
+    ),
+    "tokenizer a list": ("adapter/tokenizer.json", "[]", _NO_TOKENIZER),
+    "tokenizer gone": ("adapter/tokenizer.json", None, _NO_TOKENIZER),
+    "no kind": ("adapter/tokenizer_config.json", '{"tokenizer_class": 5}', _NO_TOKENIZER),
+    "tokenizer config": ("adapter/tokenizer_config.json", "{", "cannot be read as JSON"),
+    "generation config": ("base/generation_config.json", "{", "cannot be read as JSON"),
+    "generation config a list": ("base/generation_config.json", "[]", "cannot load .*generation_config"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_would_not_load_is_refused_before_a_weight_is_written(
+    home: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, content, says = BROKEN[kind]
+    byte_level("gpt-2").save_pretrained(home / "adapter")
+    if content is None:
+        (home / file).unlink()
+    else:
+        (home / file).write_text(content)
+    for written in ("merge.write_shards", "quantized_output.write_file"):
+        monkeypatch.setattr(f"lowvram.export.{written}", lambda *_: pytest.fail("wrote weights"))
+    _refused(home, says)
+    tensors = MergedTensors.open(ModelSource(str(home / "base")), home / "adapter")
+    options: dict[str, Any] = {"double_quantization": True, "progress": print, "check": print}
+    with pytest.raises(ConfigError, match=says):
+        write_quantized(tensors, home / "adapter", home / "out", **options)
 
 
 @pytest.mark.parametrize("shard", ["1GB", "40KB"])

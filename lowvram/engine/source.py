@@ -129,7 +129,7 @@ class ModelSource:
         self._refuse_no_folder()
         try:
             return AutoTokenizer.from_pretrained(self.name, **self._options())
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of a broken tokenizer.json the tokenizers package raises bare ones
             if not self.is_local:
                 _ = self.config  # refuses when the whole model is missing, not its tokenizer
             if self.refusal:

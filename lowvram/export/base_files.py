@@ -63,9 +63,7 @@ def write_rest(base: Path, adapter: Path | None, output: Path, changes: dict[str
 
     No file keeps a path or a name of the machine on which it was written.
     """
-    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer_of = adapter if own and adapter is not None else base
-    for folder, patterns in ((base, _OTHER), (tokenizer_of, _TOKENIZER)):
+    for folder, patterns in ((base, _OTHER), (tokenizer_folder(base, adapter), _TOKENIZER)):
         for file in _matching(folder, patterns):
             _copy(file, output / file.name)
     config = _read_json(base / "config.json")
@@ -74,6 +72,17 @@ def write_rest(base: Path, adapter: Path | None, output: Path, changes: dict[str
             _copy(file, output / file.name)
     _write_json(output / "config.json", _changed(config, changes))
     _write_generation_config(base, output)
+
+
+def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
+    """Whose tokenizer a merged model gets."""
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return adapter if own and adapter is not None else base
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether there is more of it than a chat template."""
+    return any(not file.name.startswith("chat_template") for file in _matching(folder, _TOKENIZER))
 
 
 def copy_tokenizer(folder: Path, output: Path) -> None:
