@@ -117,6 +117,11 @@ def _only_consolidated(home: Path) -> None:
         file.unlink()
 
 
+def _named_weights(home: Path) -> None:
+    config = json.loads((home / "base/config.json").read_text())
+    (home / "base/config.json").write_text(json.dumps({**config, "transformers_weights": "b.safetensors"}))
+
+
 def _pickled_base(home: Path) -> None:
     for file in (*(home / "base").glob("*.safetensors"), home / INDEX):
         file.unlink()
@@ -172,6 +177,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "index of a list": (_whole_index({"weight_map": ["a"]}), "is not a safetensors index"),
     "a tensor twice": (_twice, "both hold"),
     "other names of files": (_only_consolidated, "neither model.safetensors nor .*consolidated.safetensors"),
+    "weights that the config names": (_named_weights, "names its weights. file, b.safetensors"),
     "pickled base": (_pickled_base, "only pickled weights: pytorch_model.bin"),
     "pickled adapter": (_pickled_adapter, "pickled and is not read"),
     "missing base": (lambda home: shutil.rmtree(home / "base"), "neither a folder nor reachable|no folder"),
