@@ -42,10 +42,16 @@ def export(
     check: Annotated[
         bool, typer.Option("--check", help="Load the file with llama.cpp (xllamacpp) before it is kept.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Refuse what would be refused, and write nothing.")
+    ] = False,
 ) -> None:
     """Write the model as GGUF (merged on the way, or the adapter alone), for Ollama, for vLLM or to share."""
-    from lowvram.export_command import export_run
+    from lowvram.export_command import export_run, require_exportable
     from lowvram.export_request import Export
 
     asked = Export(run, to, type_name, output, base, quantizer, ollama_base, push, public, check)
-    export_run(asked, Console(highlight=False))
+    if dry_run:
+        require_exportable(asked)
+    else:
+        export_run(asked, Console(highlight=False))

@@ -57,6 +57,28 @@ def export_run(export: Export, console: Console) -> None:
         _say(console, f"Pushed: {url}")
 
 
+def require_exportable(export: Export) -> None:
+    """Refuse what `export_run` would before its work, and write nothing.
+
+    Raises:
+        ConfigError: as `export_run`.
+    """
+    with refusals_of_the_system(f"'{export.run}' cannot be exported", _CHECK):
+        require_pushable(export.push, public=export.public)
+        if export.to in ("gguf", "lora-gguf"):
+            require_new_file(export.target)
+        elif export.to != "vllm":
+            refuse_used(export.target)
+        if not export.alone:
+            _model(export)
+        elif export.to in ("lora-gguf", "ollama"):
+            _lora(export)
+        else:
+            read_adapter(export.adapter)
+        if export.to == "ollama":
+            _modelfile(export)
+
+
 def _to_gguf(export: Export, console: Console) -> Files:
     require_new_file(export.target)
     model = _model(export)

@@ -33,6 +33,7 @@ from lowvram.export.push import files_of, push, require_pushable
 from lowvram.export.quantized_output import write_quantized
 from lowvram.export.quantized_values import values_as_trained
 from lowvram.export.run_adapter import adapter_of, source_of
+from lowvram.export.same_merge import is_this_merge
 from lowvram.frozen import write_atomically
 from lowvram.planner.plan import Plan
 from lowvram.training.signals import Interrupted, stop_on_signal
@@ -82,7 +83,7 @@ def merge_run(
     base: str | None = None,
     wishes: MergeWishes = MergeWishes(),  # frozen
 ) -> MergeResult:
-    """Merge RUN/adapter (or an adapter folder) into its base model.
+    """Merge RUN/adapter (or an adapter folder) into its base model, unless that is there already.
 
     Args:
         base: instead of the one that the adapter names.
@@ -101,9 +102,13 @@ def merge_run(
     target = output or run / ("merged-4bit" if wishes.quantized_base else "merged")
     what = f"'{run}' cannot be merged into '{target}', nothing was written"
     with refusals_of_the_system(what, _CHECK, _NO_ROOM):
-        merge = _prepared(run, target, base, wishes, console)
-        with _stoppable(run):
-            result = _merged(merge, console)
+        require_pushable(wishes.push, public=wishes.public)
+        result = _earlier(run, target, base, wishes)
+        if result is not None:
+            said = f"{target} holds this merge already; it was neither written nor verified again."
+            console.print(escape(said), soft_wrap=True)
+        else:
+            result = _merged_now(run, target, base, wishes, console)
     if wishes.push is not None:
         again = f"hf upload {wishes.push} {target}"
         console.print(f"Pushing to {escape(wishes.push)}", soft_wrap=True)
@@ -112,19 +117,45 @@ def merge_run(
     return result
 
 
+def _earlier(run: Path, target: Path, base: str | None, wishes: MergeWishes) -> MergeResult | None:
+    """What an earlier merge of this adapter into this base has left there, finished."""
+    if wishes.quantized_base or not (target / "config.json").is_file():
+        return None
+    _, _, tensors = _opened(run, base, wishes)
+    if not is_this_merge(tensors, target):
+        return None
+    n_bytes = sum(map(tensors.n_bytes, tensors.names))
+    return MergeResult(
+        folder=target, n_tensors=len(tensors.names), n_merged=len(tensors.changed), n_bytes=n_bytes
+    )
+
+
+def _merged_now(
+    run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console
+) -> MergeResult:
+    merge = _prepared(run, target, base, wishes, console)
+    with _stoppable(run):
+        return _merged(merge, console)
+
+
 def _prepared(run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console) -> _Merge:
     """Everything is read and refused here."""
     refuse_used(target)
-    require_pushable(wishes.push, public=wishes.public)
-    adapter, training = adapter_of(run), Training.of_run(run)
+    adapter, training, tensors = _opened(run, base, wishes)
     plan = training.plan if training else None
-    source = source_of(run, adapter, base, "lowvram merge")
-    source = ModelSource(source.name, plan.trust_remote_code if plan else False)
-    tensors = MergedTensors.open(source, adapter)
-    _choose_values(tensors, plan, wishes)
     check = MergeCheck(tensors, adapter, plan, wishes.onto, wishes.data) if wishes.verify else None
     console.print(_needs(tensors, check), soft_wrap=True)
     return _Merge(run, adapter, training, tensors, target, wishes, check, licence_of(tensors.folder))
+
+
+def _opened(run: Path, base: str | None, wishes: MergeWishes) -> tuple[Path, Training | None, MergedTensors]:
+    """The adapter's folder, its training, and the tensors as they are to be written."""
+    adapter, training = adapter_of(run), Training.of_run(run)
+    plan = training.plan if training else None
+    source = source_of(run, adapter, base, "lowvram merge")
+    tensors = MergedTensors.open(ModelSource(source.name, plan.trust_remote_code if plan else False), adapter)
+    _choose_values(tensors, plan, wishes)
+    return adapter, training, tensors
 
 
 def _choose_values(tensors: MergedTensors, plan: Plan | None, wishes: MergeWishes) -> None:

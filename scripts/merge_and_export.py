@@ -4,7 +4,8 @@
     python scripts/merge_and_export.py RUN [merge's flags] [--to gguf [export's flags]]
 
 The same as `lowvram merge RUN ..`, then, with --to, `lowvram export RUN --to ..` with all flags from
-there on. RUN is a run's folder or a peft adapter's. Needs what pyproject.toml lists.
+there on and merge's --base. An export that would be refused is refused before the merge; a merge that is
+there already is not made again. RUN is a run's folder or a peft adapter's. Needs what pyproject.toml lists.
 """
 
 from __future__ import annotations
@@ -20,11 +21,29 @@ from lowvram.cli import main
 def calls(given: list[str]) -> list[list[str]]:
     """The command lines that `given` stands for."""
     to = next((at for at, word in enumerate(given) if word.split("=")[0] == "--to"), len(given))
-    merge = ["merge", *given[:to]]
-    return [merge, ["export", given[0], *given[to:]]] if given[to:] else [merge]
+    merge, asked = ["merge", *given[:to]], given[to:]
+    if not asked:
+        return [merge]
+    if not any(word.split("=")[0] == "--base" for word in asked):
+        asked += _base(merge)
+    export = ["export", given[0], *asked]
+    return [[*export, "--dry-run"], merge, export]
+
+
+def _base(merge: list[str]) -> list[str]:
+    """merge's --base with its value, as one word or two."""
+    for at, word in enumerate(merge):
+        if word.startswith("--base="):
+            return [word]
+        if word == "--base":
+            return merge[at : at + 2]
+    return []
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        sys.exit()
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     for call in calls(sys.argv[1:]):

@@ -246,19 +246,60 @@ def test_an_unsupported_base_is_refused_before_any_work(tmp_path: Path, command:
         tmp_path / "base"
     )
     (tmp_path / "base" / "model.safetensors").unlink()  # what is never looked at
-    code, _, err = command("export", tmp_path / "adapter", "--to", "gguf")
-    assert code == 2
-    assert "'OPTForCausalLM' cannot be written as GGUF here; these can: Gemma2ForCausalLM" in err
+    for more in ((), ("--dry-run",)):
+        code, _, err = command("export", tmp_path / "adapter", "--to", "gguf", *more)
+        assert code == 2
+        assert "'OPTForCausalLM' cannot be written as GGUF here; these can: Gemma2ForCausalLM" in err
     assert json.loads((tmp_path / "base" / "config.json").read_text())["model_type"] == "opt"
 
 
+def _script(*given: object) -> tuple[int, str, str]:
+    file = Path(__file__).parents[1] / "scripts" / "merge_and_export.py"
+    command = [sys.executable, str(file), *map(str, given)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.returncode, " ".join(done.stdout.split()), " ".join(done.stderr.split())
+
+
 def test_the_script_merges_and_exports(home: Path) -> None:
-    script = Path(__file__).parents[1] / "scripts" / "merge_and_export.py"
-    given = [home / "adapter", "--no-verify", "--to", "gguf", "--type", "q8_0"]
-    done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    """With a base that moved, and again after its second half failed."""
+    moved = (home / "base").rename(home / "moved")
+    given = (home / "adapter", "--no-verify", "--base", moved, "--to", "gguf", "--type", "q8_0")
+    code, _, err = _script(*given)
+    assert code == 0, err
     assert (home / "adapter" / "merged" / "model.safetensors").is_file()
-    assert (home / "adapter" / "model-q8_0.gguf").is_file()
-    again = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, timeout=120)
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    file = home / "adapter" / "model-q8_0.gguf"
+    code, _, err = _script(*given)
+    assert (code, f"{file}' exists already" in err) == (2, True), err
+    file.unlink()
+    code, out, err = _script(*given)
+    assert (code, "merged holds this merge already; it was neither written" in out) == (0, True), err
+    assert file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("--to", "bogus"), "--to 'bogus' is unknown"),
+        (("--to=gguf", "--type", "q9"), "q9"),
+        (("--to", "gguf", "--ollama-base", "x"), "--ollama-base is not used by --to gguf"),
+    ],
+)
+def test_the_script_refuses_an_export_before_it_merges(home: Path, asked: tuple[str, ...], says: str) -> None:
+    code, _, err = _script(home / "adapter", *asked)
+    assert (code, says in err) == (2, True), err
+    assert not (home / "adapter" / "merged").exists()
+
+
+def test_the_script_tells_its_use() -> None:
+    code, out, _ = _script("--help")
+    assert (code, "RUN [merge's flags]" in out) == (0, True)
+
+
+def test_a_dry_run_writes_nothing(home: Path, command: Cli) -> None:
+    before = sorted(home.rglob("*"))
+    for to in ("gguf", "lora-gguf", "ollama", "vllm", "adapter"):
+        code, _, err = command("export", home / "adapter", "--to", to, "--dry-run")
+        assert code == 0, err
+    code, _, err = command("export", home / "adapter", "--to", "adapter", "-o", home / "base", "--dry-run")
+    assert (code, "exists already" in err) == (2, True)
+    assert sorted(home.rglob("*")) == before

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.export.merge import merge_adapter
+from lowvram.merge_command import MergeWishes, merge_run
 from tests.forked_cli import ForkedCli
 from tests.merge_cases import Case, save_adapter, save_base
 
@@ -88,3 +93,28 @@ def test_what_is_there_already_is_not_overwritten(adapter: Path, tmp_path: Path)
         _merge(adapter, tmp_path / "file")
     assert sorted((file.name, file.stat().st_mtime_ns) for file in used.iterdir()) == before
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_finished_merge_is_not_made_again_nor_taken_for_another_s(adapter: Path, tmp_path: Path) -> None:
+    """Another base or adapter of the same shapes is told by its numbers."""
+    console, out = Console(file=io.StringIO()), tmp_path / "out"
+    plain = MergeWishes(verify=False)
+    merge_run(adapter, out, console, wishes=plain)
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    assert merge_run(adapter, out, console, wishes=plain).n_merged == 4
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ConfigError, match="exists already"):
+        merge_run(adapter, out, console, wishes=MergeWishes(verify=False, dtype="fp32"))
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({n: tensor * 1.5 for n, tensor in tensors.items()}, other / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="exists already"):
+        merge_run(other, out, console, wishes=plain)
+    base = Path(shutil.copytree(adapter.parent / "base", tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    save_file({n: tensor * 1.5 for n, tensor in tensors.items()}, base / "model.safetensors")
+    with pytest.raises(ConfigError, match="exists already"):
+        merge_run(adapter, out, console, base=str(base), wishes=plain)
+    (out / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="exists already"):
+        merge_run(adapter, out, console, wishes=plain)

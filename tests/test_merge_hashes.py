@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
+from lowvram.export.base_files import base_folder
 from lowvram.export.merge import merge_adapter
 from lowvram.export.run_adapter import adapter_of
 from lowvram.file_hash import file_sha256
@@ -54,6 +57,24 @@ def test_a_download_is_compared_with_its_hash(cached: Path, tmp_path: Path) -> N
         merge_adapter(ModelSource(REPO), tmp_path / "adapter", tmp_path / "out")
     assert "rm " in told.value.remedy
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.usefixtures("cached")
+def test_only_what_transformers_loads_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a repository with Mistral's consolidated file, which is as large as the model again."""
+    asked: list[str] = []
+    whole = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *given, **options: asked.extend(options["allow_patterns"]) or whole(*given, **options),
+    )
+    folder = base_folder(ModelSource(REPO))
+    there = {file.name for file in folder.glob("*.safetensors")}
+    named = [*there, "model.safetensors", "consolidated.safetensors", "model.fp16.safetensors"]
+    wanted = {name for name in named if any(fnmatch(name, pattern) for pattern in asked)}
+    assert len(there) > 1
+    assert wanted == there | {"model.safetensors"}
 
 
 def test_a_run_s_adapter_is_compared_with_its_hash(tmp_path: Path) -> None:

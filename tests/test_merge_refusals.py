@@ -16,7 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
 from lowvram.export.merge import merge_adapter
+from lowvram.export.merged_tensors import MergedTensors
+from lowvram.export.quantized_output import write_quantized
+from lowvram.export.tensor_files import tensors_of_folder
 from tests.merge_cases import LLAMA, Case, save_adapter, save_base
+from tests.tiny_gguf import byte_level
 
 Harm = Callable[[Path], object]
 WEIGHTS, INDEX = "adapter/adapter_model.safetensors", "base/model.safetensors.index.json"
@@ -95,6 +99,29 @@ def _index(change: Callable[[dict[str, str]], object]) -> Harm:
     return harm
 
 
+def _whole_index(content: Any) -> Harm:
+    return lambda home: (home / INDEX).write_text(json.dumps(content))
+
+
+def _twice(home: Path) -> None:
+    """A shard holds a tensor that another one holds as well."""
+    other = load_file(_shard(home))
+    file = sorted((home / "base").glob("*.safetensors"))[0]
+    save_file({**load_file(file), **other}, file)
+
+
+def _only_consolidated(home: Path) -> None:
+    """As a Mistral folder whose other half was not downloaded."""
+    kept = _shard(home).rename(home / "base/consolidated.safetensors")
+    for file in {*(home / "base").glob("*.safetensors"), home / INDEX} - {kept}:
+        file.unlink()
+
+
+def _named_weights(home: Path) -> None:
+    config = json.loads((home / "base/config.json").read_text())
+    (home / "base/config.json").write_text(json.dumps({**config, "transformers_weights": "b.safetensors"}))
+
+
 def _pickled_base(home: Path) -> None:
     for file in (*(home / "base").glob("*.safetensors"), home / INDEX):
         file.unlink()
@@ -143,6 +170,14 @@ HARMS: dict[str, tuple[Harm, str]] = {
         _index(lambda m: m.update({"more.weight": m["lm_head.weight"]})),
         r"lists 1 tensors that no file holds, first 'more.weight'",
     ),
+    "index of a number": (_index(lambda m: m.update({"lm_head.weight": 5})), "is not a safetensors index"),
+    "index of nothing": (_index(lambda m: m.update({"lm_head.weight": None})), "is not a safetensors index"),
+    "index of lists": (_index(lambda m: m.update({"lm_head.weight": ["a"]})), "is not a safetensors index"),
+    "index a list": (_whole_index(["a"]), "is not a safetensors index"),
+    "index of a list": (_whole_index({"weight_map": ["a"]}), "is not a safetensors index"),
+    "a tensor twice": (_twice, "both hold"),
+    "other names of files": (_only_consolidated, "neither model.safetensors nor .*consolidated.safetensors"),
+    "weights that the config names": (_named_weights, "names its weights. file, b.safetensors"),
     "pickled base": (_pickled_base, "only pickled weights: pytorch_model.bin"),
     "pickled adapter": (_pickled_adapter, "pickled and is not read"),
     "missing base": (lambda home: shutil.rmtree(home / "base"), "neither a folder nor reachable|no folder"),
@@ -157,6 +192,11 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "rank": (_config(r=8), "says rank 8 for '.*', its factors are of rank 4 and 4"),
     "pattern's rank": (_config(rank_pattern={"q_proj": 2}), "says rank 2 for '.*q_proj'"),
     "no rank": (_config(r=None), "no usable r and lora_alpha"),
+    "infinite rank": (_config(r=float("inf")), "no usable r and lora_alpha"),
+    "patterns a list": (_config(rank_pattern=["a"]), r"says rank_pattern \['a'\], which is not a mapping"),
+    "alphas a text": (_config(alpha_pattern="a"), "says alpha_pattern a, which is not a mapping"),
+    "targets a number": (_config(target_modules=5), "says target_modules 5, which is not a text or a list"),
+    "saved a list of lists": (_config(modules_to_save=[["a"]]), "says modules_to_save"),
     "half a pair": (_tensors(lambda t: t.pop(f"{Q}.lora_B.weight")), "lacks a whole lora_A and lora_B"),
     "not a number": (
         _tensors(lambda t: t[f"{Q}.lora_B.weight"].fill_(float("nan"))),
@@ -207,3 +247,67 @@ def test_fused_experts_are_refused(tmp_path: Path) -> None:
     expert = "base_model.model.model.layers.0.mlp.experts.gate_up_proj"
     _tensors(lambda t: t.update({expert: torch.ones(2, 192, 64)}))(tmp_path)
     _refused(tmp_path, "another name in memory than on disk|makes of other tensors")
+
+
+_NO_TOKENIZER = "The tokenizer in '.*adapter' cannot be loaded"
+BROKEN: dict[str, tuple[str, str | None, str]] = {
+    "tokenizer cut off": (
+        "adapter/tokenizer.json",
+        '{"version": ',
+        _NO_TOKENIZER,
+    ),
+    "tokenizer a list": ("adapter/tokenizer.json", "[]", _NO_TOKENIZER),
+    "tokenizer gone": ("adapter/tokenizer.json", None, _NO_TOKENIZER),
+    "no kind": ("adapter/tokenizer_config.json", '{"tokenizer_class": 5}', _NO_TOKENIZER),
+    "tokenizer config": ("adapter/tokenizer_config.json", "{", "cannot be read as JSON"),
+    "generation config": ("base/generation_config.json", "{", "cannot be read as JSON"),
+    "generation config a list": ("base/generation_config.json", "[]", "cannot load .*generation_config"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_would_not_load_is_refused_before_a_weight_is_written(
+    home: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, content, says = BROKEN[kind]
+    byte_level("gpt-2").save_pretrained(home / "adapter")
+    if content is None:
+        (home / file).unlink()
+    else:
+        (home / file).write_text(content)
+    for written in ("merge.write_shards", "quantized_output.write_file"):
+        monkeypatch.setattr(f"lowvram.export.{written}", lambda *_: pytest.fail("wrote weights"))
+    _refused(home, says)
+    tensors = MergedTensors.open(ModelSource(str(home / "base")), home / "adapter")
+    options: dict[str, Any] = {"double_quantization": True, "progress": print, "check": print}
+    with pytest.raises(ConfigError, match=says):
+        write_quantized(tensors, home / "adapter", home / "out", **options)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "40KB"])
+@pytest.mark.parametrize("beside", ["zz_old", "consolidated", "model.fp16"])
+def test_a_file_beside_the_model_is_no_part_of_it(tmp_path: Path, shard: str, beside: str) -> None:
+    """As transformers loads it: such a file's tensors replaced the model's, and verification agreed."""
+    base = save_base(Case(shard=shard), tmp_path / "base")
+    save_adapter(base, Case(), tmp_path / "adapter")
+    merged = [tmp_path / "without", tmp_path / "with"]
+    merge_adapter(ModelSource(str(base)), tmp_path / "adapter", merged[0])
+    whole = LlamaForCausalLM.from_pretrained(base).state_dict()
+    others = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    save_file({**others, "layers.0.attention.wq.weight": torch.ones(2)}, base / f"{beside}.safetensors")
+    merge_adapter(ModelSource(str(base)), tmp_path / "adapter", merged[1])
+    without, found = (LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in merged)
+    assert all(torch.equal(without[name], found[name]) for name in without)
+    assert tensors_of_folder(merged[1]).keys() == tensors_of_folder(merged[0]).keys()
+
+
+def test_the_single_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    base = save_base(Case(shard="40KB"), tmp_path / "base")
+    single = {
+        name: tensor + 1 for name, tensor in LlamaForCausalLM.from_pretrained(base).state_dict().items()
+    }
+    save_file(single, base / "model.safetensors", {"format": "pt"})
+    loaded = LlamaForCausalLM.from_pretrained(base).state_dict()
+    found = tensors_of_folder(base)
+    assert all(torch.equal(found[name].whole(), loaded[name]) for name in loaded)
+    assert all(torch.equal(loaded[name], single[name]) for name in loaded)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import DryRunFileInfo, constants
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
@@ -217,6 +218,22 @@ def test_download_size_without_the_hub(cache: Path, refused: Callable[[Refusal],
     assert ModelSource(NAME).download_bytes() == 0
 
 
+@pytest.mark.parametrize(
+    ("sizes", "n_bytes"),
+    [
+        ({"model.safetensors": 100, "model.fp16.safetensors": 50}, 100),
+        ({"model-00001-of-00002.safetensors": 70, "model-00002-of-00002.safetensors": 30}, 100),
+    ],
+)
+def test_the_download_is_what_transformers_loads(
+    refused: Callable[[None], None], monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], n_bytes: int
+) -> None:
+    refused(None)
+    files = [DryRunFileInfo(COMMIT, size, name, name, False, True) for name, size in sizes.items()]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: files)
+    assert ModelSource("acme/open").download_bytes() == n_bytes
+
+
 def _weights(folder: Path) -> None:
     """Two shards and their index."""
     for shard in ("a", "b"):
@@ -249,6 +266,14 @@ def test_one_file_of_weights_is_enough_unless_cut_off(
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ConfigError, match="weights"):
         ModelSource(NAME).require_weights()
+
+
+def test_a_broken_table_of_tensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_7B))
+    for text in (b"[1]", b'{"a": 5}', b'{"a": {}}', b'{"a": {"data_offsets": []}}', b'{"a": '):
+        (tmp_path / SINGLE_FILE).write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(ConfigError, match="broken safetensors header"):
+            ModelSource(str(tmp_path)).require_weights()
 
 
 @pytest.mark.parametrize(

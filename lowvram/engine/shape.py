@@ -115,6 +115,13 @@ class ModelShape(Frozen):
         return [linear for linear in self.linears if linear.name in targets]
 
 
+def context_limit(config: PretrainedConfig) -> int:
+    """Positions that a model knows: past the last learned one it fails."""
+    text = config.get_text_config()
+    known = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(known or _ANY_LENGTH)
+
+
 def shape_of(config: PretrainedConfig) -> ModelShape:
     """Read off the model that would be built, on the meta device.
 
@@ -135,12 +142,11 @@ def shape_of(config: PretrainedConfig) -> ModelShape:
         if is_linear(module) and module is not head
     )
     text = config.get_text_config()
-    known = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return ModelShape(
         task_type="SEQ2SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM",
         n_parameters=sum(p.numel() for p in model.parameters()),
         n_layers=text.num_hidden_layers,
-        context_limit=int(known or _ANY_LENGTH),
+        context_limit=context_limit(config),
         stacked_parameters=sum(p.numel() for p in model.parameters() if p.dim() == 3),
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,

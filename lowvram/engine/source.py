@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,7 +129,7 @@ class ModelSource:
         self._refuse_no_folder()
         try:
             return AutoTokenizer.from_pretrained(self.name, **self._options())
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # of a broken tokenizer.json the tokenizers package raises bare ones
             if not self.is_local:
                 _ = self.config  # refuses when the whole model is missing, not its tokenizer
             if self.refusal:
@@ -155,7 +154,8 @@ class ModelSource:
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError):
             return _published_bytes(self.name)
-        return sum(file.file_size or 0 for file in files if file.will_download)
+        whole = [file for file in files if file.filename == SINGLE_FILE]  # then nothing else is loaded
+        return sum(file.file_size or 0 for file in whole or files if file.will_download)
 
     def require_weights(self) -> None:
         """Refuse weights that are absent, truncated, pickled or out of reach, before loading.
@@ -169,7 +169,7 @@ class ModelSource:
             return
         folder = Path(self.name)
         with self._readable():
-            files = list(local_shards(folder))
+            files = local_shards(folder)
             if not files:
                 raise no_safetensors(folder, "Point --model at a folder with safetensors weights")
             for file in files:
@@ -177,7 +177,7 @@ class ModelSource:
 
     def _weights_in_cache(self) -> bool:
         """Whether an earlier download of the weights is whole."""
-        for file in filter(None, map(self._cached, (INDEX_FILE, SINGLE_FILE))):
+        for file in filter(None, map(self._cached, (SINGLE_FILE, INDEX_FILE))):
             try:
                 return all(map(read_safetensors_header, local_shards(file.parent)))
             except (ConfigError, OSError):
@@ -247,31 +247,56 @@ def absolute(name: str) -> str:
     return str(path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name)
 
 
-def local_shards(folder: Path) -> Iterator[Path]:
-    """The safetensors files of a model folder, as its index lists them.
+def local_shards(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads of a model folder, whatever else lies beside them.
+
+    5.24 takes model.safetensors where it is there, even beside an index; else the files of the index. A
+    consolidated.safetensors or somebody's old copy is no part of the model.
 
     Raises:
         ConfigError: the index is unreadable, leaves the folder, or names a file that is not there.
     """
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    return [_listed_shard(folder, name) for name in sorted(set(weight_map(folder).values()))]
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, as the folder's index says it; empty where transformers reads no index.
+
+    Raises:
+        ConfigError: it is no index.
+    """
     index = folder / INDEX_FILE
-    if not index.is_file():
-        yield from sorted(folder.glob("*.safetensors"))
-        return
+    if (folder / SINGLE_FILE).is_file() or not index.is_file():
+        return {}
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"'{index}' is not a safetensors index.", "Download the file again.") from error
-    for name in names:
-        file = folder / name
-        if Path(name).name != name:
-            raise ConfigError(f"'{index}' points outside its folder: {name}", "Do not use this model.")
-        if not file.is_file():
-            raise ConfigError(f"'{index}' lists {name}, which is missing.", f"Download {name} again.")
-        yield file
+        listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if all(isinstance(file, str) for file in listed.values()):
+            return listed
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # as one whose files are no names
+    raise ConfigError(f"'{index}' is not a safetensors index.", "Download the file again.")
+
+
+def _listed_shard(folder: Path, name: str) -> Path:
+    index, file = folder / INDEX_FILE, folder / name
+    if Path(name).name != name:
+        raise ConfigError(f"'{index}' points outside its folder: {name}", "Do not use this model.")
+    if not file.is_file():
+        raise ConfigError(f"'{index}' lists {name}, which is missing.", f"Download {name} again.")
+    return file
 
 
 def no_safetensors(folder: Path, remedy: str) -> ConfigError:
-    """The refusal of a folder without weights, or with pickled ones only."""
+    """The refusal of a folder without weights, with pickled ones only, or with files of other names."""
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    if others:
+        return ConfigError(
+            f"'{folder}' has neither {SINGLE_FILE} nor {INDEX_FILE}, by which transformers finds a model's "
+            f"weights; {others[0]} is neither.",
+            f"{remedy}, or download the file that is missing.",
+        )
     pickled = sorted(p.name for p in folder.glob("*.bin"))
     detail = f" (only pickled weights: {pickled[0]})" if pickled else ""
     return ConfigError(
@@ -293,10 +318,10 @@ def read_safetensors_header(file: Path) -> dict[str, Any]:
             raise ConfigError(f"'{file}' is not a safetensors file.", "Download it again.")
         try:
             header: dict[str, Any] = json.loads(handle.read(header_bytes))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            end = 8 + header_bytes + max((t["data_offsets"][1] for t in header.values()), default=0)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise ConfigError(f"'{file}' has a broken safetensors header.", "Download it again.") from error
-    header.pop("__metadata__", None)
-    end = 8 + header_bytes + max((t["data_offsets"][1] for t in header.values()), default=0)
     if size < end:
         raise ConfigError(
             f"'{file}' is cut off: {size:,} of {end:,} bytes are there.", "Download it again (or resume)."

@@ -25,6 +25,14 @@ _KNOWN = {
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size"),
     *("runtime_config", "lora_bias", "ensure_weight_tying", "velora_config"),
 }
+_SAID: dict[type, str] = {dict: "a mapping", list: "a list", str: "a text"}
+# What JSON must hold under the names that are looked into: here, and by peft when the merge is verified.
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), (dict,)),
+    **dict.fromkeys(("target_modules", "exclude_modules"), (str, list)),
+    "modules_to_save": (list,),
+    "trainable_token_indices": (dict, list),
+}
 
 
 @dataclass
@@ -77,6 +85,7 @@ def read_adapter(folder: Path) -> Adapter:
     weights = folder / WEIGHTS_FILE
     require_adapter_files(folder)
     config = read_adapter_config(folder)
+    _require_kinds(config, folder / CONFIG_FILE)
     _require_known(config)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors_of_file(weights).items()}
     modules: dict[str, ModuleUpdate] = {}
@@ -87,6 +96,16 @@ def read_adapter(folder: Path) -> Adapter:
     for name, update in modules.items():
         _finish(name, update, config, folder / CONFIG_FILE)
     return Adapter(folder, config, modules)
+
+
+def _require_kinds(config: dict[str, Any], file: Path) -> None:
+    for name, kinds in _KINDS.items():
+        value = config.get(name)
+        listed = value if isinstance(value, list) else []
+        if value is None or (isinstance(value, kinds) and all(isinstance(x, (str, int)) for x in listed)):
+            continue
+        wanted = " or ".join(_SAID[kind] for kind in kinds)
+        raise ConfigError(f"'{file}' says {name} {value}, which is not {wanted} of names or numbers.", _COPY)
 
 
 def _require_known(config: dict[str, Any]) -> None:
@@ -134,7 +153,7 @@ def _place(modules: dict[str, ModuleUpdate], name: str, tensor: StoredTensor) ->
 def _finish(module: str, update: ModuleUpdate, config: dict[str, Any], file: Path) -> None:
     """Check what belongs together and take the numbers of the config that are this module's."""
     if update.token_rows is not None:
-        update.token_ids = _token_ids(module, config.get("trainable_token_indices"))
+        update.token_ids = _token_ids(module, config.get("trainable_token_indices"), file)
         if len(update.token_ids) != update.token_rows.n_rows:
             raise ConfigError(
                 f"'{file}' names {len(update.token_ids)} tokens of '{module}', the adapter holds "
@@ -160,7 +179,7 @@ def _rank_and_scaling(module: str, config: dict[str, Any], file: Path) -> tuple[
         rank = int(_of_pattern(config.get("rank_pattern"), module, config["r"]))
         alpha = float(_of_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
         return rank, float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, re.error) as error:
         raise ConfigError(f"'{file}' has no usable r and lora_alpha for '{module}'.", _COPY) from error
 
 
@@ -172,9 +191,12 @@ def _of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
-def _token_ids(module: str, indices: Any) -> tuple[int, ...]:
+def _token_ids(module: str, indices: Any, file: Path) -> tuple[int, ...]:
     if isinstance(indices, dict):
         found: Iterable[Any] = next((v for k, v in indices.items() if module.endswith(k)), ())
     else:
         found = indices or ()
-    return tuple(int(token) for token in found)
+    try:
+        return tuple(int(token) for token in found)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"'{file}' has no usable trainable_token_indices for '{module}'.", _COPY) from error

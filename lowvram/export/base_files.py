@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lowvram.engine.source import ModelSource, local_shards
+from lowvram.engine.source import SINGLE_FILE, ModelSource, local_shards, weight_map
 from lowvram.errors import ConfigError
 from lowvram.file_hash import file_sha256
 from lowvram.frozen import write_atomically
@@ -33,9 +33,11 @@ def base_folder(base: ModelSource) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = ["*.safetensors", "*.json", "*.py", "README.md", *_TOKENIZER, *_LICENSES]
+    wanted = [SINGLE_FILE, "*.json", "*.py", "README.md", *_TOKENIZER, *_LICENSES]
     try:
         folder = Path(snapshot_download(base.name, allow_patterns=wanted))
+        if shards := sorted(set(weight_map(folder).values())):  # not Mistral's consolidated one of 14 GB too
+            snapshot_download(base.name, revision=folder.name, allow_patterns=shards)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise ConfigError(
             f"The base model '{base.name}' is neither a folder nor reachable on the hub.",
@@ -61,9 +63,7 @@ def write_rest(base: Path, adapter: Path | None, output: Path, changes: dict[str
 
     No file keeps a path or a name of the machine on which it was written.
     """
-    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer_of = adapter if own and adapter is not None else base
-    for folder, patterns in ((base, _OTHER), (tokenizer_of, _TOKENIZER)):
+    for folder, patterns in ((base, _OTHER), (tokenizer_folder(base, adapter), _TOKENIZER)):
         for file in _matching(folder, patterns):
             _copy(file, output / file.name)
     config = _read_json(base / "config.json")
@@ -72,6 +72,17 @@ def write_rest(base: Path, adapter: Path | None, output: Path, changes: dict[str
             _copy(file, output / file.name)
     _write_json(output / "config.json", _changed(config, changes))
     _write_generation_config(base, output)
+
+
+def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
+    """Whose tokenizer a merged model gets."""
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return adapter if own and adapter is not None else base
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether there is more of it than a chat template."""
+    return any(not file.name.startswith("chat_template") for file in _matching(folder, _TOKENIZER))
 
 
 def copy_tokenizer(folder: Path, output: Path) -> None:

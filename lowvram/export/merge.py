@@ -15,6 +15,7 @@ from lowvram.export.base_files import write_rest
 from lowvram.export.empty_model import empty_model
 from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.partial_folder import refuse_used, require_disk, whole_or_not_at_all
+from lowvram.export.rest_check import require_loadable_rest
 from lowvram.export.shards import NamedPieces, Progress, write_shards
 from lowvram.frozen import Frozen
 from lowvram.units import GiB
@@ -65,15 +66,17 @@ def write_merged(
         check: looks at the finished folder before it takes its name; what it raises removes the folder.
 
     Raises:
-        ConfigError: the output is in use.
+        ConfigError: the output is in use, or transformers would not load its configs or tokenizer.
         DoesNotFitError: too little disk.
     """
     n_bytes = sum(map(tensors.n_bytes, tensors.names))
     require_disk(output, n_bytes)
+    changes = config_changes(tensors)
+    require_loadable_rest(tensors.source, adapter, changes)
     with whole_or_not_at_all(output) as partial:
         pieces = [_named(tensors, name) for name in tensors.names]
         write_shards(pieces, partial, max_shard_bytes, progress or (lambda _done, _total: None))
-        write_rest(tensors.folder, adapter, partial, config_changes(tensors))
+        write_rest(tensors.folder, adapter, partial, changes)
         check(partial)
     return MergeResult(
         folder=output, n_tensors=len(tensors.names), n_merged=len(tensors.changed), n_bytes=n_bytes

@@ -47,6 +47,7 @@ class MergedTensors:
         """
         read = read_adapter(adapter) if adapter is not None else None
         source = ModelSource(str(base_folder(base)), base.trust_remote_code)
+        _require_usual_files(source)
         stored = tensors_of_folder(Path(source.name))
         if read is None:
             return cls(source, {name: _Output(tensor, None) for name, tensor in stored.items()}, untied=False)
@@ -149,6 +150,16 @@ def working_bytes(
     pairs = [pair.n_numbers for pair in low_ranks]
     largest = max((n for _, n in shapes), default=0)
     return 36 * MiB + 8 * max(pairs, default=0) + 32 * max(pieces, default=0) + quantized * 5 * largest // 4
+
+
+def _require_usual_files(source: ModelSource) -> None:
+    """A config may name its weights' file, which transformers then loads instead of all others."""
+    named = getattr(source.config, "transformers_weights", None)
+    if named is not None:
+        raise ConfigError(
+            f"'{source.name}/config.json' names its weights' file, {named}; lowvram reads the usual ones.",
+            "Load it with transformers, save_pretrained it to another folder, and give that: --base PATH",
+        )
 
 
 def _outputs(

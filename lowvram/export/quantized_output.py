@@ -18,6 +18,7 @@ from lowvram.export.merge import MergeResult, config_changes
 from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.partial_folder import require_disk, whole_or_not_at_all
 from lowvram.export.quantized_values import quantized_linears
+from lowvram.export.rest_check import require_loadable_rest
 from lowvram.export.shards import NamedPieces, Progress, shard_name, write_file, write_index
 from lowvram.export.tensor_files import PIECE_NUMBERS
 from lowvram.units import MiB
@@ -57,7 +58,8 @@ def write_quantized(
     """Merge, then quantise each linear layer but the head to NF4: what merging into 4 bits costs is measured.
 
     Raises:
-        ConfigError: the output is in use, or the model's layers cannot be stored so.
+        ConfigError: the output is in use, the model's layers cannot be stored so, or transformers would not
+            load the configs or the tokenizer.
         DoesNotFitError: too little disk.
     """
     step = StepConfig.model_validate(
@@ -71,11 +73,12 @@ def write_quantized(
             "Leave --quantized-base out.",
         )
     require_disk(output, _n_bytes(tensors, set(linears)))
+    changes = config_changes(tensors) | {"quantization_config": _bnb_config(tensors, step)}
+    require_loadable_rest(tensors.source, adapter, changes)
     error = WeightError()
     with whole_or_not_at_all(output) as partial:
         parts = _Parts(partial, max_shard_bytes)
         n_bytes = _write(tensors, set(linears), parts, double_quantization, error, progress)
-        changes = config_changes(tensors) | {"quantization_config": _bnb_config(tensors, step)}
         write_rest(tensors.folder, adapter, partial, changes)
         check(partial)
     n_merged = len(tensors.changed)

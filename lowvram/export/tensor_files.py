@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -11,7 +10,13 @@ from typing import Any
 
 import torch
 
-from lowvram.engine.source import INDEX_FILE, local_shards, no_safetensors, read_safetensors_header
+from lowvram.engine.source import (
+    INDEX_FILE,
+    local_shards,
+    no_safetensors,
+    read_safetensors_header,
+    weight_map,
+)
 from lowvram.errors import ConfigError
 
 DTYPES = {
@@ -127,20 +132,19 @@ def tensors_of_folder(folder: Path) -> dict[str, StoredTensor]:
     """
     found: dict[str, StoredTensor] = {}
     for shard in local_shards(folder):
-        found.update(tensors_of_file(shard))
+        tensors = tensors_of_file(shard)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ConfigError(
+                f"'{found[twice[0]].file}' and '{shard.name}' both hold '{twice[0]}'.",
+                "Download the model again; which of them is right nobody can tell.",
+            )
+        found.update(tensors)
     if not found:
         raise no_safetensors(folder, "Give a base with safetensors weights: --base PATH")
-    missing = sorted(set(_listed(folder)) - set(found))
+    missing = sorted(set(weight_map(folder)) - set(found))
     if missing:
         raise ConfigError(
             f"'{folder / INDEX_FILE}' lists {len(missing)} tensors that no file holds, first '{missing[0]}'.",
             "Download the model again.",
         )
     return found
-
-
-def _listed(folder: Path) -> list[str]:
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        return []
-    return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])  # local_shards has checked it
