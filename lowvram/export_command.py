@@ -25,7 +25,7 @@ from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.model_card import CARD_FILE
 from lowvram.export.ollama import ADAPTER_FILE, MODEL_FILE, Modelfile, modelfile
 from lowvram.export.partial_folder import refuse_used, whole_or_not_at_all
-from lowvram.export.push import files_of, push, require_pushable
+from lowvram.export.push import files_of, push, require_pushable, upload_command
 from lowvram.export.quantizer import QuantizedModel, for_kind
 from lowvram.export.vllm import vllm_command
 from lowvram.export_request import COMMAND, Export
@@ -52,9 +52,20 @@ def export_run(export: Export, console: Console) -> None:
         files = _ROADS[export.to](export, console)
     if export.push is not None:
         _say(console, f"Pushing to {export.push}")
-        again = f"hf upload {export.push} {export.target}"
-        url = push({**files, CARD_FILE: export.card.encode()}, export.push, public=export.public, again=again)
-        _say(console, f"Pushed: {url}")
+        _say(console, f"Pushed: {_pushed(export, export.push, files)}")
+
+
+def _pushed(export: Export, repo: str, files: Files) -> str:
+    """The repository's address. A single file's card lies beside it until then, to be pushed by hand too."""
+    again = [upload_command(repo, export.target, public=export.public)]
+    if CARD_FILE in files:
+        return push(files, repo, public=export.public, again=again[0])
+    card = export.target.with_name(f"{export.target.name}.{CARD_FILE}")
+    write_atomically(card, export.card)
+    again.append(upload_command(repo, card, CARD_FILE, public=export.public))
+    url = push({**files, CARD_FILE: card}, repo, public=export.public, again=" && ".join(again))
+    card.unlink()
+    return url
 
 
 def _to_gguf(export: Export, console: Console) -> Files:

@@ -29,7 +29,7 @@ from lowvram.export.model_card import (
     title_of,
 )
 from lowvram.export.partial_folder import refuse_used
-from lowvram.export.push import files_of, push, require_pushable
+from lowvram.export.push import files_of, push, require_pushable, upload_command
 from lowvram.export.quantized_output import write_quantized
 from lowvram.export.quantized_values import values_as_trained
 from lowvram.export.run_adapter import adapter_of, source_of
@@ -105,7 +105,7 @@ def merge_run(
         with _stoppable(run):
             result = _merged(merge, console)
     if wishes.push is not None:
-        again = f"hf upload {wishes.push} {target}"
+        again = upload_command(wishes.push, target, public=wishes.public)
         console.print(f"Pushing to {escape(wishes.push)}", soft_wrap=True)
         url = push(files_of(target), wishes.push, public=wishes.public, again=again)
         console.print(f"Pushed: {escape(url)}", soft_wrap=True)
