@@ -17,7 +17,7 @@ from tests import chat_home as home
 from tests import tiny_runs
 from tests.chat_home import Reference
 from tests.test_pipeline import TINY
-from tests.tiny_adapters import alone, generated
+from tests.tiny_adapters import alone, generated, save_adapter
 from tests.tiny_runs import ASKED, Cli, write_rows
 
 byte_model, chat_home, command = tiny_runs.byte_model, home.chat_home, tiny_runs.command
@@ -104,6 +104,21 @@ def test_prompts_go_to_stdout_with_base_adapter_and_seed_chosen(
         assert [" ".join(line["answer"].split()) for line in lines] == [
             " ".join(answer.text.split()) for answer in wanted
         ]
+
+
+def test_an_adapter_on_the_embedding_answers_as_in_plain_peft(
+    chat_home: Path, tmp_path: Path, command: Cli
+) -> None:
+    """As peft saves it: with the base's own embedding beside."""
+    folder = save_adapter(chat_home / "base", tmp_path / "ends", 5, target_modules=["embed_tokens", "q_proj"])
+    AutoTokenizer.from_pretrained(chat_home / "base").save_pretrained(folder)
+    code, out, err = command("generate", folder, "-p", "hi", "--max-new-tokens", N, *FP32)
+    assert code == 0, err
+    ids = prompt_ids([Message(role="user", content="hi")], AutoTokenizer.from_pretrained(folder))
+    wanted = generated(alone(chat_home / "base", folder), ids, N, do_sample=False)
+    assert json.loads(out)["n_tokens"] == len(wanted)
+    decoded = AutoTokenizer.from_pretrained(folder).decode(wanted, skip_special_tokens=True)
+    assert json.loads(out)["answer"].split() == decoded.split()
 
 
 @pytest.mark.parametrize(
