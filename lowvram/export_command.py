@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lowvram.engine.source import ModelSource
 from lowvram.errors import StoppedError, refusals_of_the_system
-from lowvram.export.adapter_files import read_adapter
+from lowvram.export.adapter_files import Adapter, read_adapter
 from lowvram.export.adapter_output import write_adapter
+from lowvram.export.base_match import require_of_base
 from lowvram.export.gguf_architectures import architecture_of
 from lowvram.export.gguf_check import check_file, require_llama_cpp
 from lowvram.export.gguf_lora import GgufLora, gguf_lora
@@ -109,7 +111,7 @@ def _to_ollama(export: Export, console: Console) -> Files:
 
 
 def _to_vllm(export: Export, console: Console) -> Files:
-    command = vllm_command(read_adapter(export.adapter), export.source.name, _tag(export))
+    command = vllm_command(_of_its_base(export), export.source.name, _tag(export))
     _say(console, "vLLM takes the adapter folder as it is; nothing was written. Serve it:")
     console.print(escape(command), soft_wrap=True)
     return {}
@@ -117,7 +119,7 @@ def _to_vllm(export: Export, console: Console) -> Files:
 
 def _to_adapter(export: Export, console: Console) -> Files:
     refuse_used(export.target)
-    read_adapter(export.adapter)
+    _of_its_base(export)
     base = export.training.plan.model if export.training else export.source.name
     with whole_or_not_at_all(export.target) as folder:
         write_adapter(export.adapter, base, folder)
@@ -146,6 +148,14 @@ def _model(export: Export) -> GgufModel | QuantizedModel:
 
 def _check(export: Export) -> Check:
     return (lambda file: check_file(file, export.tokenizer)) if export.check else unchecked
+
+
+def _of_its_base(export: Export) -> Adapter:
+    """Of a base on the hub as far as its config is to be had; nobody needs its weights here."""
+    adapter = read_adapter(export.adapter)
+    trusted = export.training is not None and export.training.plan.trust_remote_code
+    require_of_base(adapter, ModelSource(export.source.name, trusted))
+    return adapter
 
 
 def _lora(export: Export) -> GgufLora:
