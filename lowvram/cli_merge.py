@@ -55,6 +55,7 @@ def merge(
 ) -> None:
     """Merge the adapter into the original 16-bit weights, in bounded memory, and verify the result."""
     from lowvram import merge_command
+    from lowvram.shell import command_line
     from lowvram.units import parse_bytes
 
     wishes = merge_command.MergeWishes(
@@ -68,4 +69,4 @@ def merge(
         public=public,
     )
     cli_requests.hide_loading_bars()
-    merge_command.merge_run(run, output, Console(highlight=False), base, wishes)
+    merge_command.merge_run(run, output, Console(highlight=False), base, wishes, command_line())

@@ -61,11 +61,14 @@ def chat(
     from lowvram.chat import Chat
     from lowvram.chat_view import ChatView
     from lowvram.errors import ConfigError
+    from lowvram.shell import command_line
 
     if vram is not None and not dry_run:
         raise ConfigError("--vram imagines a card, which cannot answer.", "Add --dry-run, or leave it out.")
     sampling, hardware = _sampling(temperature, top_p, seed), _hardware(vram)
-    found = answering.find(run, adapter or (), base, trust_remote_code=trust_remote_code)
+    found = answering.find(
+        run, adapter or (), base, trust_remote_code=trust_remote_code, command=command_line()
+    )
     if compare and not found.adapters:
         raise ConfigError("--compare: there is no adapter to compare with.", "Add --adapter NAME=PATH.")
     view = ChatView(Console(highlight=False), _errors())
@@ -114,6 +117,7 @@ def generate(
 ) -> None:
     """Answer prompts, one JSON line each: prompt or messages, answer, stopped, n_tokens."""
     from lowvram import answering, generate_command
+    from lowvram.shell import command_line
 
     sampling = _sampling(temperature, top_p, seed)
     file = generate_command.WholeFile(output) if output is not None else None
@@ -123,7 +127,7 @@ def generate(
         base_only=base_only,
         instead=adapter,
         trust_remote_code=trust_remote_code,
-        command="lowvram generate",
+        command=command_line(),
     )
     rows = generate_command.asked(prompt or (), input_file, system, found.tokenizer)
     settings = generate_command.Settings(sampling, max_new_tokens, batch, precision)

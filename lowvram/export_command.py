@@ -30,8 +30,9 @@ from lowvram.export.partial_folder import refuse_used, whole_or_not_at_all
 from lowvram.export.push import files_of, push, require_pushable, upload_command
 from lowvram.export.quantizer import QuantizedModel, for_kind
 from lowvram.export.vllm import vllm_command
-from lowvram.export_request import COMMAND, Export
+from lowvram.export_request import Export
 from lowvram.frozen import require_new_file, write_atomically
+from lowvram.shell import typed
 from lowvram.training.signals import Interrupted, stop_on_signal
 from lowvram.units import format_bytes
 
@@ -76,7 +77,8 @@ def _to_gguf(export: Export, console: Console) -> Files:
     with _progress(export, console) as told:
         notes = model.write(export.target, told, _check(export))
     _say(console, f"Wrote {_sized(export.target)}{_checked(export)}.", notes)
-    _say(console, f"Run it: llama-cli -m {export.target}, or for LM Studio: lms import {export.target}")
+    file = typed(export.target)
+    _say(console, f"Run it: llama-cli -m {file}, or for LM Studio: lms import {file}")
     return {export.target.name: export.target}
 
 
@@ -84,7 +86,7 @@ def _to_lora(export: Export, console: Console) -> Files:
     require_new_file(export.target)  # before the work
     _lora(export).write(export.target)
     _say(console, f"Wrote {_sized(export.target)}.")
-    _say(console, f"Run it on the base's GGUF: llama-cli -m BASE.gguf --lora {export.target}")
+    _say(console, f"Run it on the base's GGUF: llama-cli -m BASE.gguf --lora {typed(export.target)}")
     return {export.target.name: export.target}
 
 
@@ -105,7 +107,7 @@ def _to_ollama(export: Export, console: Console) -> Files:
     _say(console, f"Wrote {export.target} with its Modelfile{_checked(export)}.", [*notes, *written.notes])
     _say(
         console,
-        f"Run it: cd {export.target} && ollama create {tag} -f Modelfile && ollama run {tag}",
+        f"Run it: cd {typed(export.target)} && ollama create {tag} -f Modelfile && ollama run {tag}",
     )
     return files_of(export.target)
 
@@ -196,7 +198,7 @@ def _progress(export: Export, console: Console) -> Iterator[Told]:
     except Interrupted as interrupt:
         raise StoppedError(
             "The export was stopped; nothing was written.",
-            f"Start it again: {COMMAND} {export.run} --to {export.to}",
+            f"Start it again: {export.again}",
             interrupt.signal_number,
         ) from interrupt
 

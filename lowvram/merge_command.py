@@ -35,6 +35,7 @@ from lowvram.export.quantized_values import values_as_trained
 from lowvram.export.run_adapter import adapter_of, source_of
 from lowvram.frozen import write_atomically
 from lowvram.planner.plan import Plan
+from lowvram.shell import typed
 from lowvram.training.signals import Interrupted, stop_on_signal
 from lowvram.units import format_bytes
 
@@ -81,11 +82,13 @@ def merge_run(
     console: Console,
     base: str | None = None,
     wishes: MergeWishes = MergeWishes(),  # frozen
+    command: str | None = None,
 ) -> MergeResult:
     """Merge RUN/adapter (or an adapter folder) into its base model.
 
     Args:
         base: instead of the one that the adapter names.
+        command: as the user typed it, whole.
 
     Raises:
         ConfigError: there is no adapter or no base, they do not belong together, the output is in use, or the
@@ -101,8 +104,9 @@ def merge_run(
     target = output or run / ("merged-4bit" if wishes.quantized_base else "merged")
     what = f"'{run}' cannot be merged into '{target}', nothing was written"
     with refusals_of_the_system(what, _CHECK, _NO_ROOM):
-        merge = _prepared(run, target, base, wishes, console)
-        with _stoppable(run):
+        again = command or f"lowvram merge {typed(run)}"
+        merge = _prepared(run, target, base, wishes, console, again)
+        with _stoppable(again):
             result = _merged(merge, console)
     if wishes.push is not None:
         again = upload_command(wishes.push, target, public=wishes.public)
@@ -112,13 +116,15 @@ def merge_run(
     return result
 
 
-def _prepared(run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console) -> _Merge:
+def _prepared(
+    run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console, again: str
+) -> _Merge:
     """Everything is read and refused here."""
     refuse_used(target)
     require_pushable(wishes.push, public=wishes.public)
     adapter, training = adapter_of(run), Training.of_run(run)
     plan = training.plan if training else None
-    source = source_of(run, adapter, base, "lowvram merge")
+    source = source_of(adapter, base, again)
     source = ModelSource(source.name, plan.trust_remote_code if plan else False)
     tensors = MergedTensors.open(source, adapter)
     _choose_values(tensors, plan, wishes)
@@ -144,14 +150,14 @@ def _choose_values(tensors: MergedTensors, plan: Plan | None, wishes: MergeWishe
 
 
 @contextmanager
-def _stoppable(run: Path) -> Iterator[None]:
+def _stoppable(again: str) -> Iterator[None]:
     try:
         with stop_on_signal(lambda _: None):
             yield
     except Interrupted as interrupt:
         raise StoppedError(
             "Merging was stopped; nothing was written.",
-            f"Start it again: lowvram merge {run}",
+            f"Start it again: {again}",
             interrupt.signal_number,
         ) from interrupt
 

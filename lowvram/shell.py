@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
+
+
+def command_line() -> str:
+    """This process's command with all its flags, to be typed again."""
+    return " ".join(["lowvram", *map(typed, sys.argv[1:])])
 
 
 def typed(text: object) -> str:

@@ -121,7 +121,7 @@ def test_the_base_itself_is_as_before(home: Path) -> None:
 
 
 def test_an_embedding_that_was_trained_comes_and_goes(home: Path, tmp_path: Path) -> None:
-    """peft saves the base's embedding with an adapter on it, and loads what is in the file; the head alike."""
+    """peft saves the base's embedding with an adapter on it, and loads what is in the file; a head's too."""
     folder = save_adapter(home / "base", tmp_path / "ends", 9, target_modules=["embed_tokens", "lm_head"])
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)

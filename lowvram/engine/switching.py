@@ -111,7 +111,9 @@ def _of_base(
 
 def _same_values(parameter: torch.Tensor, other: torch.Tensor) -> bool:
     """In the parameter's dtype; 4,096 rows at one time, for an embedding may be a GB."""
-    pairs = zip(parameter.detach().split(_ROWS_AT_ONCE), other.split(_ROWS_AT_ONCE), strict=True)
+    pairs = zip(
+        torch.split(parameter.detach(), _ROWS_AT_ONCE), torch.split(other, _ROWS_AT_ONCE), strict=True
+    )
     return all(torch.equal(own.cpu(), rows.to(own.dtype)) for own, rows in pairs)
 
 
