@@ -87,6 +87,10 @@ def find(
     """
     from lowvram.engine.adapter_folder import AdapterFolder
 
+    if base_only and instead is not None:
+        raise ConfigError(
+            "--base-only leaves out all adapters, and --adapter names one.", "Leave one of them out."
+        )
     with refusals_of_the_system(f"'{run}' cannot be read", "Check its permissions."):
         own = _own_adapter(run)
         again = command or f"lowvram chat {typed(run)}"

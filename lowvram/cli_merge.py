@@ -62,7 +62,7 @@ def merge(
         onto=onto.value,
         quantized_base=quantized_base,
         dtype=dtype.value if dtype else None,
-        shard_bytes=parse_bytes(shard_size) if shard_size else None,
+        shard_bytes=parse_bytes(shard_size) if shard_size is not None else None,
         verify=verify,
         data=data,
         push=push,

@@ -26,7 +26,7 @@ class Export:
     """What was asked for.
 
     Raises:
-        ConfigError: an unknown target or type, or a setting that the target does not use.
+        ConfigError: an unknown target or type, a setting that the target does not use, or an empty one.
     """
 
     run: Path
@@ -55,6 +55,8 @@ class Export:
         for flag, is_so in unused.items():
             if is_so:
                 raise ConfigError(f"{flag} is not used by --to {self.to}.", f"Leave {flag} out.")
+        if self.ollama_base == "":
+            raise ConfigError("--ollama-base is empty.", "Give Ollama's name of the base, or leave it out.")
 
     @property
     def alone(self) -> bool:

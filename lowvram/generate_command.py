@@ -28,7 +28,7 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Asked:
-    """One row: what is shown of it, and the token ids of its prompt."""
+    """One row: what is shown of it, its `id` included, and the token ids of its prompt."""
 
     where: str
     shown: dict[str, Any]
@@ -79,7 +79,8 @@ def _asked(where: str, row: dict[str, Any], system: str, tokenizer: Any) -> Aske
         )
     if system and turns[0].role != "system":
         turns = [Message(role="system", content=system), *turns]
-    return Asked(where, {field: row[field]}, prompt_ids(turns, tokenizer, where))
+    shown = {name: row[name] for name in ("id", field) if name in row}
+    return Asked(where, shown, prompt_ids(turns, tokenizer, where))
 
 
 def generate(
@@ -108,7 +109,7 @@ def generate(
             hardware,
             precision=settings.precision,
             context=context,
-            batch=settings.batch,
+            batch=settings.batch and min(settings.batch, len(rows)),
             rows=len(rows),
         )
     for note in (plan.summary, *found.notes):
@@ -164,7 +165,7 @@ def _batches(rows: Sequence[Asked], size: int) -> Iterator[list[int]]:
 
 def _line(row: Asked, answer: Answer) -> str:
     told = row.shown | {"answer": answer.text, "stopped": answer.stopped, "n_tokens": answer.n_tokens}
-    return json.dumps(told, ensure_ascii=False) + "\n"
+    return json.dumps(told, ensure_ascii=False, default=str) + "\n"  # a table's id may be a date
 
 
 def _progress(console: Console) -> Progress:

@@ -151,6 +151,8 @@ def test_q4_k_m_by_the_program_on_the_path(home: Path, command: Cli, monkeypatch
         (("--to", "gguf", "--quantizer", "x"), "--quantizer is not used for --type f16"),
         (("--to", "gguf", "--type", "q6_k", "--quantizer", "gone"), "'gone' is no program"),
         (("--to", "gguf", "--base", "/no/such/base"), "/no/such/base"),
+        (("--to", "gguf", "--base", ""), "--base is empty"),
+        (("--to", "ollama", "--ollama-base", ""), "--ollama-base is empty"),
         (("--to", "vllm", "--base", "/no/such/base"), "no folder '/no/such/base'"),
         (("--to", "adapter", "--base", "/no/such/base"), "no folder '/no/such/base'"),
         (("--to", "gguf", "--output", "no/such/folder/x.gguf"), "no folder"),
@@ -163,6 +165,13 @@ def test_mistakes(home: Path, command: Cli, asked: tuple[str, ...], said: str) -
     assert said in err
     assert "What to do" in err
     assert sorted(home.rglob("*")) == before
+
+
+def test_empty_settings_of_a_merge_are_refused(home: Path, command: Cli) -> None:
+    for flag, said in (("--base", "--base is empty"), ("--shard-size", "'' is not a memory size")):
+        code, _, err = command("merge", home / "adapter", flag, "")
+        assert (code, said in err) == (2, True), err
+    assert not (home / "adapter" / "merged").exists()
 
 
 def test_a_checked_file(home: Path, command: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

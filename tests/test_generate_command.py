@@ -35,7 +35,7 @@ ROWS: list[dict[str, Any]] = [
             {"role": "user", "content": "c"},
         ]
     },
-    {"prompt": "ho"},
+    {"prompt": "ho", "id": 7},
 ]
 
 
@@ -161,10 +161,18 @@ def test_refusals(chat_home: Path, rows: Path, tmp_path: Path, command: Cli) -> 
         (("-p", "hi", "--precision", "int3"), "no precision 'int3'"),
         (("-p", "hi", "--adapter", tmp_path), "holds no finished adapter"),
         (("-p", "hi", "--base", tmp_path / "gone"), "no folder"),
+        (("-p", "hi", "--base", ""), "--base is empty"),
+        (("-p", "hi", "--base-only", "--adapter", chat_home / "poet"), "--base-only leaves out"),
     ):
         code, out, err = command("generate", chat_home / "sql", *flags)
         assert (code, out, says in err) == (2, "", True), err
     assert there.read_text() == "mine"
+
+
+def test_a_batch_is_no_larger_than_what_is_asked(chat_home: Path, command: Cli) -> None:
+    code, _, err = command("generate", chat_home / "sql", "-p", "hi", "--batch", 1_000_000, *FP32)
+    assert code == 0, err
+    assert "rows" not in err.partition("answering")[0]
 
 
 def test_a_merged_folder_answers_as_its_adapter(

@@ -1,4 +1,4 @@
-"""Commands that are printed can be typed: paths with blanks are one word, and no flag of the user's is lost."""
+"""Commands that are printed can be typed: paths with blanks are one word, and none of the flags is lost."""
 
 from __future__ import annotations
 

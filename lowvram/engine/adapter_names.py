@@ -1,4 +1,4 @@
-"""An adapter's two files by peft's names, its starts that leave the base as it is, a rank that is wrong."""
+"""An adapter's two files by peft's names, which starts leave the base as it is, a rank that is wrong."""
 
 from __future__ import annotations
 

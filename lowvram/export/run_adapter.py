@@ -67,8 +67,10 @@ def source_of(adapter: Path, base: str | None, again: str) -> ModelSource:
         again: what the user typed, whole, for the remedy.
 
     Raises:
-        ConfigError: it is a folder that is gone.
+        ConfigError: it is a folder that is gone, or an empty name.
     """
+    if base == "":
+        raise ConfigError("--base is empty.", "Give the base's folder or hub id, or leave --base out.")
     source = ModelSource(base or base_of(adapter))
     if base is None and Path(source.name).is_absolute() and not source.is_local:
         raise ConfigError(
