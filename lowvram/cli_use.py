@@ -117,10 +117,13 @@ def generate(
 ) -> None:
     """Answer prompts, one JSON line each: prompt or messages, answer, stopped, n_tokens."""
     from lowvram import answering, generate_command
+    from lowvram.answer_file import AnswerFile
+    from lowvram.frozen import require_new_file
     from lowvram.shell import command_line
 
     sampling = _sampling(temperature, top_p, seed)
-    file = generate_command.WholeFile(output) if output is not None else None
+    if output is not None:
+        require_new_file(output)
     found = answering.find(
         run,
         base=base,
@@ -131,9 +134,15 @@ def generate(
     )
     rows = generate_command.asked(prompt or (), input_file, system, found.tokenizer)
     settings = generate_command.Settings(sampling, max_new_tokens, batch, precision)
-    write = file.write if file else _to_stdout
-    generate_command.generate(found, rows, _hardware(None), settings, write, _errors())
-    if file is not None:
+
+    def answer(answered: generate_command.Answered) -> None:
+        generate_command.generate(found, rows, _hardware(None), settings, answered, _errors(), command_line())
+
+    if output is None:
+        answer(generate_command.InOrder(_to_stdout))
+        return
+    with AnswerFile.open(output, generate_command.hash_of(found, rows, settings)) as file:
+        answer(file)
         file.finish()
 
 

@@ -39,6 +39,7 @@ ORDER = [
             "chat",
             "chat_view",
             "generate_command",
+            "answer_file",
         ),
     },
     {"demo"},
