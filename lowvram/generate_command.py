@@ -30,7 +30,9 @@ from lowvram.training.signals import Interrupted, stop_on_signal
 class Answered(Protocol):
     """Takes each row's line as soon as it is there."""
 
-    where: str  # where its lines are kept if the rest does not follow
+    @property
+    def where(self) -> str:
+        """Where its lines are kept if the rest does not follow."""
 
     def __len__(self) -> int: ...
 
