@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,12 @@ def add_layers(model: PreTrainedModel, adapters: Sequence[AdapterFolder]) -> Any
         made: Any = None
         for index, adapter in enumerate(adapters):
             config = with_our_layers(model, adapter.to_inject())
-            if made is None:
-                made = get_peft_model(model, config, adapter_name=_inner(index))
-            else:
-                made.add_adapter(_inner(index), config)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Model has `tie_word")  # of training and merging
+                if made is None:
+                    made = get_peft_model(model, config, adapter_name=_inner(index))
+                else:
+                    made.add_adapter(_inner(index), config)
     except (ValueError, TypeError, KeyError) as error:  # peft finds no layer of that name
         if adapter.on_vocabulary and any(a.on_vocabulary for a in adapters[:index]):
             raise _not_beside(adapter, first_line(error)) from error
