@@ -17,6 +17,7 @@ from lowvram.export.run_adapter import adapter_of, source_of, tokenizer_of
 from lowvram.hardware import Hardware
 from lowvram.planner.inference import InferencePlan, InferenceRequest, plan_inference
 from lowvram.planner.plan import Plan
+from lowvram.shell import typed
 from lowvram.units import format_bytes
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def find(
     instead: str | None = None,
     base_only: bool = False,
     trust_remote_code: bool = False,
-    command: str = "lowvram chat",
+    command: str | None = None,
 ) -> Found:
     """Look up what was asked for.
 
@@ -79,16 +80,21 @@ def find(
         base: instead of the one that the run's adapter names.
         instead: another adapter, instead of the run's own.
         base_only: leave all adapters out.
-        command: what the user typed.
+        command: what the user typed, whole.
 
     Raises:
         ConfigError: nothing usable is there.
     """
     from lowvram.engine.adapter_folder import AdapterFolder
 
+    if base_only and instead is not None:
+        raise ConfigError(
+            "--base-only leaves out all adapters, and --adapter names one.", "Leave one of them out."
+        )
     with refusals_of_the_system(f"'{run}' cannot be read", "Check its permissions."):
         own = _own_adapter(run)
-        source = source_of(Path(run), own, base, command) if own else ModelSource(run)
+        again = command or f"lowvram chat {typed(run)}"
+        source = source_of(own, base, again) if own else ModelSource(run)
         source = ModelSource(source.name, trust_remote_code)
         if own is None and base is not None:
             raise ConfigError(f"'{run}' is a model itself.", "Leave --base out.")

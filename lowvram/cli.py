@@ -30,6 +30,7 @@ from lowvram import (
 )
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
+from lowvram.shell import command_line, typed
 from lowvram.units import printable
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def train(
     if output is not None:
         RunFolder.refuse_used(output)
     saved = Plan.from_yaml(plan_file)
-    planned = pipeline.checked(pipeline.from_saved(saved, f"lowvram train {plan_file}"))
+    planned = pipeline.checked(pipeline.from_saved(saved, command_line()))
     _show(planned, False)
     folder = output or default_path(Path("runs"), saved.model, str(saved.data))
     result = pipeline.start(planned, folder, _console(), log_with or ())
@@ -272,7 +273,7 @@ def _require_writable(run: Path) -> None:
     if run.is_dir() and not os.access(run, os.W_OK):
         raise ConfigError(
             f"{run} cannot be written to: it is read-only for you.",
-            f"Copy it to a folder of yours, then: lowvram resume COPY/{run.resolve().name}",
+            f"Copy it to a folder of yours, then: lowvram resume {typed(f'COPY/{run.resolve().name}')}",
         )
 
 
@@ -302,7 +303,7 @@ def _save(planned: Planned, files: dict[str, Path], console: Console) -> None:
         text = planned.plan.to_yaml() if flag == "--output" else plan_page.page(planned)
         with refusals_of_the_system(f"'{path}' cannot be written", f"Give another {flag}."):
             write_atomically(path, text)
-        console.print(f"{told[flag]} {escape(str(path))}")
+        console.print(f"{told[flag]} {escape(typed(path))}")
 
 
 def _show_result(result: Any, folder: Path, as_json: bool) -> None:

@@ -49,8 +49,11 @@ def export(
     """Write the model as GGUF (merged on the way, or the adapter alone), for Ollama, for vLLM or to share."""
     from lowvram.export_command import export_run, require_exportable
     from lowvram.export_request import Export
+    from lowvram.shell import command_line
 
-    asked = Export(run, to, type_name, output, base, quantizer, ollama_base, push, public, check)
+    asked = Export(
+        run, to, type_name, output, base, quantizer, ollama_base, push, public, check, command_line()
+    )
     if dry_run:
         require_exportable(asked)
     else:

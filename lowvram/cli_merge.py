@@ -55,17 +55,18 @@ def merge(
 ) -> None:
     """Merge the adapter into the original 16-bit weights, in bounded memory, and verify the result."""
     from lowvram import merge_command
+    from lowvram.shell import command_line
     from lowvram.units import parse_bytes
 
     wishes = merge_command.MergeWishes(
         onto=onto.value,
         quantized_base=quantized_base,
         dtype=dtype.value if dtype else None,
-        shard_bytes=parse_bytes(shard_size) if shard_size else None,
+        shard_bytes=parse_bytes(shard_size) if shard_size is not None else None,
         verify=verify,
         data=data,
         push=push,
         public=public,
     )
     cli_requests.hide_loading_bars()
-    merge_command.merge_run(run, output, Console(highlight=False), base, wishes)
+    merge_command.merge_run(run, output, Console(highlight=False), base, wishes, command_line())

@@ -61,11 +61,14 @@ def chat(
     from lowvram.chat import Chat
     from lowvram.chat_view import ChatView
     from lowvram.errors import ConfigError
+    from lowvram.shell import command_line
 
     if vram is not None and not dry_run:
         raise ConfigError("--vram imagines a card, which cannot answer.", "Add --dry-run, or leave it out.")
     sampling, hardware = _sampling(temperature, top_p, seed), _hardware(vram)
-    found = answering.find(run, adapter or (), base, trust_remote_code=trust_remote_code)
+    found = answering.find(
+        run, adapter or (), base, trust_remote_code=trust_remote_code, command=command_line()
+    )
     if compare and not found.adapters:
         raise ConfigError("--compare: there is no adapter to compare with.", "Add --adapter NAME=PATH.")
     view = ChatView(Console(highlight=False), _errors())
@@ -114,22 +117,32 @@ def generate(
 ) -> None:
     """Answer prompts, one JSON line each: prompt or messages, answer, stopped, n_tokens."""
     from lowvram import answering, generate_command
+    from lowvram.answer_file import AnswerFile
+    from lowvram.frozen import require_new_file
+    from lowvram.shell import command_line
 
     sampling = _sampling(temperature, top_p, seed)
-    file = generate_command.WholeFile(output) if output is not None else None
+    if output is not None:
+        require_new_file(output)
     found = answering.find(
         run,
         base=base,
         base_only=base_only,
         instead=adapter,
         trust_remote_code=trust_remote_code,
-        command="lowvram generate",
+        command=command_line(),
     )
     rows = generate_command.asked(prompt or (), input_file, system, found.tokenizer)
     settings = generate_command.Settings(sampling, max_new_tokens, batch, precision)
-    write = file.write if file else _to_stdout
-    generate_command.generate(found, rows, _hardware(None), settings, write, _errors())
-    if file is not None:
+
+    def answer(answered: generate_command.Answered) -> None:
+        generate_command.generate(found, rows, _hardware(None), settings, answered, _errors(), command_line())
+
+    if output is None:
+        answer(generate_command.InOrder(_to_stdout))
+        return
+    with AnswerFile.open(output, generate_command.hash_of(found, rows, settings)) as file:
+        answer(file)
         file.finish()
 
 

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lowvram.engine.source import ModelSource
 from lowvram.errors import StoppedError, refusals_of_the_system
-from lowvram.export.adapter_files import read_adapter
+from lowvram.export.adapter_files import Adapter, read_adapter
 from lowvram.export.adapter_output import write_adapter
+from lowvram.export.base_match import require_of_base
 from lowvram.export.gguf_architectures import architecture_of
 from lowvram.export.gguf_check import check_file, require_llama_cpp
 from lowvram.export.gguf_lora import GgufLora, gguf_lora
@@ -25,11 +27,12 @@ from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.model_card import CARD_FILE
 from lowvram.export.ollama import ADAPTER_FILE, MODEL_FILE, Modelfile, modelfile
 from lowvram.export.partial_folder import refuse_used, whole_or_not_at_all
-from lowvram.export.push import files_of, push, require_pushable
+from lowvram.export.push import files_of, push, require_pushable, upload_command
 from lowvram.export.quantizer import QuantizedModel, for_kind
 from lowvram.export.vllm import vllm_command
-from lowvram.export_request import COMMAND, Export
+from lowvram.export_request import Export
 from lowvram.frozen import require_new_file, write_atomically
+from lowvram.shell import typed
 from lowvram.training.signals import Interrupted, stop_on_signal
 from lowvram.units import format_bytes
 
@@ -52,9 +55,20 @@ def export_run(export: Export, console: Console) -> None:
         files = _ROADS[export.to](export, console)
     if export.push is not None:
         _say(console, f"Pushing to {export.push}")
-        again = f"hf upload {export.push} {export.target}"
-        url = push({**files, CARD_FILE: export.card.encode()}, export.push, public=export.public, again=again)
-        _say(console, f"Pushed: {url}")
+        _say(console, f"Pushed: {_pushed(export, export.push, files)}")
+
+
+def _pushed(export: Export, repo: str, files: Files) -> str:
+    """The repository's address. A single file's card lies beside it until then, to be pushed by hand too."""
+    again = [upload_command(repo, export.target, public=export.public)]
+    if CARD_FILE in files:
+        return push(files, repo, public=export.public, again=again[0])
+    card = export.target.with_name(f"{export.target.name}.{CARD_FILE}")
+    write_atomically(card, export.card)
+    again.append(upload_command(repo, card, CARD_FILE, public=export.public))
+    url = push({**files, CARD_FILE: card}, repo, public=export.public, again=" && ".join(again))
+    card.unlink()
+    return url
 
 
 def require_exportable(export: Export) -> None:
@@ -85,7 +99,8 @@ def _to_gguf(export: Export, console: Console) -> Files:
     with _progress(export, console) as told:
         notes = model.write(export.target, told, _check(export))
     _say(console, f"Wrote {_sized(export.target)}{_checked(export)}.", notes)
-    _say(console, f"Run it: llama-cli -m {export.target}, or for LM Studio: lms import {export.target}")
+    file = typed(export.target)
+    _say(console, f"Run it: llama-cli -m {file}, or for LM Studio: lms import {file}")
     return {export.target.name: export.target}
 
 
@@ -93,7 +108,7 @@ def _to_lora(export: Export, console: Console) -> Files:
     require_new_file(export.target)  # before the work
     _lora(export).write(export.target)
     _say(console, f"Wrote {_sized(export.target)}.")
-    _say(console, f"Run it on the base's GGUF: llama-cli -m BASE.gguf --lora {export.target}")
+    _say(console, f"Run it on the base's GGUF: llama-cli -m BASE.gguf --lora {typed(export.target)}")
     return {export.target.name: export.target}
 
 
@@ -114,13 +129,13 @@ def _to_ollama(export: Export, console: Console) -> Files:
     _say(console, f"Wrote {export.target} with its Modelfile{_checked(export)}.", [*notes, *written.notes])
     _say(
         console,
-        f"Run it: cd {export.target} && ollama create {tag} -f Modelfile && ollama run {tag}",
+        f"Run it: cd {typed(export.target)} && ollama create {tag} -f Modelfile && ollama run {tag}",
     )
     return files_of(export.target)
 
 
 def _to_vllm(export: Export, console: Console) -> Files:
-    command = vllm_command(read_adapter(export.adapter), export.source.name, _tag(export))
+    command = vllm_command(_of_its_base(export), export.source.name, _tag(export))
     _say(console, "vLLM takes the adapter folder as it is; nothing was written. Serve it:")
     console.print(escape(command), soft_wrap=True)
     return {}
@@ -128,7 +143,7 @@ def _to_vllm(export: Export, console: Console) -> Files:
 
 def _to_adapter(export: Export, console: Console) -> Files:
     refuse_used(export.target)
-    read_adapter(export.adapter)
+    _of_its_base(export)
     base = export.training.plan.model if export.training else export.source.name
     with whole_or_not_at_all(export.target) as folder:
         write_adapter(export.adapter, base, folder)
@@ -157,6 +172,14 @@ def _model(export: Export) -> GgufModel | QuantizedModel:
 
 def _check(export: Export) -> Check:
     return (lambda file: check_file(file, export.tokenizer)) if export.check else unchecked
+
+
+def _of_its_base(export: Export) -> Adapter:
+    """Of a base on the hub as far as its config is to be had; nobody needs its weights here."""
+    adapter = read_adapter(export.adapter)
+    trusted = export.training is not None and export.training.plan.trust_remote_code
+    require_of_base(adapter, ModelSource(export.source.name, trusted))
+    return adapter
 
 
 def _lora(export: Export) -> GgufLora:
@@ -197,7 +220,7 @@ def _progress(export: Export, console: Console) -> Iterator[Told]:
     except Interrupted as interrupt:
         raise StoppedError(
             "The export was stopped; nothing was written.",
-            f"Start it again: {COMMAND} {export.run} --to {export.to}",
+            f"Start it again: {export.again}",
             interrupt.signal_number,
         ) from interrupt
 

@@ -13,10 +13,10 @@ from lowvram.export.gguf_types import FileType, file_type
 from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.model_card import Contents, Training, adapter_settings, licence_of, model_card, title_of
 from lowvram.export.run_adapter import adapter_of, source_of, tokenizer_of
+from lowvram.shell import typed
 
 Target = Literal["gguf", "lora-gguf", "ollama", "vllm", "adapter"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-COMMAND = "lowvram export"
 _LEAST_CONTEXT = 2048  # tokens, as lowvram chat: examples of 120 tokens are no length for a conversation
 _DEFAULT_TYPES: dict[str, str] = {"gguf": "f16", "ollama": "q8_0", "lora-gguf": "f32"}
 
@@ -26,7 +26,7 @@ class Export:
     """What was asked for.
 
     Raises:
-        ConfigError: an unknown target or type, or a setting that the target does not use.
+        ConfigError: an unknown target or type, a setting that the target does not use, or an empty one.
     """
 
     run: Path
@@ -39,6 +39,7 @@ class Export:
     push: str | None = None
     public: bool = False
     check: bool = False
+    command: str | None = None  # as the user typed it, whole
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
@@ -54,6 +55,8 @@ class Export:
         for flag, is_so in unused.items():
             if is_so:
                 raise ConfigError(f"{flag} is not used by --to {self.to}.", f"Leave {flag} out.")
+        if self.ollama_base == "":
+            raise ConfigError("--ollama-base is empty.", "Give Ollama's name of the base, or leave it out.")
 
     @property
     def alone(self) -> bool:
@@ -65,13 +68,18 @@ class Export:
         default = _DEFAULT_TYPES["lora-gguf" if self.alone else self.to]
         return file_type(self.type_name or default)
 
+    @property
+    def again(self) -> str:
+        """What starts it again."""
+        return self.command or f"lowvram export {typed(self.run)} --to {self.to}"
+
     @cached_property
     def adapter(self) -> Path:
         return adapter_of(self.run)
 
     @cached_property
     def source(self) -> ModelSource:
-        return source_of(self.run, self.adapter, self.base, COMMAND)
+        return source_of(self.adapter, self.base, self.again)
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from lowvram.errors import ConfigError, refusals_of_the_system
+from lowvram.shell import typed
 
 
 class Frozen(BaseModel):
@@ -27,7 +28,9 @@ def require_new_file(path: Path, flag: str = "--output") -> None:
         if os.path.lexists(path):
             raise ConfigError(f"'{path}' exists already.", f"Give another {flag}; nothing was overwritten.")
         if not path.parent.exists():
-            raise ConfigError(f"There is no folder '{path.parent}'.", f"Make it: mkdir -p {path.parent}")
+            raise ConfigError(
+                f"There is no folder '{path.parent}'.", f"Make it: mkdir -p {typed(path.parent)}"
+            )
         tempfile.TemporaryFile(dir=path.parent).close()  # permission bits alone do not tell
 
 

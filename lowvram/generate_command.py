@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,20 +16,34 @@ from lowvram.answering import Found, Loaded, load, memory_errors, planned
 from lowvram.data.conversations import Message, string_of, turns_of
 from lowvram.data.prompting import prompt_ids
 from lowvram.data.sources import read_rows
+from lowvram.engine.adapter_names import WEIGHTS_FILE
 from lowvram.engine.generate import Answer
 from lowvram.engine.sampling import Sampling
-from lowvram.errors import ConfigError, DataError, StoppedError, refusals_of_the_system
-from lowvram.frozen import require_new_file, write_atomically
+from lowvram.engine.source import ModelSource
+from lowvram.errors import ConfigError, DataError, StoppedError
+from lowvram.file_hash import file_sha256
 from lowvram.hardware import Hardware
 from lowvram.memory.cache import RememberedModel
 from lowvram.training.signals import Interrupted, stop_on_signal
 
-Write = Callable[[str], None]
+
+class Answered(Protocol):
+    """Takes each row's line as soon as it is there."""
+
+    @property
+    def where(self) -> str:
+        """Where its lines are kept if the rest does not follow."""
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, number: object) -> bool: ...
+
+    def add(self, number: int, line: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One row: what is shown of it, and the token ids of its prompt."""
+    """One row: what is shown of it, its `id` included, and the token ids of its prompt."""
 
     where: str
     shown: dict[str, Any]
@@ -79,7 +94,28 @@ def _asked(where: str, row: dict[str, Any], system: str, tokenizer: Any) -> Aske
         )
     if system and turns[0].role != "system":
         turns = [Message(role="system", content=system), *turns]
-    return Asked(where, {field: row[field]}, prompt_ids(turns, tokenizer, where))
+    shown = {name: row[name] for name in ("id", field) if name in row}
+    return Asked(where, shown, prompt_ids(turns, tokenizer, where))
+
+
+def hash_of(found: Found, rows: Sequence[Asked], settings: Settings) -> str:
+    """Of all that the answers follow from; how many rows run at one time is none of it."""
+    sampling = settings.sampling.model_dump_json()
+    weights = [file_sha256(adapter.folder / WEIGHTS_FILE) for adapter in found.adapters]
+    source = found.source
+    facts = [source.name, source.fingerprint, _stamps(source), settings.precision, settings.max_new_tokens]
+    digest = hashlib.sha256(repr([*facts, sampling, weights]).encode())
+    for row in rows:
+        digest.update(repr((row.shown, row.ids)).encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
+def _stamps(source: ModelSource) -> list[tuple[str, int, int]]:
+    """Name, size and time of a folder's weights, which are too many bytes for a hash."""
+    if not source.is_local:
+        return []
+    files = sorted(Path(source.name).glob("*.safetensors"))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def generate(
@@ -87,39 +123,45 @@ def generate(
     rows: Sequence[Asked],
     hardware: Hardware,
     settings: Settings,
-    write: Write,
+    answered: Answered,
     console: Console,
+    again: str,
 ) -> None:
-    """Answer all rows, the longest first, and write them in their own order.
+    """Answer all rows that are not answered yet, the longest first.
 
     Args:
-        write: takes each line as soon as it and all before it are there.
+        answered: takes the lines, in any order.
         console: for the plan and a progress bar.
+        again: what the user typed.
 
     Raises:
         DataError: a prompt that is too long for the model.
         DoesNotFitError: even one row at a time needs more than the budget.
         StoppedError: a signal came.
     """
-    context = _context(found, rows, settings.max_new_tokens)
+    todo = [number for number in range(len(rows)) if number not in answered]
+    if not todo:
+        return
+    context = _context(found, [rows[number] for number in todo], settings.max_new_tokens)
     with console.status("planning"):
         plan = planned(
             found,
             hardware,
             precision=settings.precision,
             context=context,
-            batch=settings.batch,
-            rows=len(rows),
+            batch=settings.batch and min(settings.batch, len(todo)),
+            rows=len(todo),
         )
     for note in (plan.summary, *found.notes):
         console.print(note, style="dim", markup=False, soft_wrap=True)
     try:
         with stop_on_signal(lambda _: None):
-            _answer_all(load(found, plan, hardware), rows, settings, write, console)
+            _answer_all(load(found, plan, hardware), rows, todo, settings, answered, console)
     except Interrupted as interrupt:
         raise StoppedError(
-            "Generating was stopped before all rows were answered.",
-            "Start it again.",
+            f"Generating was stopped before all rows were answered: {len(answered)} of {len(rows)} are"
+            f"{answered.where}.",
+            f"{'Go on with them' if answered.where else 'Start it again'}: {again}",
             interrupt.signal_number,
         ) from interrupt
 
@@ -139,32 +181,33 @@ def _context(found: Found, rows: Sequence[Asked], max_new_tokens: int) -> int:
 
 
 def _answer_all(
-    loaded: Loaded, rows: Sequence[Asked], settings: Settings, write: Write, console: Console
+    loaded: Loaded,
+    rows: Sequence[Asked],
+    todo: Sequence[int],
+    settings: Settings,
+    answered: Answered,
+    console: Console,
 ) -> None:
-    answers: dict[int, Answer] = {}
-    n_written = 0
     with _progress(console) as bar, memory_errors(loaded.plan):
-        task = bar.add_task("answering", total=len(rows))
-        for numbers in _batches(rows, loaded.plan.batch):
+        task = bar.add_task("answering", total=len(rows), completed=len(answered))
+        for numbers in _batches(rows, todo, loaded.plan.batch):
             prompts = [rows[i].ids for i in numbers]
             given = loaded.answers.to(prompts, settings.max_new_tokens, settings.sampling, numbers)
-            answers |= dict(zip(numbers, given, strict=True))
+            for number, answer in zip(numbers, given, strict=True):
+                answered.add(number, _line(rows[number], answer))
             bar.advance(task, len(numbers))
-            while n_written in answers:
-                write(_line(rows[n_written], answers.pop(n_written)))
-                n_written += 1
 
 
-def _batches(rows: Sequence[Asked], size: int) -> Iterator[list[int]]:
+def _batches(rows: Sequence[Asked], todo: Sequence[int], size: int) -> Iterator[list[int]]:
     """Numbers of rows of like length, the longest first: if memory does not suffice, it shows at once."""
-    by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-    for start in range(0, len(rows), size):
+    by_length = sorted(todo, key=lambda i: -len(rows[i].ids))
+    for start in range(0, len(todo), size):
         yield by_length[start : start + size]
 
 
 def _line(row: Asked, answer: Answer) -> str:
     told = row.shown | {"answer": answer.text, "stopped": answer.stopped, "n_tokens": answer.n_tokens}
-    return json.dumps(told, ensure_ascii=False) + "\n"
+    return json.dumps(told, ensure_ascii=False, default=str) + "\n"  # a table's id may be a date
 
 
 def _progress(console: Console) -> Progress:
@@ -172,18 +215,24 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console)
 
 
-class WholeFile:
-    """Lines of a file that appears when all are there, and replaces none."""
+class InOrder:
+    """Passes each line on as soon as all before it are there; what was passed on is not kept here."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises: ConfigError, if something is there already or nothing can be written there."""
-        require_new_file(path)
-        self._path, self._lines = path, list[str]()
+    where = ""
 
-    def write(self, line: str) -> None:
-        self._lines.append(line)
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._waiting: dict[int, str] = {}
+        self._n_written = 0
 
-    def finish(self) -> None:
-        require_new_file(self._path)  # once more: answering takes a while
-        with refusals_of_the_system(f"'{self._path}' cannot be written", "Give another --output."):
-            write_atomically(self._path, "".join(self._lines))
+    def __len__(self) -> int:
+        return self._n_written + len(self._waiting)
+
+    def __contains__(self, number: object) -> bool:
+        return number in self._waiting
+
+    def add(self, number: int, line: str) -> None:
+        self._waiting[number] = line
+        while self._n_written in self._waiting:
+            self._write(self._waiting.pop(self._n_written))
+            self._n_written += 1

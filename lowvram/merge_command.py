@@ -29,13 +29,14 @@ from lowvram.export.model_card import (
     title_of,
 )
 from lowvram.export.partial_folder import refuse_used
-from lowvram.export.push import files_of, push, require_pushable
+from lowvram.export.push import files_of, push, require_pushable, upload_command
 from lowvram.export.quantized_output import write_quantized
 from lowvram.export.quantized_values import values_as_trained
 from lowvram.export.run_adapter import adapter_of, source_of
 from lowvram.export.same_merge import is_this_merge
 from lowvram.frozen import write_atomically
 from lowvram.planner.plan import Plan
+from lowvram.shell import typed
 from lowvram.training.signals import Interrupted, stop_on_signal
 from lowvram.units import format_bytes
 
@@ -82,11 +83,13 @@ def merge_run(
     console: Console,
     base: str | None = None,
     wishes: MergeWishes = MergeWishes(),  # frozen
+    command: str | None = None,
 ) -> MergeResult:
     """Merge RUN/adapter (or an adapter folder) into its base model, unless that is there already.
 
     Args:
         base: instead of the one that the adapter names.
+        command: as the user typed it, whole.
 
     Raises:
         ConfigError: there is no adapter or no base, they do not belong together, the output is in use, or the
@@ -103,25 +106,28 @@ def merge_run(
     what = f"'{run}' cannot be merged into '{target}', nothing was written"
     with refusals_of_the_system(what, _CHECK, _NO_ROOM):
         require_pushable(wishes.push, public=wishes.public)
-        result = _earlier(run, target, base, wishes)
+        again = command or f"lowvram merge {typed(run)}"
+        result = _earlier(run, target, base, wishes, again)
         if result is not None:
             said = f"{target} holds this merge already; it was neither written nor verified again."
             console.print(escape(said), soft_wrap=True)
         else:
-            result = _merged_now(run, target, base, wishes, console)
+            result = _merged_now(run, target, base, wishes, console, again)
     if wishes.push is not None:
-        again = f"hf upload {wishes.push} {target}"
+        again = upload_command(wishes.push, target, public=wishes.public)
         console.print(f"Pushing to {escape(wishes.push)}", soft_wrap=True)
         url = push(files_of(target), wishes.push, public=wishes.public, again=again)
         console.print(f"Pushed: {escape(url)}", soft_wrap=True)
     return result
 
 
-def _earlier(run: Path, target: Path, base: str | None, wishes: MergeWishes) -> MergeResult | None:
+def _earlier(
+    run: Path, target: Path, base: str | None, wishes: MergeWishes, again: str
+) -> MergeResult | None:
     """What an earlier merge of this adapter into this base has left there, finished."""
     if wishes.quantized_base or not (target / "config.json").is_file():
         return None
-    _, _, tensors = _opened(run, base, wishes)
+    _, _, tensors = _opened(run, base, wishes, again)
     if not is_this_merge(tensors, target):
         return None
     n_bytes = sum(map(tensors.n_bytes, tensors.names))
@@ -131,28 +137,32 @@ def _earlier(run: Path, target: Path, base: str | None, wishes: MergeWishes) -> 
 
 
 def _merged_now(
-    run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console
+    run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console, again: str
 ) -> MergeResult:
-    merge = _prepared(run, target, base, wishes, console)
-    with _stoppable(run):
+    merge = _prepared(run, target, base, wishes, console, again)
+    with _stoppable(again):
         return _merged(merge, console)
 
 
-def _prepared(run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console) -> _Merge:
+def _prepared(
+    run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console, again: str
+) -> _Merge:
     """Everything is read and refused here."""
     refuse_used(target)
-    adapter, training, tensors = _opened(run, base, wishes)
+    adapter, training, tensors = _opened(run, base, wishes, again)
     plan = training.plan if training else None
     check = MergeCheck(tensors, adapter, plan, wishes.onto, wishes.data) if wishes.verify else None
     console.print(_needs(tensors, check), soft_wrap=True)
     return _Merge(run, adapter, training, tensors, target, wishes, check, licence_of(tensors.folder))
 
 
-def _opened(run: Path, base: str | None, wishes: MergeWishes) -> tuple[Path, Training | None, MergedTensors]:
+def _opened(
+    run: Path, base: str | None, wishes: MergeWishes, again: str
+) -> tuple[Path, Training | None, MergedTensors]:
     """The adapter's folder, its training, and the tensors as they are to be written."""
     adapter, training = adapter_of(run), Training.of_run(run)
     plan = training.plan if training else None
-    source = source_of(run, adapter, base, "lowvram merge")
+    source = source_of(adapter, base, again)
     tensors = MergedTensors.open(ModelSource(source.name, plan.trust_remote_code if plan else False), adapter)
     _choose_values(tensors, plan, wishes)
     return adapter, training, tensors
@@ -175,14 +185,14 @@ def _choose_values(tensors: MergedTensors, plan: Plan | None, wishes: MergeWishe
 
 
 @contextmanager
-def _stoppable(run: Path) -> Iterator[None]:
+def _stoppable(again: str) -> Iterator[None]:
     try:
         with stop_on_signal(lambda _: None):
             yield
     except Interrupted as interrupt:
         raise StoppedError(
             "Merging was stopped; nothing was written.",
-            f"Start it again: lowvram merge {run}",
+            f"Start it again: {again}",
             interrupt.signal_number,
         ) from interrupt
 

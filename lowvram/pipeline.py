@@ -20,6 +20,7 @@ from lowvram.hardware import Hardware
 from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.recheck import checked as check_plan
 from lowvram.planning import RUN_FILES_BYTES, Planned, anywhere, run_bytes
+from lowvram.shell import typed
 from lowvram.training.data import PreparedData, prepare
 from lowvram.training.live import make_view
 from lowvram.training.loop import train
@@ -84,7 +85,7 @@ def from_saved(plan: Plan, again: str) -> Planned:
     require_here(
         plan.device,
         f"Continue where such a device is, or plan for this machine: "
-        f"lowvram auto --model {plan.model} --data {plan.data}",
+        f"lowvram auto --model {typed(plan.model)} --data {typed(plan.data)}",
     )
     source = ModelSource(plan.model, plan.trust_remote_code)
     if Path(plan.model).is_absolute() and not source.is_local:
@@ -192,8 +193,8 @@ def resume(
     folder = RunFolder.open(run)
     folder.require_sound()
     if folder.finished():
-        raise ConfigError(f"The run in {run} is finished.", f"Merge it with: lowvram merge {run}")
-    planned = from_saved(Plan.from_yaml(folder.plan_file), f"lowvram resume {run}")
+        raise ConfigError(f"The run in {run} is finished.", f"Merge it with: lowvram merge {typed(run)}")
+    planned = from_saved(Plan.from_yaml(folder.plan_file), f"lowvram resume {typed(run)}")
     planned = _agreed(planned, folder, force)
     return _train(planned, folder, console, log_with, before, after, planned_levers)
 

@@ -18,6 +18,7 @@ from lowvram.planner.profiles import (
     profile_file,
     shipped_profiles,
 )
+from lowvram.shell import typed
 from lowvram.units import printable
 
 
@@ -60,8 +61,10 @@ def validate(file: Path, console: Console) -> None:
         ConfigError: it is not, with all that is wrong.
     """
     parse_yaml(Profile, file)
-    shown = escape(printable(str(file)))
-    console.print(f"{shown} is valid. Use it with: lowvram plan --model M --profile {shown}", soft_wrap=True)
+    shown, typed_file = (escape(printable(text)) for text in (str(file), typed(file)))
+    console.print(
+        f"{shown} is valid. Use it with: lowvram plan --model M --profile {typed_file}", soft_wrap=True
+    )
 
 
 def _cards(name: str) -> str:

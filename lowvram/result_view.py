@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowvram.phases_view import show_phases
+from lowvram.shell import typed
 from lowvram.training.result import RunResult
 from lowvram.units import format_bytes, format_count, format_seconds
 
@@ -33,7 +34,7 @@ def show_result(result: RunResult, folder: Path, console: Console) -> None:
     table.add_row("adapter", f"{escape(str(folder / 'adapter'))} ({size}{of_step})")
     console.print(table)
     show_phases(folder / "receipt.json", console)
-    run = escape(str(folder))
+    run = escape(typed(folder))
     console.print(
         f"Next: lowvram chat {run}, lowvram merge {run} or lowvram export {run} --to gguf", soft_wrap=True
     )

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lowvram.errors import refusals_of_the_system
 from lowvram.result_view import show_result
+from lowvram.shell import typed
 from lowvram.training.events import Event
 from lowvram.training.live import make_view
 from lowvram.training.metrics import StepRecord
@@ -150,4 +151,4 @@ class _Watching:
         at = f"{newest.step} of {newest.total_steps} steps done" if newest else "no step done yet"
         if holder is not None:
             return f"Running (process {holder}), {at}."
-        return f"Not running, {at}. Continue with: lowvram resume {self._folder.path}"
+        return f"Not running, {at}. Continue with: lowvram resume {typed(self._folder.path)}"

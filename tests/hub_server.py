@@ -31,6 +31,7 @@ class Hub:
     address: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # LFS: SHA-256 -> content
+    closed: bool = False  # no repository is made: HTTP 503
     broken: bool = False  # uploads of large files end in an error that repeats the request's header
 
 
@@ -98,6 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _create(self, asked: dict[str, Any]) -> None:
+        if self.hub.closed:
+            self._send({"error": "busy"}, 503)
+            return
         name = f"{asked['organization'] or 'me'}/{asked['name']}"
         if name in self.hub.repositories:
             self._send({"error": "exists", "url": f"{self.hub.address}/{name}"}, 409)

@@ -151,6 +151,10 @@ def test_q4_k_m_by_the_program_on_the_path(home: Path, command: Cli, monkeypatch
         (("--to", "gguf", "--quantizer", "x"), "--quantizer is not used for --type f16"),
         (("--to", "gguf", "--type", "q6_k", "--quantizer", "gone"), "'gone' is no program"),
         (("--to", "gguf", "--base", "/no/such/base"), "/no/such/base"),
+        (("--to", "gguf", "--base", ""), "--base is empty"),
+        (("--to", "ollama", "--ollama-base", ""), "--ollama-base is empty"),
+        (("--to", "vllm", "--base", "/no/such/base"), "no folder '/no/such/base'"),
+        (("--to", "adapter", "--base", "/no/such/base"), "no folder '/no/such/base'"),
         (("--to", "gguf", "--output", "no/such/folder/x.gguf"), "no folder"),
     ],
 )
@@ -161,6 +165,13 @@ def test_mistakes(home: Path, command: Cli, asked: tuple[str, ...], said: str) -
     assert said in err
     assert "What to do" in err
     assert sorted(home.rglob("*")) == before
+
+
+def test_empty_settings_of_a_merge_are_refused(home: Path, command: Cli) -> None:
+    for flag, said in (("--base", "--base is empty"), ("--shard-size", "'' is not a memory size")):
+        code, _, err = command("merge", home / "adapter", flag, "")
+        assert (code, said in err) == (2, True), err
+    assert not (home / "adapter" / "merged").exists()
 
 
 def test_a_checked_file(home: Path, command: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +218,20 @@ def test_a_truncated_base_and_a_foreign_one_are_refused(home: Path, command: Cli
     assert not list(home.rglob("*.gguf*"))
 
 
+@pytest.mark.parametrize("to", ["vllm", "adapter"])
+def test_a_foreign_base_is_refused_where_no_weight_is_read(home: Path, command: Cli, to: str) -> None:
+    """By names, then by shapes; a hub id that is not to be had is believed."""
+    saved_opt(home / "opt")
+    wide = saved_model(home / "wide", "llama", hidden_size=128)
+    for base, said in ((home / "opt", "does not have"), (wide, "in the adapter")):
+        code, out, err = command("export", home / "adapter", "--to", to, "--base", base)
+        assert (code, out) == (2, "")
+        assert said in err
+        assert not (home / "adapter" / "adapter-to-share").exists()
+    code, _, err = command("export", home / "adapter", "--to", to, "--base", "me/nobody-knows-it")
+    assert code == 0, err
+
+
 def test_ollama_base_with_the_adapter_apart(home: Path, command: Cli) -> None:
     code, _, err = command("export", home / "adapter", "--to", "ollama", "--ollama-base", "smollm2:135m")
     assert code == 0, err
@@ -236,15 +261,17 @@ def test_ctrl_c_leaves_nothing(home: Path) -> None:
     assert not list((home / "adapter").glob("*gguf*"))
 
 
-def test_an_unsupported_base_is_refused_before_any_work(tmp_path: Path, command: Cli) -> None:
+def saved_opt(folder: Path) -> None:
     from transformers import OPTConfig, OPTForCausalLM
 
+    shape = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    OPTForCausalLM(OPTConfig(**shape, vocab_size=100, word_embed_proj_dim=32)).save_pretrained(folder)
+
+
+def test_an_unsupported_base_is_refused_before_any_work(tmp_path: Path, command: Cli) -> None:
     adapted(saved_model(tmp_path / "base", "llama"), tmp_path / "adapter")
     shutil.rmtree(tmp_path / "base")
-    shape = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    OPTForCausalLM(OPTConfig(**shape, vocab_size=100, word_embed_proj_dim=32)).save_pretrained(
-        tmp_path / "base"
-    )
+    saved_opt(tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").unlink()  # what is never looked at
     for more in ((), ("--dry-run",)):
         code, _, err = command("export", tmp_path / "adapter", "--to", "gguf", *more)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from lowvram.answer_file import AnswerFile, partial_of
 from lowvram.data.conversations import Message
 from lowvram.data.prompting import prompt_ids
+from lowvram.engine.generate import Answers
 from lowvram.engine.sampling import Sampling
+from lowvram.errors import ConfigError
 from tests import chat_home as home
 from tests import tiny_runs
 from tests.chat_home import Reference
 from tests.test_pipeline import TINY
-from tests.tiny_adapters import alone, generated
+from tests.tiny_adapters import alone, generated, save_adapter
 from tests.tiny_runs import ASKED, Cli, write_rows
 
 byte_model, chat_home, command = tiny_runs.byte_model, home.chat_home, tiny_runs.command
@@ -35,7 +40,7 @@ ROWS: list[dict[str, Any]] = [
             {"role": "user", "content": "c"},
         ]
     },
-    {"prompt": "ho"},
+    {"prompt": "ho", "id": 7},
 ]
 
 
@@ -106,6 +111,22 @@ def test_prompts_go_to_stdout_with_base_adapter_and_seed_chosen(
         ]
 
 
+def test_an_adapter_on_the_embedding_answers_as_in_plain_peft(
+    chat_home: Path, tmp_path: Path, command: Cli
+) -> None:
+    """As peft saves it: with the base's own embedding beside."""
+    folder = save_adapter(chat_home / "base", tmp_path / "ends", 5, target_modules=["embed_tokens", "q_proj"])
+    AutoTokenizer.from_pretrained(chat_home / "base").save_pretrained(folder)
+    code, out, err = command("generate", folder, "-p", "hi", "--max-new-tokens", N, *FP32)
+    assert code == 0, err
+    assert "tie_word_embeddings" not in err  # peft's warning, which is of training and merging
+    ids = prompt_ids([Message(role="user", content="hi")], AutoTokenizer.from_pretrained(folder))
+    wanted = generated(alone(chat_home / "base", folder), ids, N, do_sample=False)
+    assert json.loads(out)["n_tokens"] == len(wanted)
+    decoded = AutoTokenizer.from_pretrained(folder).decode(wanted, skip_special_tokens=True)
+    assert json.loads(out)["answer"].split() == decoded.split()
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -146,10 +167,18 @@ def test_refusals(chat_home: Path, rows: Path, tmp_path: Path, command: Cli) -> 
         (("-p", "hi", "--precision", "int3"), "no precision 'int3'"),
         (("-p", "hi", "--adapter", tmp_path), "holds no finished adapter"),
         (("-p", "hi", "--base", tmp_path / "gone"), "no folder"),
+        (("-p", "hi", "--base", ""), "--base is empty"),
+        (("-p", "hi", "--base-only", "--adapter", chat_home / "poet"), "--base-only leaves out"),
     ):
         code, out, err = command("generate", chat_home / "sql", *flags)
         assert (code, out, says in err) == (2, "", True), err
     assert there.read_text() == "mine"
+
+
+def test_a_batch_is_no_larger_than_what_is_asked(chat_home: Path, command: Cli) -> None:
+    code, _, err = command("generate", chat_home / "sql", "-p", "hi", "--batch", 1_000_000, *FP32)
+    assert code == 0, err
+    assert "rows" not in err.partition("answering")[0]
 
 
 def test_a_merged_folder_answers_as_its_adapter(
@@ -169,7 +198,6 @@ def test_memory_that_runs_out_is_said_with_the_prediction(
     chat_home: Path, command: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As torch says it on a card that another program has filled meanwhile."""
-    from lowvram.engine.generate import Answers
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -181,34 +209,79 @@ def test_memory_that_runs_out_is_said_with_the_prediction(
     assert "were predicted" in err
 
 
-def test_stopped_in_the_middle_it_leaves_no_file(
+def _stop_at_call(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
+    """A real signal before the batch of this number; the list has one entry a batch that was begun."""
+    whole, calls = Answers.to, list[int]()
+
+    def interrupted(self: Answers, *given: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *given)
+
+    monkeypatch.setattr(Answers, "to", interrupted)
+    return calls
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["stopped", "killed while it wrote"])
+def test_stopped_in_the_middle_it_goes_on_from_there(
     chat_home: Path,
     rows: Path,
     tmp_path: Path,
     command: Cli,
     monkeypatch: pytest.MonkeyPatch,
+    is_cut: bool,
 ) -> None:
-    """A real signal, after the first batch of several."""
-    import os
-    import signal
+    """The same command, of any batch, answers what is missing; another one does not mix with it."""
+    output, partial = tmp_path / "my a.jsonl", tmp_path / "my a.jsonl.partial"
+    given = ("generate", chat_home / "sql", "-i", rows, "-o", output, "--max-new-tokens", N, *FP32)
+    calls = _stop_at_call(monkeypatch, 3)
+    code, _, err = command(*given, "--batch", "1")
+    assert (code, len(calls)) == (143, 3), err
+    assert f"2 of 5 are, in '{partial}'" in err
+    assert f"Go on with them: lowvram generate {chat_home / 'sql'}" in err
+    assert f"-o '{output}'" in err
+    assert not output.exists()
+    if is_cut:
+        partial.write_bytes(partial.read_bytes()[:-5])
+    code, _, err = command(*given, "--temperature", "1")
+    assert (code, "keeps answers of another command" in err) == (2, True), err
+    calls.clear()
+    code, _, err = command(*given, "--batch", "1")
+    assert (code, len(calls)) == (143, 3), err
+    calls = _stop_at_call(monkeypatch, 0)
+    code, _, err = command(*given, "--batch", "2")
+    assert (code, len(calls)) == (0, 1), err
+    assert sorted(file.name for file in tmp_path.iterdir()) == [output.name, rows.name]
+    code, _, err = command(*given[:5], tmp_path / "b.jsonl", *given[6:])
+    assert code == 0, err
+    assert output.read_text() == (tmp_path / "b.jsonl").read_text()
 
-    from lowvram.engine.generate import Answers
 
-    whole, n_calls = Answers.to, 0
+def test_a_file_that_cannot_be_made_is_refused_before_the_model_is_loaded(
+    chat_home: Path, tmp_path: Path, command: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowvram.engine.model.load", None)
+    for name in ("a" * 300, "no/such/folder"):
+        code, _, err = command("generate", chat_home / "sql", "-p", "hi", "-o", tmp_path / name)
+        assert (code, "What to do" in err) == (2, True), err
+    code, _, err = command("generate", chat_home / "sql", "-p", "hi", "-o", tmp_path / ("a" * 252))
+    assert (code, "File name too long" in err) == (2, True), err
+    assert list(tmp_path.iterdir()) == []
 
-    def interrupted(self: Answers, *given: Any) -> Any:
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return whole(self, *given)
 
-    monkeypatch.setattr(Answers, "to", interrupted)
-    before = sorted(tmp_path.iterdir())
-    given = ("generate", chat_home / "sql", "-i", rows, "-o", tmp_path / "a.jsonl", "--batch", "1")
-    code, _, err = command(*given)
-    assert (code, "stopped before all rows" in err, n_calls) == (143, True, 3), err
-    assert sorted(tmp_path.iterdir()) == before
+def test_answers_leave_memory_as_they_come(tmp_path: Path) -> None:
+    """Each is on disk before the next is asked for, and the whole file has them in order."""
+    path = tmp_path / "a.jsonl"
+    with AnswerFile.open(path, "the same") as file:
+        for number in (2, 0, 1):
+            file.add(number, json.dumps({"id": number, "answer": "a, b"}) + "\n")
+            assert f'"id": {number}' in partial_of(path).read_text().splitlines()[-1]
+        with pytest.raises(ConfigError, match="Another process"), AnswerFile.open(path, "the same"):
+            pass
+        file.finish()
+    assert _read(path) == [{"id": number, "answer": "a, b"} for number in range(3)]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 @pytest.mark.parametrize(

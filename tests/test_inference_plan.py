@@ -51,6 +51,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(**_SMALL)).save_pretrained(folder / "base")
     save_adapter(folder / "base", folder / "plain", 1)
     save_adapter(folder / "base", folder / "dora", 2, use_dora=True)
+    save_adapter(folder / "base", folder / "embedding", 4, target_modules=["embed_tokens", "q_proj"])
     save_adapter(folder / "base", folder / "head", 3, modules_to_save=["lm_head"])
     return folder
 
@@ -97,9 +98,22 @@ def _really_allocated(base: Path, adapters: list[AdapterFolder], step: Inference
         ({"context": 1500}, ("dora", "plain"), "dora"),
         ({"context": 1500}, ("plain", "dora"), "plain"),
         ({"context": 700}, ("head", "plain"), "head"),
+        ({"context": 700}, ("embedding",), "embedding"),
         ({"context": 500, "base_precision": "bf16", "compute_dtype": "bf16"}, ("plain",), "plain"),
     ],
-    ids=["short", "in parts", "padded", "many", "int8", "nf4", "dora", "beside dora", "own head", "bf16"],
+    ids=[
+        "short",
+        "in parts",
+        "padded",
+        "many",
+        "int8",
+        "nf4",
+        "dora",
+        "beside dora",
+        "own head",
+        "own embedding",
+        "bf16",
+    ],
 )
 def test_the_trace_is_what_a_cpu_really_allocates(
     small: Path, changes: dict[str, Any], names: tuple[str, ...], active: str
@@ -162,6 +176,18 @@ def test_the_shortcut_equals_the_trace_of_every_layer(small: Path, batch: int) -
     short = trace_all_layers(config, step, adapters, "cuda", (8, 6))
     whole = trace_inference(config, step, adapters, "cuda", (8, 6))
     assert estimate_of(short, step.model_step, "cuda") == estimate_of(whole, step.model_step, "cuda")
+
+
+def test_an_embedding_with_an_adapter_stays_on_the_card(small: Path) -> None:
+    """Whatever the levers of the training were: peft wraps a plain embedding only."""
+    levers = Levers(embedding_on_host=True, head="nf4")
+    for name, on_host in (("plain", True), ("embedding", False)):
+        request = _asked(
+            small / "base", 8, trained=StepConfig(levers=levers), adapters=_adapters(small, (name,))
+        )
+        plan = plan_inference(request)
+        assert plan.embedding_on_host == on_host
+        assert plan.head == ("nf4" if on_host else "16bit")
 
 
 def _asked(source: Path, gib: int, **asked: Any) -> InferenceRequest:

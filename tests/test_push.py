@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,9 +157,42 @@ def test_merge_asks_the_hub_first(hub: Hub, adapter: Path, tmp_path: Path) -> No
     hub.broken = True
     done = call(hub, tmp_path / "home", *given)
     assert done.returncode == 2
-    assert f"hf upload me/mine {tmp_path / 'out'}" in done.stderr
+    assert f"hf upload me/mine {tmp_path / 'out'} --private" in done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert TOKEN not in done.stdout + done.stderr
+
+
+def typed_after(done: Done, start: str) -> list[str]:
+    """The printed command from `start` on, in words as the shell splits them."""
+    return shlex.split(done.stderr[done.stderr.index(start) :].splitlines()[0])
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_busy_hub_s_remedy_publishes_nothing(hub: Hub, adapter: Path, tmp_path: Path, public: bool) -> None:
+    """What is printed makes a repository as private as the push would have; no sign-in helps with a 503."""
+    hub.closed = True
+    output, flags = tmp_path / "my out", ["--public"] if public else []
+    done = call(hub, tmp_path / "home", CLI, "merge", adapter, "-o", output, "--push", "me/secret", *flags)
+    assert done.returncode == 2
+    assert "HTTP 503" in done.stderr
+    assert "Try again later" in done.stderr
+    assert "hf auth login" not in done.stderr
+    private = [] if public else ["--private"]
+    assert typed_after(done, "hf upload") == ["hf", "upload", "me/secret", str(output), *private]
+
+
+def test_the_card_of_a_file_can_be_pushed_by_hand(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    hub.closed = True
+    given = ("export", adapter, "--to", "lora-gguf", "--push", "me/mine")
+    done = call(hub, tmp_path / "home", CLI, *given)
+    assert done.returncode == 2
+    card = adapter / "adapter.gguf.README.md"
+    assert "A LoRA adapter as GGUF (f32)" in card.read_text()
+    upload = ["hf", "upload", "me/mine"]
+    assert typed_after(done, "hf upload") == [
+        *(*upload, str(adapter / "adapter.gguf"), "--private", "&&"),
+        *(*upload, str(card), "README.md", "--private"),
+    ]
 
 
 def test_export_pushes_file_and_card(hub: Hub, adapter: Path, tmp_path: Path) -> None:
@@ -169,6 +203,7 @@ def test_export_pushes_file_and_card(hub: Hub, adapter: Path, tmp_path: Path) ->
     assert not found.private
     assert found.files["adapter.gguf"] == (adapter / "adapter.gguf").read_bytes()
     assert b"A LoRA adapter as GGUF (f32)" in found.files["README.md"]
+    assert not (adapter / "adapter.gguf.README.md").exists()
     done = call(hub, tmp_path / "home", CLI, "export", adapter, "--to", "adapter", "--push", "me/other")
     assert done.returncode == 0, done.stderr
     files = hub.repositories["me/other"].files

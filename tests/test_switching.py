@@ -37,6 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "biases": {"bias": "all", "target_modules": ["q_proj", "down_proj"]},
     "own": {"bias": "lora_only"},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding, dora": {"target_modules": ["embed_tokens", "o_proj"], "use_dora": True},
     "head": {"modules_to_save": ["lm_head"], "target_modules": ["o_proj"]},
 }
 
@@ -89,7 +91,9 @@ def test_each_adapter_answers_as_alone_in_plain_peft(home: Path) -> None:
         "dora",
         "own",
         "few",
+        "embedding",
         "biases",
+        "embedding, dora",
         "head",
         "plain",
         BASE,
@@ -114,6 +118,28 @@ def test_the_base_itself_is_as_before(home: Path) -> None:
     ours = (".base_layer", ".original_module")
     here = {re.sub("|".join(map(re.escape, ours)), "", n): value for n, value in base.state_dict().items()}
     assert {name for name in own if not torch.equal(own[name], here[name])} == set()
+
+
+def test_an_embedding_that_was_trained_comes_and_goes(home: Path, tmp_path: Path) -> None:
+    """peft saves the base's embedding with an adapter on it, and loads what is in the file; a head's too."""
+    folder = save_adapter(home / "base", tmp_path / "ends", 9, target_modules=["embed_tokens", "lm_head"])
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    bases = [name for name in tensors if "base_layer" in name]
+    assert len(bases) == 2
+    tensors[bases[0]] += 0.1
+    save_file(tensors, file)
+    base, switch = _switched(home, ["plain", str(folder)])
+    for name, adapter in ((str(folder), folder), ("plain", home / "plain"), (BASE, None)):
+        switch.to(name)
+        wanted = _logits(alone(home / "base", adapter))
+        torch.testing.assert_close(_logits(base), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_what_peft_cannot_put_on_one_base_is_no_other_model(home: Path, tmp_path: Path) -> None:
+    folder = save_adapter(home / "base", tmp_path / "ends", 9, target_modules=["lm_head"])
+    with pytest.raises(ConfigError, match="cannot be on one base with those before it"):
+        _switched(home, [str(folder), "head"])
 
 
 def test_on_a_4_bit_base_too(home: Path) -> None:
@@ -184,14 +210,15 @@ def _pickle(folder: Path) -> None:
         (_drop_tensor, "belongs to another model: lacks"),
         (_cut, "is cut off"),
         (_pickle, "is pickled and is not read"),
-        (lambda f: _edit(f, r=3), r"is \[4, 48\] in it and \[3, 48\] on this base"),
+        (lambda f: _edit(f, r=3), r"adapter_config.json' says rank 3 for 'model.* are of rank 4 and 4"),
+        (lambda f: _edit(f, r=0), "adapter_config.json' says rank 0"),
         (lambda f: _edit(f, target_modules=["c_attn"]), "belongs to another model"),
         (lambda f: _edit(f, target_modules=["q_proj"]), "the base has no place for"),
         (lambda f: _edit(f, init_lora_weights="pissa"), "which changes the base"),
         (lambda f: _edit(f, peft_type="IA3"), "peft_type"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read by peft"),
     ],
-    ids=["lacks", "cut", "pickled", "rank", "other names", "too many", "pissa", "IA3", "no JSON"],
+    ids=["lacks", "cut", "pickled", "rank", "no rank", "other names", "too many", "pissa", "IA3", "no JSON"],
 )
 def test_a_wrong_adapter_is_refused_without_a_weight(
     home: Path, tmp_path: Path, harm: Callable[[Path], object], says: str

@@ -220,7 +220,8 @@ def test_a_killed_run_is_said_once_and_its_resume_is_followed(folder: RunFolder)
             folder.append_metrics(record(3, loss=9.0))
 
         lines = follow(folder, lambda: None, kill, lambda: None, lambda: None, resume)
-    assert lines.count(f"Not running, 4 of 60 steps done. Continue with: lowvram resume {folder.path}") == 1
+    told = f"Not running, 4 of 60 steps done. Continue with: lowvram resume '{folder.path}'"
+    assert lines.count(told) == 1
     back = lines.index("The run was resumed: its newest step is now 3.")
     assert lines[back + 1].startswith("step 3/60  loss 9.0000")
 

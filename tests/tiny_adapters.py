@@ -22,7 +22,7 @@ def save_adapter(base: Path, folder: Path, seed: int, **changes: Any) -> Path:
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator) * 0.3
             parameter.data = parameter.data + noise if "magnitude" in name else noise
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -22,6 +22,7 @@ from lowvram.plan_view import show_plan
 from lowvram.planner.profiles import profile_for
 from lowvram.planner.wishes import Wishes
 from lowvram.result_view import show_result
+from lowvram.shell import typed
 from lowvram.training.result import RunResult
 from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder
@@ -117,8 +118,8 @@ def _panel(answer: Answer, when: str, width: int, color: str) -> Panel:
 
 def _next(output: Path, console: Console) -> None:
     console.print("\n[bold]What you can do now")
-    console.print(f"  lowvram chat {escape(str(output))} --compare")
-    console.print(f"  lowvram export {escape(str(output))} --to ollama")
+    console.print(f"  lowvram chat {escape(typed(output))} --compare")
+    console.print(f"  lowvram export {escape(typed(output))} --to ollama")
     console.print(f"  {escape(str(output / 'adapter'))}: load it with peft.PeftModel.from_pretrained")
     console.print(f"  {escape(str(output / 'merged'))}: load it with plain transformers")
     console.print("  lowvram plan --model Qwen/Qwen2-7B --vram 8GB")

@@ -12,7 +12,13 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 
-from lowvram.engine.adapter_names import CONFIG_FILE, OWN_STARTS, WEIGHTS_FILE, require_adapter_files
+from lowvram.engine.adapter_names import (
+    CONFIG_FILE,
+    OWN_STARTS,
+    RESTORE,
+    WEIGHTS_FILE,
+    require_adapter_files,
+)
 from lowvram.engine.source import read_safetensors_header
 from lowvram.errors import ConfigError, first_line, refusals_of_the_system
 
@@ -49,6 +55,8 @@ class AdapterFolder:
                 f"The adapter '{self.folder}' uses {odd}, which cannot be switched on and off here.",
                 "Merge it with peft's merge_and_unload, then give the merged folder.",
             )
+        if not isinstance(config.r, int) or config.r < 1:
+            raise ConfigError(f"'{self.folder / CONFIG_FILE}' says rank {config.r}.", RESTORE)
         return config
 
     @cached_property
@@ -62,9 +70,10 @@ class AdapterFolder:
         return {name: tuple(entry["shape"]) for name, entry in header.items()}
 
     @cached_property
-    def bias_names(self) -> frozenset[str]:
-        """Of the base's biases that were trained and come with the adapter."""
-        return frozenset(n for n in self.shapes if n.endswith(".bias") and "lora_" not in n)
+    def on_vocabulary(self) -> bool:
+        """Whether it changes embedding or head, which then have to be whole and on the device."""
+        weights = (name for name in self.shapes if not name.endswith(".bias"))
+        return any(not any(part.isdigit() for part in name.split(".")) for name in weights)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of them, in host memory."""

@@ -1,4 +1,4 @@
-"""How peft names an adapter's two files, and which of its initialisations leave the base as it is."""
+"""An adapter's two files by peft's names, which starts leave the base as it is, a rank that is wrong."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from lowvram.errors import ConfigError
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 OWN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # the others (pissa, olora, loftq ..) change it
+
+RESTORE = "Restore it, for a run by removing its adapter folder and: lowvram resume RUN"
+
+
+def wrong_rank(folder: Path, module: str, rank: int, found: tuple[int, int]) -> ConfigError:
+    """The config of the adapter in `folder` says `rank`, and A and B are of the ranks `found`."""
+    return ConfigError(
+        f"'{folder / CONFIG_FILE}' says rank {rank} for '{module}', its factors are of rank {found[0]} and "
+        f"{found[1]}.",
+        RESTORE,
+    )
 
 
 def require_adapter_files(folder: Path) -> None:

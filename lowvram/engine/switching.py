@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
 from lowvram.engine.adapter_folder import AdapterFolder
+from lowvram.engine.adapter_names import wrong_rank
 from lowvram.engine.adapters import with_our_layers
 from lowvram.engine.dora import start_magnitudes
 from lowvram.errors import ConfigError, first_line
@@ -16,6 +18,8 @@ from lowvram.errors import ConfigError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_PREFIX = "base_model.model."  # of every name in an adapter's file
+_ROWS_AT_ONCE = 4096
 BASE = "base"  # the name under which no adapter is on
 _OWN_BASE = "Give the model that the adapter was trained on: --base PATH"
 
@@ -35,11 +39,15 @@ def add_layers(model: PreTrainedModel, adapters: Sequence[AdapterFolder]) -> Any
         made: Any = None
         for index, adapter in enumerate(adapters):
             config = with_our_layers(model, adapter.to_inject())
-            if made is None:
-                made = get_peft_model(model, config, adapter_name=_inner(index))
-            else:
-                made.add_adapter(_inner(index), config)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Model has `tie_word")  # of training and merging
+                if made is None:
+                    made = get_peft_model(model, config, adapter_name=_inner(index))
+                else:
+                    made.add_adapter(_inner(index), config)
     except (ValueError, TypeError, KeyError) as error:  # peft finds no layer of that name
+        if adapter.on_vocabulary and any(a.on_vocabulary for a in adapters[:index]):
+            raise _not_beside(adapter, first_line(error)) from error
         raise _other_base(adapter, first_line(error)) from error
     return made.requires_grad_(False)
 
@@ -52,11 +60,10 @@ def require_fitting(peft_model: PeftModel, adapters: Sequence[AdapterFolder]) ->
     """
     parameters = dict(peft_model.named_parameters())
     for index, adapter in enumerate(adapters):
-        state = get_peft_model_state_dict(peft_model, adapter_name=_inner(index), save_embedding_layers=False)
-        takes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        for name in adapter.bias_names:
-            if (found := _bias_of(name, parameters)) is not None:
-                takes[name] = tuple(parameters[found].shape)
+        takes = _taken_by_layers(peft_model, index)
+        _require_ranks(adapter, takes)
+        for name, found in _of_base(adapter, takes, parameters).items():
+            takes[name] = tuple(parameters[found].shape)
         for name in sorted(adapter.shapes.keys() ^ takes.keys()):
             where = "the base has no place for" if name in adapter.shapes else "lacks"
             raise _other_base(adapter, f"{where} {name}")
@@ -67,11 +74,50 @@ def require_fitting(peft_model: PeftModel, adapters: Sequence[AdapterFolder]) ->
                 )
 
 
-def _bias_of(name: str, parameters: Mapping[str, torch.Tensor]) -> str | None:
-    """The base's bias that an adapter's file calls `name`; which layers are wrapped is the others' doing."""
-    plain = name.replace(".base_layer.", ".")
-    wrapped = f"{plain.removesuffix('bias')}base_layer.bias"
-    return next((n for n in (plain, wrapped) if n in parameters), None)
+def _taken_by_layers(peft_model: PeftModel, index: int) -> dict[str, tuple[int, ...]]:
+    """Name in the file -> shape, of all that belongs to the adapter's own layers."""
+    state = get_peft_model_state_dict(peft_model, adapter_name=_inner(index), save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _require_ranks(adapter: AdapterFolder, takes: Mapping[str, tuple[int, ...]]) -> None:
+    """Before any shape: another rank makes no other model."""
+    shapes = adapter.shapes
+    for name in sorted(shapes.keys() & takes.keys()):
+        module, is_a, ending = name.partition(".lora_embedding_A")
+        if not is_a:
+            module, is_a, ending = name.partition(".lora_A")
+        b = f"{module}{is_a[:-1]}B{ending}"
+        if not is_a or not len(shapes[name]) == len(shapes.get(b, ())) == 2:
+            continue
+        rank, found = takes[name][0], (shapes[name][0], shapes[b][1])
+        if found != (rank, rank):
+            raise wrong_rank(adapter.folder, module.removeprefix(_PREFIX), rank, found)
+
+
+def _of_base(
+    adapter: AdapterFolder, takes: Mapping[str, object], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Name in the file -> the base's own parameter that it replaces while the adapter is on.
+
+    Those are trained biases, and the embedding that peft saves with an adapter on it. Which layers are
+    wrapped is the other adapters' doing.
+    """
+    found = {}
+    for name in adapter.shapes.keys() - takes.keys():
+        module, _, kind = name.replace(".base_layer.", ".").rpartition(".")
+        places = (f"{module}.{between}{kind}" for between in ("", "base_layer.", "original_module."))
+        if "lora_" not in name and (place := next((p for p in places if p in parameters), None)):
+            found[name] = place
+    return found
+
+
+def _same_values(parameter: torch.Tensor, other: torch.Tensor) -> bool:
+    """In the parameter's dtype; 4,096 rows at one time, for an embedding may be a GB."""
+    pairs = zip(
+        torch.split(parameter.detach(), _ROWS_AT_ONCE), torch.split(other, _ROWS_AT_ONCE), strict=True
+    )
+    return all(torch.equal(own.cpu(), rows.to(own.dtype)) for own, rows in pairs)
 
 
 def _other_base(adapter: AdapterFolder, why: str) -> ConfigError:
@@ -80,12 +126,20 @@ def _other_base(adapter: AdapterFolder, why: str) -> ConfigError:
     )
 
 
+def _not_beside(adapter: AdapterFolder, why: str) -> ConfigError:
+    """peft has one kind of wrapper a layer: LoRA on a head, or a head that an adapter brings whole."""
+    return ConfigError(
+        f"The adapter '{adapter.folder}' cannot be on one base with those before it: {why.rstrip('.')}.",
+        "Leave one of them out.",
+    )
+
+
 def _inner(index: int) -> str:
     return f"lowvram_adapter_{index}"
 
 
 class Switch:
-    """Which adapter is on. Trained biases of the base come and go with their adapter."""
+    """Which adapter is on. What it has of the base's own, trained biases, comes and goes with it."""
 
     def __init__(self, model: Any, adapters: Sequence[AdapterFolder]) -> None:
         """The first adapter is on.
@@ -95,12 +149,12 @@ class Switch:
         """
         self._model = model
         self._inner = {adapter.name: _inner(index) for index, adapter in enumerate(adapters)}
-        self._biases: dict[str, dict[str, torch.Tensor]] = {}  # of each adapter that has some
+        self._own: dict[str, dict[str, torch.Tensor]] = {}  # of each adapter that has some of the base's
         if adapters:
             start_magnitudes(model)  # DoRA's, which need the base's norms; what was trained comes next
-        for adapter in adapters:
-            self._load(adapter)
-        self._base_biases = self._kept_biases()
+        for index, adapter in enumerate(adapters):
+            self._load(adapter, index)
+        self._base_own = self._kept()
         self.active = BASE
         self.to(next(iter(self._inner), BASE))
 
@@ -119,7 +173,7 @@ class Switch:
             known = ", ".join((BASE, *self._inner))
             raise ConfigError(f"There is no adapter '{name}'.", f"Use one of {known}.")
         self.active = name
-        self._set_biases(self._biases.get(name, {}))
+        self._set_own(self._own.get(name, {}))
         if not self._inner:
             return
         layers = self._model.base_model
@@ -129,23 +183,23 @@ class Switch:
         layers.enable_adapter_layers()
         self._model.set_adapter(self._inner[name], inference_mode=True)
 
-    def _load(self, adapter: AdapterFolder) -> None:
+    def _load(self, adapter: AdapterFolder, index: int) -> None:
         tensors, parameters = adapter.tensors(), dict(self._model.named_parameters())
-        own = {str(_bias_of(name, parameters)): tensors.pop(name) for name in adapter.bias_names}
-        if own:
-            self._biases[adapter.name] = own
+        takes = _taken_by_layers(self._model, index)
+        own = {place: tensors.pop(name) for name, place in _of_base(adapter, takes, parameters).items()}
+        self._own[adapter.name] = {n: t for n, t in own.items() if not _same_values(parameters[n], t)}
         set_peft_model_state_dict(self._model, tensors, adapter_name=self._inner[adapter.name])
 
-    def _kept_biases(self) -> dict[str, torch.Tensor]:
-        """Of the base, those that an adapter replaces."""
+    def _kept(self) -> dict[str, torch.Tensor]:
+        """Of the base, in host memory, what an adapter replaces."""
         parameters = dict(self._model.named_parameters())
-        trained = {name for own in self._biases.values() for name in own}
-        return {name: parameters[name].detach().clone() for name in trained}
+        replaced = {name for own in self._own.values() for name in own}
+        return {name: parameters[name].detach().to("cpu", copy=True) for name in replaced}
 
     @torch.no_grad()
-    def _set_biases(self, wanted: dict[str, torch.Tensor]) -> None:
-        if not self._base_biases:
+    def _set_own(self, wanted: dict[str, torch.Tensor]) -> None:
+        if not self._base_own:
             return
         parameters = dict(self._model.named_parameters())
-        for name, own in self._base_biases.items():
+        for name, own in self._base_own.items():
             parameters[name].copy_(wanted.get(name, own))

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowvram.engine.adapter_names import CONFIG_FILE, OWN_STARTS, WEIGHTS_FILE, require_adapter_files
+from lowvram.engine.adapter_names import (
+    CONFIG_FILE,
+    OWN_STARTS,
+    WEIGHTS_FILE,
+    require_adapter_files,
+    wrong_rank,
+)
 from lowvram.errors import ConfigError
 from lowvram.export.tensor_files import StoredTensor, tensors_of_file
 
@@ -166,12 +172,9 @@ def _finish(module: str, update: ModuleUpdate, config: dict[str, Any], file: Pat
     if update.a is None or update.b is None or len(update.a.shape) != 2 or len(update.b.shape) != 2:
         raise ConfigError(f"The adapter lacks a whole lora_A and lora_B of '{module}'.", _COPY)
     rank, update.scaling = _rank_and_scaling(module, config, file)
-    if (update.a.shape[0], update.b.shape[1]) != (rank, rank):
-        raise ConfigError(
-            f"'{file}' says rank {rank} for '{module}', its factors are of rank {update.a.shape[0]} and "
-            f"{update.b.shape[1]}.",
-            _COPY,
-        )
+    found = update.a.shape[0], update.b.shape[1]
+    if found != (rank, rank):
+        raise wrong_rank(file.parent, module, rank, found)
 
 
 def _rank_and_scaling(module: str, config: dict[str, Any], file: Path) -> tuple[int, float]:

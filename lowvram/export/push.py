@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lowvram.errors import ConfigError, first_line
+from lowvram.shell import typed
 
 _KEPT = {".gitattributes"}  # what the hub puts into a new repository
 _SIGN_IN = "Sign in with a token that may write: hf auth login"
@@ -75,6 +76,16 @@ def push(files: Mapping[str, Path | bytes], repo: str, *, public: bool = False, 
     return str(url)
 
 
+def upload_command(repo: str, path: Path, name: str = "", *, public: bool = False) -> str:
+    """What pushes a file or folder by hand; a repository that it makes is as private as one that we make.
+
+    Args:
+        name: of a file in the repository, where it is another one there.
+    """
+    words = ["hf upload", typed(repo), typed(path), *([name] if name else [])]
+    return " ".join([*words, *([] if public else ["--private"])])
+
+
 @contextmanager
 def _refusals(repo: str, remedy: str = "") -> Iterator[None]:
     """The hub's refusals in our words; the token is cut out of whatever an error says.
@@ -94,14 +105,21 @@ def _refusals(repo: str, remedy: str = "") -> Iterator[None]:
     except OfflineModeIsEnabled:
         raise ConfigError("HF_HUB_OFFLINE is set, so nothing can be pushed.", f"Unset it. {remedy}") from None
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "")
+        status = error.response.status_code
         raise ConfigError(
             f"The hub refuses '{repo}' (HTTP {status}): {_without(get_token(), first_line(error))}",
-            f"{_SIGN_IN}. {remedy}",
+            f"{_cure(status)} {remedy}".strip(),
         ) from None
     except Exception as error:  # the client's network libraries differ by version, and so do their errors
         said = f"{type(error).__name__}: {_without(get_token(), first_line(error))}"
         raise ConfigError(f"The hub is not reachable: {said}", f"Check the connection. {remedy}") from None
+
+
+def _cure(status: int) -> str:
+    """Of a refusal by the hub: only 401 and 403 are about who asks, from 500 on and with 429 it is busy."""
+    if status in (401, 403):
+        return f"{_SIGN_IN}."
+    return "Try again later." if status == 429 or status >= 500 else "Put right what the hub says."
 
 
 def _without(token: str | None, text: str) -> str:

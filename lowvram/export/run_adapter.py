@@ -10,6 +10,7 @@ from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
 from lowvram.export.adapter_files import read_adapter_config
 from lowvram.file_hash import file_sha256
+from lowvram.shell import typed
 from lowvram.training.run_folder import RunFolder
 
 
@@ -23,7 +24,7 @@ def adapter_of(run: Path) -> Path:
     if not (adapter / CONFIG_FILE).is_file():
         raise ConfigError(
             f"'{run}' holds no finished adapter.",
-            f"Finish it first: lowvram resume {run}, or check the path.",
+            f"Finish it first: lowvram resume {typed(run)}, or check the path.",
         )
     _require_hash(run, adapter)
     return adapter
@@ -37,7 +38,7 @@ def _require_hash(run: Path, adapter: Path) -> None:
     if found != wanted:
         raise ConfigError(
             f"'{adapter / WEIGHTS_FILE}' is not what the run wrote: its SHA-256 is {found}, not {wanted}.",
-            f"Write it anew from the checkpoints: rm -r {adapter}, then: lowvram resume {run}",
+            f"Write it anew from the checkpoints: rm -r {typed(adapter)}, then: lowvram resume {typed(run)}",
         )
 
 
@@ -59,19 +60,21 @@ def tokenizer_of(adapter: Path | None, source: ModelSource) -> Any:
     return (ModelSource(str(adapter)) if own else source).tokenizer
 
 
-def source_of(run: Path, adapter: Path, base: str | None, command: str) -> ModelSource:
+def source_of(adapter: Path, base: str | None, again: str) -> ModelSource:
     """The base model, `base` if it is given.
 
     Args:
-        command: what the user typed, such as "lowvram merge", for the remedy.
+        again: what the user typed, whole, for the remedy.
 
     Raises:
-        ConfigError: it is a folder that is gone.
+        ConfigError: it is a folder that is gone, or an empty name.
     """
+    if base == "":
+        raise ConfigError("--base is empty.", "Give the base's folder or hub id, or leave --base out.")
     source = ModelSource(base or base_of(adapter))
     if base is None and Path(source.name).is_absolute() and not source.is_local:
         raise ConfigError(
             f"The base model's folder '{source.name}' is gone.",
-            f"Say where it is now: {command} {run} --base PATH",
+            f"Say where it is now: {again} --base PATH",
         )
     return source

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from lowvram.errors import ConfigError
 from lowvram.export.adapter_files import Adapter
+from lowvram.shell import typed
 
 # What --max-lora-rank may be (vLLM's LoRAConfig); a request above it is refused when the server starts.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -32,8 +32,8 @@ def vllm_command(adapter: Adapter, base: str, name: str) -> str:
     if found:
         raise ConfigError(f"vLLM cannot serve this adapter: it has {', '.join(found)}.", _MERGED)
     largest = next(rank for rank in _RANKS if rank >= rank_of(adapter))
-    folder = shlex.quote(f"{name}={Path(adapter.folder)}")
-    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {largest} --lora-modules {folder}"
+    folder = typed(f"{name}={Path(adapter.folder)}")
+    return f"vllm serve {typed(base)} --enable-lora --max-lora-rank {largest} --lora-modules {folder}"
 
 
 def rank_of(adapter: Adapter) -> int:

@@ -82,6 +82,11 @@ class InferenceRequest:
         return RememberedModel(self.source).shape
 
     @property
+    def whole_vocabulary(self) -> bool:
+        """Whether an adapter needs embedding and head as transformers has them, on the device."""
+        return any(adapter.on_vocabulary for adapter in self.adapters)
+
+    @property
     def budget_bytes(self) -> int:
         return budget(self.hardware, profile_for(self.hardware))
 
@@ -144,8 +149,8 @@ def _first_step(request: InferenceRequest) -> InferenceStep:
     trained, hardware = request.trained, request.hardware
     on_card = hardware.backend in ("cuda", "rocm")
     precision = request.precision or (trained.base_precision if trained else _usual(hardware))
-    levers = trained.levers if trained else StepConfig().levers
-    own = {"double_quantization": levers.double_quantization}
+    levers = trained.levers if trained and not request.whole_vocabulary else StepConfig().levers
+    own = {"double_quantization": (trained or StepConfig()).levers.double_quantization}
     if on_card:
         own |= {"embedding_on_host": levers.embedding_on_host}
     head = levers.head if on_card or levers.head != "streamed" else "16bit"
@@ -185,7 +190,8 @@ def _decided(request: InferenceRequest, step: InferenceStep) -> tuple[InferenceS
 
 def _with_levers(request: InferenceRequest, step: InferenceStep) -> list[InferenceStep]:
     """The step, and where that is possible with the embedding in host memory: a row a token travels."""
-    possible = request.hardware.backend != "cpu" and not (request.shape.tied and step.head == "16bit")
+    on_card = request.hardware.backend != "cpu"
+    possible = on_card and not (request.whole_vocabulary or (request.shape.tied and step.head == "16bit"))
     return [step, _with(step, embedding_on_host=True)] if possible and not step.embedding_on_host else [step]
 
 

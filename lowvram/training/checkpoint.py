@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from lowvram.errors import NO_ROOM, ConfigError, DoesNotFitError
 from lowvram.file_hash import file_sha256
 from lowvram.frozen import Frozen
+from lowvram.shell import typed
 from lowvram.training.json_values import decode, encode
 from lowvram.units import format_bytes
 
@@ -183,7 +184,7 @@ def load(path: Path) -> CheckpointState:
     """
     damage = _damage(path)
     if damage is not None:
-        raise ConfigError(f"{path} is damaged: {damage}.", f"lowvram resume {path.parent.parent}")
+        raise ConfigError(f"{path} is damaged: {damage}.", f"lowvram resume {typed(path.parent.parent)}")
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     values = decode(state, _read_tensors(path / TENSORS))
     adapter = _read_tensors(path / ADAPTER)
@@ -294,7 +295,7 @@ def _disk_full(folder: Path, state: CheckpointState) -> DoesNotFitError:
     return DoesNotFitError(
         f"The disk is full: the checkpoint of step {state.step} needs {needed}, and {folder} had "
         f"{free} free when writing it failed. {what_is_safe(folder)}",
-        f"Free {needed} or more, then: lowvram resume {folder.parent}",
+        f"Free {needed} or more, then: lowvram resume {typed(folder.parent)}",
     )
 
 

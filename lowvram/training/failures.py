@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 from lowvram.errors import NO_ROOM, ConfigError, DeviceLostError, DoesNotFitError, LowvramError, first_line
+from lowvram.shell import typed
 from lowvram.training import checkpoint
 from lowvram.training.run_folder import RunFolder
 from lowvram.units import format_bytes
@@ -61,7 +62,7 @@ def _device_lost(error: BaseException, folder: RunFolder) -> DeviceLostError | N
                 f"The device stopped answering while training: {said}. "
                 f"{checkpoint.what_is_safe(folder.checkpoints)}",
                 "See what the driver says (NVIDIA: sudo dmesg | grep -i xid); if nvidia-smi does not answer, "
-                f"reboot. Then: lowvram resume {folder.path}",
+                f"reboot. Then: lowvram resume {typed(folder.path)}",
             )
     return None
 
@@ -75,7 +76,7 @@ def _refused_by_system(error: BaseException, folder: RunFolder) -> LowvramError 
         free = format_bytes(shutil.disk_usage(folder.path).free)
         return DoesNotFitError(
             f"{file or folder.path} cannot be written: {os.strerror(number)}; {free} is free. {safe}",
-            f"Free some room, then: lowvram resume {folder.path}",
+            f"Free some room, then: lowvram resume {typed(folder.path)}",
         )
     ours = number in _OF_A_DISK if file is None else str(file).startswith(str(folder.path))
     if not ours:
@@ -83,5 +84,5 @@ def _refused_by_system(error: BaseException, folder: RunFolder) -> LowvramError 
     why = "it is read-only for you" if number in _READ_ONLY else os.strerror(number)
     return ConfigError(
         f"{file or folder.path} cannot be written: {why}. {safe}",
-        f"Put that right, then: lowvram resume {folder.path}",
+        f"Put that right, then: lowvram resume {typed(folder.path)}",
     )

@@ -13,6 +13,7 @@ from lowvram.engine.source import ModelSource
 from lowvram.engine.step import StepResult
 from lowvram.errors import OutOfMemoryError, StoppedError, first_line
 from lowvram.planner.plan import Plan
+from lowvram.shell import typed
 from lowvram.training import checkpoint
 from lowvram.training.data import PreparedData
 from lowvram.training.evaluation import perplexity
@@ -74,14 +75,14 @@ def train(
     except Interrupted as interrupt:
         raise StoppedError(
             f"Stopped at once. {checkpoint.what_is_safe(folder.checkpoints)}",
-            f"Continue with: lowvram resume {folder.path}",
+            f"Continue with: lowvram resume {typed(folder.path)}",
             interrupt.signal_number,
         ) from interrupt
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(
             f"The device ran out of memory: predicted {format_bytes(plan.estimate.peak_reserved_bytes)}, "
             f"budget {format_bytes(plan.budget_bytes)}. {first_line(error)}",
-            f"Close other programs on the GPU, then: lowvram resume {folder.path}",
+            f"Close other programs on the GPU, then: lowvram resume {typed(folder.path)}",
         ) from error
     finally:
         monitor.stop()
@@ -125,7 +126,7 @@ def _steps(run: Run, stop: StopRequest) -> None:
             assert stop.signal_number is not None
             raise StoppedError(
                 f"Stopped after step {run.step} of {run.plan.total_steps}; everything is saved.",
-                f"Continue with: lowvram resume {run.folder.path}",
+                f"Continue with: lowvram resume {typed(run.folder.path)}",
                 stop.signal_number,
             )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowvram.gpu_driver import GpuProcess
 from lowvram.gpu_problems import NO_SPILL_STEPS
+from lowvram.shell import typed
 from lowvram.training.machine import Look, MachineSample
 from lowvram.units import MiB, format_bytes
 
@@ -53,7 +54,7 @@ class MachineRules:
     """
 
     def __init__(self, run: Path, planned_bytes: int, host_total_bytes: int) -> None:
-        self._resume = f"lowvram resume {run}"
+        self._resume = f"lowvram resume {typed(run)}"
         self._planned_bytes, self._host_total_bytes = planned_bytes, host_total_bytes
         self._others = _Others()
         self._least_swap_bytes: int | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram.errors import ConfigError
+from lowvram.shell import typed
 from lowvram.training import checkpoint
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def known_of(folder: RunFolder, plan: Plan) -> Known:
     except KeyError as error:
         raise ConfigError(
             f"{newest} does not say under which plan it was written: an earlier lowvram wrote it.",
-            f"Go on with that version, or start anew: lowvram train {folder.plan_file} --output ANOTHER",
+            "Go on with that version, or start anew: "
+            f"lowvram train {typed(folder.plan_file)} --output ANOTHER",
         ) from error
 
 
@@ -120,12 +122,12 @@ def refuse_changes(run: Path, known: Known, found: list[Change], force: bool) ->
             f"{run} cannot go on with what is not as it was {where}: its tensors are made for the old value."
             + _list(fixed),
             f"Set {fixed[0].text.split(' -> ')[0]} again in {run / 'plan.yaml'}, or start anew: "
-            f"lowvram train {run / 'plan.yaml'} --output ANOTHER",
+            f"lowvram train {typed(run / 'plan.yaml')} --output ANOTHER",
         )
     if found and not force:
         raise ConfigError(
             f"{run} is not as it was {where}." + _list(found),
-            f"Undo the change, or go on with it: lowvram resume {run} --force",
+            f"Undo the change, or go on with it: lowvram resume {typed(run)} --force",
         )
 
 

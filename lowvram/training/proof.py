@@ -16,6 +16,7 @@ from lowvram.engine.adapters import trainable
 from lowvram.engine.optimizer import forget_state
 from lowvram.engine.step import evaluate
 from lowvram.errors import ConfigError
+from lowvram.shell import typed
 from lowvram.training import checkpoint
 from lowvram.training.receipt import save_receipt
 from lowvram.training.recovery import MOST_RUNGS, NoRungLeftError, drop_rung, recovering
@@ -124,7 +125,8 @@ def require_masked(run: Run, planned: Iterable[list[Example]]) -> None:
         return
     raise ConfigError(
         f"The first step would train {trained} of its {tokens} tokens: the mask of the prompts is wrong.",
-        f"Look at the coloured example: lowvram data check {run.plan.data} --model {run.plan.model}",
+        f"Look at the coloured example: lowvram data check {typed(run.plan.data)} "
+        f"--model {typed(run.plan.model)}",
     )
 
 

@@ -18,6 +18,7 @@ from lowvram.frozen import write_atomically
 from lowvram.hardware import Hardware, host_memory
 from lowvram.memory.rung import Moment, Rung
 from lowvram.planner.rungs import next_rung, plan_that_fits
+from lowvram.shell import typed
 from lowvram.training import checkpoint
 from lowvram.training.run import Run
 from lowvram.units import format_bytes
@@ -183,12 +184,12 @@ def gave_up(run: Run, why: NoRungLeftError) -> OutOfMemoryError:
         f"{checkpoint.what_is_safe(run.folder.checkpoints)}"
     )
     fits = plan_that_fits(run.plan, run.source, _hardware_now(run), room)
-    again = f"Close other programs on the GPU, then: lowvram resume {run.folder.path}"
+    again = f"Close other programs on the GPU, then: lowvram resume {typed(run.folder.path)}"
     if fits is None:
         return OutOfMemoryError(message, f"{again}; or take a smaller model.")
     file = run.folder.path / "leaner_plan.yaml"
     write_atomically(file, fits.to_yaml())
     needs = f"it needs {format_bytes(fits.estimate.peak_reserved_bytes)}, {fits.seq_len} tokens"
     return OutOfMemoryError(
-        message, f"{again}; or begin anew with a plan that fits ({needs}): lowvram train {file}"
+        message, f"{again}; or begin anew with a plan that fits ({needs}): lowvram train {typed(file)}"
     )

@@ -16,6 +16,7 @@ from typing import IO
 
 from lowvram.errors import ConfigError, DoesNotFitError
 from lowvram.frozen import write_atomically
+from lowvram.shell import typed
 from lowvram.training.events import Event
 from lowvram.training.file_lock import HELD, holder_of, lock, unlock
 from lowvram.training.metrics import StepRecord
@@ -120,7 +121,7 @@ class RunFolder:
         """
         if not self.plan_file.exists():
             raise ConfigError(f"{self.plan_file} is missing.", "Restore it; a run cannot go on without it.")
-        again = f"then: lowvram resume {self.path}"
+        again = f"then: lowvram resume {typed(self.path)}"
         for file in (
             self.plan_file,
             self.metrics_file,
@@ -221,7 +222,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file, not a folder.", "Give another --output.")
         if self._holds_run():
-            remedy = f"lowvram resume {self.path}, or give another --output"
+            remedy = f"lowvram resume {typed(self.path)}, or give another --output"
             raise ConfigError(f"{self.path} already holds a run.", remedy)
         if self.path.is_dir() and _names(self.path):
             found = f"{self.path} holds files of something else: {_contents(self.path)}."
