@@ -30,6 +30,7 @@ from lowvram import (
 )
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
+from lowvram.screen import optional_screen
 from lowvram.units import printable
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def plan(
 
 
 @app.command()
+@optional_screen()
 def auto(
     model: cli_flags.Model,
     data: cli_flags.Data,
@@ -207,6 +209,7 @@ def auto(
 
 
 @app.command()
+@optional_screen()
 def train(
     plan_file: Annotated[Path, typer.Argument(help="A plan saved by lowvram plan --output.")],
     log_with: cli_flags.LogWith = None,
@@ -229,6 +232,7 @@ def train(
 
 
 @app.command()
+@optional_screen()
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     force: Annotated[bool, typer.Option("--force", help="Go on with a changed plan or data.")] = False,
@@ -254,6 +258,7 @@ app.command()(cli_export.export)
 
 
 @app.command()
+@optional_screen()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
     steps: cli_flags.Steps = None,
@@ -343,6 +348,7 @@ def _run() -> None:
         sys.exit(error.exit_code)
 
 
+@optional_screen()
 def _tell(error: LowvramError) -> None:
     """Message and remedy on stderr, whole: a second Ctrl-C does not cut them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
