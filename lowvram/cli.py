@@ -235,7 +235,9 @@ def train(
 @optional_screen()
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    force: Annotated[bool, typer.Option("--force", help="Go on with a changed plan or data.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with a changed plan or data, or without checkpoints.")
+    ] = False,
     planned_levers: Annotated[
         bool, typer.Option("--planned-levers", help="Go back up all rungs taken when memory ran out.")
     ] = False,

@@ -25,6 +25,7 @@ from lowvram.training.live import make_view
 from lowvram.training.loop import train
 from lowvram.training.plan_changes import changes, counts, known_of, refuse_changes, refuse_shorter
 from lowvram.training.result import RunResult
+from lowvram.training.resuming import require_whole
 from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder, require_disk
 
@@ -181,11 +182,13 @@ def resume(
     """Continue a run from its newest whole checkpoint; a finished run is left as it is.
 
     Args:
-        force: go on although plan or data are not what they were at that checkpoint.
+        force: go on although plan or data are not what they were at that checkpoint, or begin again where no
+            checkpoint can be used.
         planned_levers: go back up all rungs that were taken when memory ran out.
 
     Raises:
-        ConfigError: no run there, it is finished already, or it changed and `force` is off or cannot help.
+        ConfigError: no run there, it is finished already, or it changed or lost its checkpoints and `force`
+            is off or cannot help.
         DoesNotFitError: the changed plan.
     """
     require_trackers(log_with)
@@ -193,9 +196,10 @@ def resume(
     folder.require_sound()
     if folder.finished():
         raise ConfigError(f"The run in {run} is finished.", f"Merge it with: lowvram merge {run}")
+    require_whole(folder, start_over=force)
     planned = from_saved(Plan.from_yaml(folder.plan_file), f"lowvram resume {run}")
     planned = _agreed(planned, folder, force)
-    return _train(planned, folder, console, log_with, before, after, planned_levers)
+    return _train(planned, folder, console, log_with, before, after, planned_levers, force)
 
 
 def _agreed(planned: Planned, folder: RunFolder, force: bool) -> Planned:
@@ -218,6 +222,7 @@ def _train(
     before: Hook,
     after: Hook,
     planned_levers: bool = False,
+    start_over: bool = False,
 ) -> RunResult:
     if planned.prepared is None:
         raise ConfigError("This plan names no data.", "Make one with lowvram plan --data FILE.")
@@ -232,6 +237,7 @@ def _train(
         before,
         after,
         planned_levers,
+        start_over,
     )
 
 

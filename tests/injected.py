@@ -102,7 +102,7 @@ def interrupted(number: int) -> None:
 
 
 def screen_goes(number: int, how: str, kind: str = "") -> None:
-    """In the `number`-th step the reader of both streams is gone: a `tee` that Ctrl-C ended, a closed terminal.
+    """In the `number`-th step nobody reads both streams any more: `tee` was ended, the terminal closed.
 
     Args:
         kind: the signal that came with it.

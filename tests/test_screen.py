@@ -1,4 +1,4 @@
-"""A screen that goes away takes no work with it: closed pipes, closed terminals, and the end of the process."""
+"""A screen that goes away takes no work with it: closed pipes, closed terminals, the end of a process."""
 
 from __future__ import annotations
 
@@ -80,6 +80,6 @@ def test_what_can_be_printed_is_printed_and_the_streams_come_back(
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", None)  # as under pythonw
     with optional_screen():
-        print("told")
+        sys.stdout.write("told\n")
         assert sys.stderr is None
     assert (sys.stdout, stream.getvalue()) == (stream, "told\n")

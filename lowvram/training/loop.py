@@ -47,12 +47,14 @@ def train(
     before: Hook = lambda _: None,
     after: Hook = lambda _: None,
     planned_levers: bool = False,
+    start_over: bool = False,
 ) -> RunResult:
     """Train `plan` from its newest checkpoint (or from the start) to its last step.
 
     Args:
         before, after: called with the loaded model before the first and after the last step.
         planned_levers: go back up all rungs that the run had taken.
+        start_over: begin again at step 1 where there are checkpoints, but none that can be used.
 
     Raises:
         StoppedError: a signal came; everything up to the last finished step is saved.
@@ -66,7 +68,8 @@ def train(
         with stop_on_signal(view.note) as stop, folder.lock(), told_as_ours(folder):
             run = set_up(plan, folder, source, prepared, view, monitor, log_with)
             try:
-                return _trained(run, stop, before, after, planned_levers)
+                go_on(run, planned_levers, start_over)
+                return _trained(run, stop, before, after)
             except NoRungLeftError as error:
                 if run.step:
                     save(run)
@@ -88,8 +91,7 @@ def train(
         view.stop()
 
 
-def _trained(run: Run, stop: StopRequest, before: Hook, after: Hook, planned_levers: bool) -> RunResult:
-    go_on(run, planned_levers)
+def _trained(run: Run, stop: StopRequest, before: Hook, after: Hook) -> RunResult:
     before(run)
     run.loss_before = held_out_before(run)
     initialise_adapter(run)

@@ -9,6 +9,7 @@ import torch
 
 from lowvram.engine.adapter_start import adapter_state
 from lowvram.engine.optimizer import restore_state
+from lowvram.errors import ConfigError, refusals_of_the_system
 from lowvram.frozen import write_atomically
 from lowvram.memory.rung import Rung
 from lowvram.planner.plan import Plan
@@ -19,10 +20,29 @@ from lowvram.training.plan_changes import HELD_OUT, Change, Known, changes
 from lowvram.training.proof import prove
 from lowvram.training.recovery import take
 from lowvram.training.run import Run
+from lowvram.training.run_folder import RunFolder
 from lowvram.units import format_bytes
 
 
-def go_on(run: Run, planned_levers: bool = False) -> None:
+def require_whole(folder: RunFolder, start_over: bool) -> None:
+    """Begin again at step 1 only where nothing was saved yet, or where `start_over` asks for it.
+
+    Raises:
+        ConfigError: there are checkpoints, and none of them is whole or may be read.
+    """
+    with refusals_of_the_system(f"{folder.checkpoints} cannot be read", "Ask its owner to let you read it."):
+        newest, notes = checkpoint.newest(folder.checkpoints)
+        steps = checkpoint.newest_step(folder.checkpoints)
+    if newest is None and notes and not start_over:
+        raise ConfigError(
+            f"{folder.path} cannot go on after its {steps} steps: no checkpoint can be used."
+            + "".join(f"\n  {note}" for note in notes),
+            f"Put one of them right, then: lowvram resume {folder.path}; or lose the {steps} steps and begin "
+            f"again at step 1: lowvram resume {folder.path} --force",
+        )
+
+
+def go_on(run: Run, planned_levers: bool = False, start_over: bool = False) -> None:
     """Continue from the newest whole checkpoint, if there is one; what of the plan has changed is said.
 
     Whether it may change was asked at the door (pipeline.resume). The largest step is proved before anything
@@ -30,10 +50,12 @@ def go_on(run: Run, planned_levers: bool = False) -> None:
 
     Args:
         planned_levers: its rungs are not taken over either.
+        start_over: as `require_whole`, which is asked once more now that no other process can write here.
     """
+    require_whole(run.folder, start_over)
     newest, notes = checkpoint.newest(run.folder.checkpoints)
     for note in notes:
-        run.tell("checkpoint", note)
+        run.tell("checkpoint", f"{note}; it is kept under another name")
     saved = Plan.from_yaml(run.folder.plan_file) if run.folder.plan_file.exists() else None
     known = Known(0, (saved or run.plan).deciding, {})
     state = checkpoint.load(newest) if newest is not None else None
@@ -45,6 +67,10 @@ def go_on(run: Run, planned_levers: bool = False) -> None:
         _take_over(run, state)
         _require_best(run)
         run.checkpoint_bytes = checkpoint.n_bytes(newest)
+    if newest is None and notes:
+        lost = checkpoint.newest_step(run.folder.checkpoints)
+        run.tell("resume", f"Beginning again at step 1, as --force allows: {lost} steps are lost")
+    checkpoint.set_aside(run.folder.checkpoints, newest)
     run.folder.drop_metrics_after(run.step)
     _tell_changes(run, changes(known, run.plan, run.counts))
     if saved != run.plan:  # it says from now on what is trained, and so does the next checkpoint

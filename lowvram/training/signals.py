@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-
 _HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
