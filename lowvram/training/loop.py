@@ -21,6 +21,7 @@ from lowvram.training.finish import finish, held_out_before
 from lowvram.training.finite import require_finite_adapter, require_finite_held_out, require_finite_step
 from lowvram.training.live import View
 from lowvram.training.metrics import StepRecord
+from lowvram.training.missing_evaluation import evaluate_missing
 from lowvram.training.monitor import MemoryMonitor
 from lowvram.training.proof import require_gradients, require_masked
 from lowvram.training.recovery import NoRungLeftError, gave_up, recovering, whole_update
@@ -31,7 +32,7 @@ from lowvram.training.run_folder import RunFolder
 from lowvram.training.set_up import set_up
 from lowvram.training.signals import Interrupted, StopRequest, stop_on_signal
 from lowvram.training.start import initialise_adapter
-from lowvram.training.stepping import evaluated, micro_batches_now, run_step
+from lowvram.training.stepping import evaluated, evaluation_is_due, micro_batches_now, run_step
 from lowvram.units import format_bytes
 
 Hook = Callable[[Run], None]
@@ -95,6 +96,7 @@ def _trained(run: Run, stop: StopRequest, before: Hook, after: Hook) -> RunResul
     before(run)
     run.loss_before = held_out_before(run)
     initialise_adapter(run)
+    evaluate_missing(run)
     with stop.deferred():
         _steps(run, stop)
     result = finish(run)
@@ -159,12 +161,32 @@ def _report(
     seconds: float,
     micro_batches: list[list[Example]],
 ) -> None:
+    """Evaluate the step where that is due, and say what it did."""
+    held_out = None
+    try:
+        if evaluation_is_due(run):
+            held_out = evaluated(run)
+            require_finite_held_out(run, held_out)
+    except NoRungLeftError:  # the step itself is done and will be saved: a resume makes its evaluation
+        run.folder.append_metrics(_record(run, result, learning_rate, seconds, micro_batches, None))
+        raise
+    record = _record(run, result, learning_rate, seconds, micro_batches, held_out)
+    run.folder.append_metrics(record)
+    run.view.step(record)
+    run.accelerator.log(record.numbers(), step=run.step)
+    run.tell_machine()
+
+
+def _record(
+    run: Run,
+    result: StepResult,
+    learning_rate: float,
+    seconds: float,
+    micro_batches: list[list[Example]],
+    held_out: float | None,
+) -> StepRecord:
     plan, left = run.plan, run.plan.total_steps - run.step
-    evaluate_now = run.step % plan.evaluate_every == 0 or left == 0
-    held_out = evaluated(run) if evaluate_now else None
-    if held_out is not None:
-        require_finite_held_out(run, held_out)
-    record = StepRecord(
+    return StepRecord(
         step=run.step,
         total_steps=plan.total_steps,
         epoch=run.step / run.data.steps_per_epoch,
@@ -184,7 +206,3 @@ def _report(
         held_out_perplexity=perplexity(held_out),
         machine=run.monitor.machine,
     )
-    run.folder.append_metrics(record)
-    run.view.step(record)
-    run.accelerator.log(record.numbers(), step=run.step)
-    run.tell_machine()

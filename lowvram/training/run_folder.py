@@ -196,6 +196,11 @@ class RunFolder:
         records = [record for _, record in self._lines() if record is not None and record.step <= step]
         write_atomically(self.metrics_file, "".join(_as_line(record) for record in records))
 
+    def replace_metrics(self, record: StepRecord) -> None:
+        """Puts `record` in the place of the one of its step."""
+        records = (record if known.step == record.step else known for known in self.read_metrics())
+        write_atomically(self.metrics_file, "".join(_as_line(known) for known in records))
+
     def read_metrics(self) -> list[StepRecord]:
         """Every step's record. A last line that a crash cut short is left out.
 
