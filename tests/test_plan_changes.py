@@ -123,6 +123,16 @@ def test_a_plan_that_ends_before_its_checkpoint_is_refused(stopped: Path, comman
     assert (code, "total_steps is 3" in err, "of step 4" in err) == (2, True, True), err
 
 
+def test_a_rule_across_lines_is_told_without_the_whole_plan(stopped: Path, command: Cli) -> None:
+    edit_plan(stopped / "plan.yaml", warmup_steps=100)
+    code, _, err = command("resume", stopped)
+    assert (code, "is not valid: warmup_steps 100 must be below total_steps 6 What" in err) == (2, True), err
+    plan = stopped / "plan.yaml"
+    plan.write_text("".join(line for line in plan.read_text().splitlines(True) if "rank:" not in line))
+    code, _, err = command("resume", stopped)
+    assert (code, "rank: Field required" in err, len(err) < 500) == (2, True, True), err
+
+
 def test_force_goes_on_with_the_changed_plan(whole: Path, stopped: Path, command: Cli) -> None:
     """The new learning rate and schedule count from the next step on, and the next checkpoint has them."""
     edit_plan(stopped / "plan.yaml", learning_rate=0.001, schedule="constant", total_steps=7, save_every=1)
