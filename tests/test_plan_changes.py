@@ -128,9 +128,9 @@ def test_a_rule_across_lines_is_told_without_the_whole_plan(stopped: Path, comma
     code, _, err = command("resume", stopped)
     assert (code, "is not valid: warmup_steps 100 must be below total_steps 6 What" in err) == (2, True), err
     plan = stopped / "plan.yaml"
-    plan.write_text("".join(line for line in plan.read_text().splitlines(True) if "rank:" not in line))
+    plan.write_text("".join(line for line in plan.read_text().splitlines(True) if "profile:" not in line))
     code, _, err = command("resume", stopped)
-    assert (code, "rank: Field required" in err, len(err) < 500) == (2, True, True), err
+    assert (code, "profile: Field required" in err, len(err) < 500) == (2, True, True), err
 
 
 def test_force_goes_on_with_the_changed_plan(whole: Path, stopped: Path, command: Cli) -> None:

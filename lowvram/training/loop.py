@@ -44,7 +44,6 @@ def train(
     source: ModelSource,
     prepared: PreparedData,
     view: View,
-    log_with: tuple[str, ...] = (),
     before: Hook = lambda _: None,
     after: Hook = lambda _: None,
     planned_levers: bool = False,
@@ -67,7 +66,7 @@ def train(
     monitor = MemoryMonitor(plan.device.backend)
     try:
         with stop_on_signal(view.note) as stop, folder.lock(), told_as_ours(folder):
-            run = set_up(plan, folder, source, prepared, view, monitor, log_with)
+            run = set_up(plan, folder, source, prepared, view, monitor)
             try:
                 go_on(run, planned_levers, start_over)
                 return _trained(run, stop, before, after)

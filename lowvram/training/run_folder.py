@@ -127,6 +127,7 @@ class RunFolder:
             self.events_file,
             self.result_file,
             self.receipt_file,
+            self.path / LOCK,
         ):
             if file.is_dir():
                 raise ConfigError(f"{file} is a folder, not a file.", f"Move it away, {again}")
