@@ -222,8 +222,8 @@ def _agreed(planned: Planned, folder: RunFolder, force: bool) -> Planned:
     hashes = {"data_sha256": stats.sha256, "eval_data_sha256": stats.eval_sha256}
     plan = planned.plan.model_copy(update=hashes)
     found = changes(known, plan, counts(planned.prepared))
+    refuse_shorter(folder.path, known, plan)  # first: no --force helps
     refuse_changes(folder.path, known, found, force)
-    refuse_shorter(folder.path, known, plan)
     return checked(replace(planned, plan=plan)) if found else planned
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowvram.errors import ConfigError, DeviceLostError, LowvramError
+from lowvram.planner.plan import Plan
 from lowvram.training import checkpoint
 from lowvram.training.failures import told_as_ours
 from lowvram.training.run_folder import RunFolder
@@ -245,13 +246,13 @@ def test_without_a_usable_checkpoint_only_force_begins_again(
         harm(run / "checkpoints" / f"step-{step:06d}" / checkpoint.MANIFEST)
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     ended = forked_cli.run("resume", run)
-    assert (ended.code, "cannot go on after its 7 steps" in ended.err) == (2, True), ended.err
+    assert (ended.code, "cannot go on after step 7" in ended.err) == (2, True), ended.err
     assert f"step-000007 {says} step-000006 {says}" in ended.err
     assert f"lowvram resume {run} --force" in ended.err
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     ended = forked_cli.run("resume", run, "--force")
     assert ended.code == 0, ended.err
-    assert "Beginning again at step 1, as --force allows: 7 steps are lost" in ended.out
+    assert f"Beginning again, as --force allows: 7 of {STEPS} steps are lost" in ended.out
     assert _same(run, whole)
     kept = {f"step-{step:06d}.unread" for step in (6, 7)}
     assert kept <= {path.name for path in (run / "checkpoints").iterdir()}
@@ -369,10 +370,15 @@ def test_a_learning_rate_beyond_all_sense_stops_and_says_so(
     ended = forked_cli.run("train", plan, "-o", run)
     assert ended.code == 2
     assert "training stopped" in ended.err
-    assert "smaller --learning-rate than 1e+30" in ended.err
+    assert f"Set a smaller learning_rate than 1e+30 in {run}/plan.yaml" in ended.err
+    assert f"lowvram resume {run} --force" in ended.err
     assert learned(run)
     assert all(math.isfinite(step[3]) for step in learned(run))
     assert not (run / "adapter").exists()
+    lower = Plan.from_yaml(run / "plan.yaml").model_copy(update={"learning_rate": 1e-4})
+    (run / "plan.yaml").write_text(lower.to_yaml())
+    ended = forked_cli.run("resume", run, "--force")
+    assert ended.code == 0, ended.err
 
 
 def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step(

@@ -62,5 +62,6 @@ def require_finite_adapter(run: Run) -> None:
 def _stopped(run: Run, step: int, what: str) -> ConfigError:
     return ConfigError(
         f"Step {step}: {what}; training stopped. {checkpoint.what_is_safe(run.folder.checkpoints)}",
-        f"Use a smaller --learning-rate than {run.plan.learning_rate:g}.",
+        f"Set a smaller learning_rate than {run.plan.learning_rate:g} in {run.folder.plan_file}, then: "
+        f"lowvram resume {run.folder.path} --force",
     )

@@ -35,10 +35,10 @@ def require_whole(folder: RunFolder, start_over: bool) -> None:
         steps = checkpoint.newest_step(folder.checkpoints)
     if newest is None and notes and not start_over:
         raise ConfigError(
-            f"{folder.path} cannot go on after its {steps} steps: no checkpoint can be used."
+            f"{folder.path} cannot go on after step {steps}: no checkpoint can be used."
             + "".join(f"\n  {note}" for note in notes),
-            f"Put one of them right, then: lowvram resume {folder.path}; or lose the {steps} steps and begin "
-            f"again at step 1: lowvram resume {folder.path} --force",
+            f"Put one of them right, then: lowvram resume {folder.path}; or lose all steps up to {steps} and "
+            f"begin again: lowvram resume {folder.path} --force",
         )
 
 
@@ -69,7 +69,8 @@ def go_on(run: Run, planned_levers: bool = False, start_over: bool = False) -> N
         run.checkpoint_bytes = checkpoint.n_bytes(newest)
     if newest is None and notes:
         lost = checkpoint.newest_step(run.folder.checkpoints)
-        run.tell("resume", f"Beginning again at step 1, as --force allows: {lost} steps are lost")
+        total = run.plan.total_steps
+        run.tell("resume", f"Beginning again, as --force allows: {lost} of {total} steps are lost")
     checkpoint.set_aside(run.folder.checkpoints, newest)
     run.folder.drop_metrics_after(run.step)
     _tell_changes(run, changes(known, run.plan, run.counts))
@@ -99,6 +100,7 @@ def _take_over(run: Run, state: CheckpointState) -> None:
         run.accelerator.scaler.load_state_dict(state.extra["scaler"])
     checkpoint.restore_rng(state.rng)
     run.step, run.loss_before = state.step, state.extra["loss_before"]
+    run.same_held_out = state.extra.get("same_held_out", True)  # earlier versions say nothing
     run.tokens, run.trained_tokens = state.extra["tokens"], state.extra["trained_tokens"]
     run.seconds = state.extra["seconds"]
     run.evaluations = Evaluations(**state.extra["evaluations"])
@@ -141,7 +143,7 @@ def _tell_changes(run: Run, found: list[Change]) -> None:
     if run.step and any(change.field in HELD_OUT for change in found):
         loss = "" if run.loss_before is None else f", the loss before training ({run.loss_before:.4f}) too"
         run.tell("resume", f"Held-out losses so far are of other examples{loss}: the best starts anew")
-        run.evaluations = Evaluations()
+        run.evaluations, run.same_held_out = Evaluations(), False
 
 
 def is_due(run: Run) -> bool:
@@ -179,6 +181,7 @@ def _state(run: Run) -> CheckpointState:
         rng=checkpoint.collect_rng(),
         extra={
             "loss_before": run.loss_before,
+            "same_held_out": run.same_held_out,
             "tokens": run.tokens,
             "trained_tokens": run.trained_tokens,
             "seconds": run.seconds,
