@@ -219,6 +219,7 @@ def test_resume_passes_over_a_damaged_checkpoint_and_says_so(
     assert f"step-000007 is damaged: {says}" in ended.out
     assert f"Continuing after step 6 of {STEPS}" in ended.out
     assert (run / "checkpoints" / "step-000007.unread").is_dir()
+    assert "it is kept with the ending .unread" in ended.out
     assert [event.text for event in RunFolder(run).read_events() if "is damaged" in event.text]
     assert _same(run, whole)
 

@@ -55,7 +55,7 @@ def go_on(run: Run, planned_levers: bool = False, start_over: bool = False) -> N
     require_whole(run.folder, start_over)
     newest, notes = checkpoint.newest(run.folder.checkpoints)
     for note in notes:
-        run.tell("checkpoint", f"{note}; it is kept under another name")
+        run.tell("checkpoint", f"{note}; it is kept with the ending .unread")
     saved = Plan.from_yaml(run.folder.plan_file) if run.folder.plan_file.exists() else None
     known = Known(0, (saved or run.plan).deciding, {})
     state = checkpoint.load(newest) if newest is not None else None
