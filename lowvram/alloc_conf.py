@@ -1,8 +1,11 @@
-"""Alloc conf: what torch's allocators and oneDNN are told, in the environment, before torch is imported."""
+"""Alloc conf: what torch's allocators, malloc and oneDNN are told before torch is imported."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 VARIABLE = "PYTORCH_ALLOC_CONF"
@@ -10,6 +13,12 @@ PRIMITIVES_VARIABLE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 # A CPU's 16-bit products keep code and buffers for each shape that was met, up to 1,024 of them, and batches
 # have many lengths: 0.08 GiB more after each step of SmolLM2, against 0.01 with 64, for 4 % of its time.
 _PRIMITIVES = "64"
+# glibc raises this up to 32 MB by itself and then keeps what is freed between blocks that stay: the largest
+# batch of SmolLM2 in 4 bits took 1.82 GiB of a CPU's memory where 1.50 are predicted, with 1 MiB 1.55.
+MALLOC_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
+_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES = -3, 1 << 20
+# Pages of 2 MiB then make up for the time that fresh pages take: 70,000 of them a step instead of 300,000.
+PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"
 _NO_ROUNDING = "pinned_max_round_threshold_mb"
 
 
@@ -25,6 +34,10 @@ def set_alloc_conf() -> None:
     """For this process and its children; what the user set stays."""
     os.environ.setdefault(VARIABLE, alloc_conf())
     os.environ.setdefault(PRIMITIVES_VARIABLE, _PRIMITIVES)
+    os.environ.setdefault(PAGES_VARIABLE, "1")
+    if MALLOC_VARIABLE not in os.environ and sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # musl has no such setting
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
 
 
 def rounds_pinned_memory() -> bool:

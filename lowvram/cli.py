@@ -30,6 +30,7 @@ from lowvram import (
 )
 from lowvram.alloc_conf import set_alloc_conf
 from lowvram.errors import LowvramError
+from lowvram.screen import optional_screen
 from lowvram.shell import command_line, typed
 from lowvram.units import printable
 
@@ -140,6 +141,7 @@ def plan(
 
 
 @app.command()
+@optional_screen()
 def auto(
     model: cli_flags.Model,
     data: cli_flags.Data,
@@ -208,6 +210,7 @@ def auto(
 
 
 @app.command()
+@optional_screen()
 def train(
     plan_file: Annotated[Path, typer.Argument(help="A plan saved by lowvram plan --output.")],
     log_with: cli_flags.LogWith = None,
@@ -230,9 +233,12 @@ def train(
 
 
 @app.command()
+@optional_screen()
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    force: Annotated[bool, typer.Option("--force", help="Go on with a changed plan or data.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with a changed plan or data, or without checkpoints.")
+    ] = False,
     planned_levers: Annotated[
         bool, typer.Option("--planned-levers", help="Go back up all rungs taken when memory ran out.")
     ] = False,
@@ -255,6 +261,7 @@ app.command()(cli_export.export)
 
 
 @app.command()
+@optional_screen()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("runs/demo"),
     steps: cli_flags.Steps = None,
@@ -344,6 +351,7 @@ def _run() -> None:
         sys.exit(error.exit_code)
 
 
+@optional_screen()
 def _tell(error: LowvramError) -> None:
     """Message and remedy on stderr, whole: a second Ctrl-C does not cut them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -56,7 +56,7 @@ class MergeError(LowvramError):
 
 
 class StoppedError(LowvramError):
-    """SIGINT or SIGTERM: the step was finished and saved; exit code 128 + signal."""
+    """SIGINT, SIGTERM or SIGHUP: the step was finished and saved; exit code 128 + signal."""
 
     def __init__(self, message: str, remedy: str, signal_number: int) -> None:
         super().__init__(message, remedy)

@@ -21,11 +21,12 @@ from lowvram.planner.plan import Plan, PlannedDevice
 from lowvram.planner.recheck import checked as check_plan
 from lowvram.planning import RUN_FILES_BYTES, Planned, anywhere, run_bytes
 from lowvram.shell import typed
-from lowvram.training.data import PreparedData, prepare
+from lowvram.training.data import PreparedData, prepare, require_planned_data
 from lowvram.training.live import make_view
 from lowvram.training.loop import train
 from lowvram.training.plan_changes import changes, counts, known_of, refuse_changes, refuse_shorter
 from lowvram.training.result import RunResult
+from lowvram.training.resuming import require_whole
 from lowvram.training.run import Run
 from lowvram.training.run_folder import RunFolder, require_disk
 
@@ -140,18 +141,30 @@ def start(
 ) -> RunResult:
     """Create the run folder, save the plan, train.
 
+    Args:
+        log_with: trackers instead of the plan's.
+
     Raises:
-        ConfigError: the folder holds a run already.
+        ConfigError: the folder holds a run already, or the data is not what was planned.
         DoesNotFitError: too little disk.
     """
-    preflight(planned.source, output, log_with, planned.plan.inference_mode)
+    planned = _logged(planned, log_with)
+    preflight(planned.source, output, planned.plan.log_with, planned.plan.inference_mode)
     planned = replace(planned, plan=anywhere(planned.plan, planned.source))
+    if planned.prepared is not None:
+        require_planned_data(planned.plan, planned.prepared.stats)
     require_disk(output, run_bytes(planned.plan))
     folder = RunFolder.create(output)
     with refusals_of_the_system(f"{folder.plan_file} cannot be written", "Give another --output."):
         write_atomically(folder.plan_file, planned.plan.to_yaml())
     _tell_skipped(planned.prepared, folder.path, console)
-    return _train(planned, folder, console, log_with, before, after)
+    return _train(planned, folder, console, before, after)
+
+
+def _logged(planned: Planned, log_with: Iterable[str]) -> Planned:
+    """The run's plan keeps its trackers, for a resume."""
+    update = {"log_with": tuple(log_with) or planned.plan.log_with}
+    return replace(planned, plan=planned.plan.model_copy(update=update))
 
 
 def _require_training(inference_mode: bool) -> None:
@@ -182,21 +195,25 @@ def resume(
     """Continue a run from its newest whole checkpoint; a finished run is left as it is.
 
     Args:
-        force: go on although plan or data are not what they were at that checkpoint.
+        log_with: trackers from now on, instead of those that the run began with.
+        force: go on although plan or data are not what they were at that checkpoint, or begin again where no
+            checkpoint can be used.
         planned_levers: go back up all rungs that were taken when memory ran out.
 
     Raises:
-        ConfigError: no run there, it is finished already, or it changed and `force` is off or cannot help.
+        ConfigError: no run there, it is finished already, or it changed or lost its checkpoints and `force`
+            is off or cannot help.
         DoesNotFitError: the changed plan.
     """
-    require_trackers(log_with)
     folder = RunFolder.open(run)
     folder.require_sound()
     if folder.finished():
         raise ConfigError(f"The run in {run} is finished.", f"Merge it with: lowvram merge {typed(run)}")
-    planned = from_saved(Plan.from_yaml(folder.plan_file), f"lowvram resume {typed(run)}")
-    planned = _agreed(planned, folder, force)
-    return _train(planned, folder, console, log_with, before, after, planned_levers)
+    require_whole(folder, start_over=force)
+    saved = Plan.from_yaml(folder.plan_file)
+    require_trackers(tuple(log_with) or saved.log_with)
+    planned = _logged(from_saved(saved, f"lowvram resume {typed(run)}"), log_with)
+    return _train(_agreed(planned, folder, force), folder, console, before, after, planned_levers, force)
 
 
 def _agreed(planned: Planned, folder: RunFolder, force: bool) -> Planned:
@@ -206,8 +223,8 @@ def _agreed(planned: Planned, folder: RunFolder, force: bool) -> Planned:
     hashes = {"data_sha256": stats.sha256, "eval_data_sha256": stats.eval_sha256}
     plan = planned.plan.model_copy(update=hashes)
     found = changes(known, plan, counts(planned.prepared))
+    refuse_shorter(folder.path, known, plan)  # first: no --force helps
     refuse_changes(folder.path, known, found, force)
-    refuse_shorter(folder.path, known, plan)
     return checked(replace(planned, plan=plan)) if found else planned
 
 
@@ -215,10 +232,10 @@ def _train(
     planned: Planned,
     folder: RunFolder,
     console: Console,
-    log_with: Iterable[str],
     before: Hook,
     after: Hook,
     planned_levers: bool = False,
+    start_over: bool = False,
 ) -> RunResult:
     if planned.prepared is None:
         raise ConfigError("This plan names no data.", "Make one with lowvram plan --data FILE.")
@@ -229,10 +246,10 @@ def _train(
         planned.source,
         planned.prepared,
         make_view(console, title),
-        tuple(log_with),
         before,
         after,
         planned_levers,
+        start_over,
     )
 
 

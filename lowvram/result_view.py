@@ -19,9 +19,8 @@ def show_result(result: RunResult, folder: Path, console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
-    change = f"{100 * result.improvement:.1f} % lower" if result.improvement > 0 else "not lower"
     before, after = result.held_out_loss_before, result.held_out_loss_after
-    table.add_row("held-out loss", f"{before:.4f} before, [bold]{after:.4f}[/] after ({change})")
+    table.add_row("held-out loss", f"{before:.4f} before, [bold]{after:.4f}[/] after ({_change(result)})")
     if result.held_out_perplexity_before is not None and result.held_out_perplexity_after is not None:
         before, after = result.held_out_perplexity_before, result.held_out_perplexity_after
         table.add_row("perplexity", f"{before:.4g} before, {after:.4g} after")
@@ -38,3 +37,9 @@ def show_result(result: RunResult, folder: Path, console: Console) -> None:
     console.print(
         f"Next: lowvram chat {run}, lowvram merge {run} or lowvram export {run} --to gguf", soft_wrap=True
     )
+
+
+def _change(result: RunResult) -> str:
+    if result.improvement is None:
+        return "on other examples: the data changed"
+    return f"{100 * result.improvement:.1f} % lower" if result.improvement > 0 else "not lower"

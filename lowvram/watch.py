@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel
 from rich.console import Console
 
-from lowvram.errors import refusals_of_the_system
+from lowvram.errors import ConfigError, refusals_of_the_system
 from lowvram.result_view import show_result
 from lowvram.shell import typed
 from lowvram.training.events import Event
@@ -33,7 +33,7 @@ def watch(
     """Show the run in `path` until it is finished or Ctrl-C is pressed; `once`: as it is now.
 
     Raises:
-        ConfigError: there is no run, or it cannot be read.
+        ConfigError: there is no run, it vanishes, or it cannot be read.
     """
     with refusals_of_the_system(f"{path} cannot be read", "Ask its owner to let you read it."):
         result = _followed(_Watching(RunFolder.open(path), console), once, pause)
@@ -109,12 +109,17 @@ class _Watching:
         self._runs: bool | None = None
 
     def look(self) -> RunResult | None:
-        """Show what is new; the run's result when it has ended."""
+        """Show what is new; the run's result when it has ended.
+
+        Raises:
+            ConfigError: the folder is no longer there.
+        """
         holder = self._folder.holder()  # before the files: a run that ends now is then found finished
         if not self._began:
             self._view.start()
         self._show_events()
         self._show_steps()
+        self._require_there()
         self._began = True
         result = self._folder.finished()
         if result is not None and (holder is None or self._folder.receipt_file.is_file()):
@@ -127,6 +132,14 @@ class _Watching:
     def end(self) -> None:
         self._view.stop()
 
+    def _require_there(self) -> None:
+        path = self._folder.path
+        if not path.is_dir():
+            raise ConfigError(
+                f"{path} is gone: it was moved or removed while it was watched.",
+                "Where it is now, follow it with: lowvram watch RUN",
+            )
+
     def _show_events(self) -> None:
         events, _ = self._events.new_lines()
         for event in events if self._began else events[-SHOWN_EVENTS:]:
@@ -135,7 +148,7 @@ class _Watching:
 
     def _show_steps(self) -> None:
         records, cut = self._steps.new_lines()
-        if cut:
+        if cut and self._folder.metrics_file.exists():  # a resume replaces it; it removes nothing
             last = records[-1].step if records else 0
             self._view.note(f"The run was resumed: its newest step is now {last}.")
         if cut or not self._began:

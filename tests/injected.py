@@ -101,6 +101,28 @@ def interrupted(number: int) -> None:
     _before("metrics", number, lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
+def screen_goes(number: int, how: str, kind: str = "") -> None:
+    """In the `number`-th step nobody reads both streams any more: `tee` was ended, the terminal closed.
+
+    Args:
+        kind: the signal that came with it.
+    """
+
+    def go() -> None:
+        if how == "pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+        else:
+            reader, writer = os.openpty()
+            os.close(reader)  # from now on EIO
+        for stream in (1, 2):
+            os.dup2(writer, stream)
+        if kind:
+            os.kill(os.getpid(), getattr(signal, kind))
+
+    _before("metrics", number, go)
+
+
 def signalled(moment: str, number: int, kind: str) -> None:
     """The process sends itself SIGKILL or SIGSTOP."""
     _before(moment, number, lambda: os.kill(os.getpid(), getattr(signal, kind)))

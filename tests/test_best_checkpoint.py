@@ -253,6 +253,11 @@ def test_an_early_stop_ends_the_run_and_a_resume_knows_it(
     assert (code, "finished" in err) == (2, True)
 
 
+def test_an_early_stop_after_one_evaluation_says_one(byte_model: Path, tmp_path: Path, command: Cli) -> None:
+    run = overshooting(byte_model, tmp_path, command, "--early-stop", "1", save_every=8)
+    assert result(run)["stop_reason"] == "early stop after 1 evaluation without a better one than step 1's"
+
+
 def test_what_checkpoints_cost_is_said_once_and_summed(
     byte_model: Path, tmp_path: Path, command: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

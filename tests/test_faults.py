@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowvram.errors import ConfigError, DeviceLostError, LowvramError
+from lowvram.planner.plan import Plan
 from lowvram.training import checkpoint
 from lowvram.training.failures import told_as_ours
 from lowvram.training.run_folder import RunFolder
@@ -217,22 +218,62 @@ def test_resume_passes_over_a_damaged_checkpoint_and_says_so(
     assert ended.code == 0, ended.err
     assert f"step-000007 is damaged: {says}" in ended.out
     assert f"Continuing after step 6 of {STEPS}" in ended.out
+    assert (run / "checkpoints" / "step-000007.unread").is_dir()
+    assert "it is kept with the ending .unread" in ended.out
     assert [event.text for event in RunFolder(run).read_events() if "is damaged" in event.text]
     assert _same(run, whole)
 
 
-def test_with_no_whole_checkpoint_left_the_run_begins_again_and_says_so(
-    forked_cli: ForkedCli, halted: Path, whole: Path, tmp_path: Path
+def _of_another_format(manifest: Path) -> None:
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2, "more": 3'))
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut": (_cut, "is damaged: manifest.json holds something else"),
+    "removed": (Path.unlink, "is damaged: manifest.json is missing"),
+    "another format": (_of_another_format, "is of format 2, this lowvram reads format 1"),
+}
+
+
+@pytest.mark.parametrize("how", UNUSABLE)
+def test_without_a_usable_checkpoint_only_force_begins_again(
+    how: str, forked_cli: ForkedCli, halted: Path, whole: Path, tmp_path: Path
 ) -> None:
+    """Refused with every reason and nothing touched; with --force what could not be used stays on disk."""
     run = tmp_path / "run"
     shutil.copytree(halted, run)
+    harm, says = UNUSABLE[how]
     for step in (6, 7):
-        _cut(run / "checkpoints" / f"step-{step:06d}" / checkpoint.MANIFEST)
+        harm(run / "checkpoints" / f"step-{step:06d}" / checkpoint.MANIFEST)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     ended = forked_cli.run("resume", run)
+    assert (ended.code, "cannot go on after step 7" in ended.err) == (2, True), ended.err
+    assert f"step-000007 {says} step-000006 {says}" in ended.err
+    assert f"lowvram resume {run} --force" in ended.err
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    ended = forked_cli.run("resume", run, "--force")
     assert ended.code == 0, ended.err
-    assert "step-000007 is damaged" in ended.out
-    assert "step-000006 is damaged" in ended.out
+    assert f"Beginning again, as --force allows: 7 of {STEPS} steps are lost" in ended.out
     assert _same(run, whole)
+    kept = {f"step-{step:06d}.unread" for step in (6, 7)}
+    assert kept <= {path.name for path in (run / "checkpoints").iterdir()}
+
+
+def test_checkpoints_that_may_not_be_read_are_not_called_damaged(
+    forked_cli: ForkedCli, halted: Path, plan: Path, fault_home: Path, public: Path
+) -> None:
+    _open_to_all(plan, fault_home, public)
+    run = public / "run"
+    shutil.copytree(halted, run)
+    for path in (run, *run.rglob("*")):
+        path.chmod(0o777)
+    for file in (run / "checkpoints").glob(f"*/{checkpoint.ADAPTER}"):
+        file.chmod(0)
+    ended = forked_cli.run("resume", run, fault="as_nobody")
+    assert ended.code == 2, ended.err
+    says = "cannot be read: adapter.safetensors: Permission denied"
+    assert f"step-000007 {says} step-000006 {says}" in ended.err
+    assert "damaged" not in ended.err
 
 
 # A folder that cannot be written
@@ -330,10 +371,15 @@ def test_a_learning_rate_beyond_all_sense_stops_and_says_so(
     ended = forked_cli.run("train", plan, "-o", run)
     assert ended.code == 2
     assert "training stopped" in ended.err
-    assert "smaller --learning-rate than 1e+30" in ended.err
+    assert f"Set a smaller learning_rate than 1e+30 in {run}/plan.yaml" in ended.err
+    assert f"lowvram resume {run} --force" in ended.err
     assert learned(run)
     assert all(math.isfinite(step[3]) for step in learned(run))
     assert not (run / "adapter").exists()
+    lower = Plan.from_yaml(run / "plan.yaml").model_copy(update={"learning_rate": 1e-4})
+    (run / "plan.yaml").write_text(lower.to_yaml())
+    ended = forked_cli.run("resume", run, "--force")
+    assert ended.code == 0, ended.err
 
 
 def test_a_base_with_a_weight_that_is_no_number_is_refused_before_the_first_step(

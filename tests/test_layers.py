@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "lowvram"
 ORDER = [
-    {"errors", "units", "frozen", "cache", "alloc_conf", "gc_pause", "file_hash", "shell", "__init__"},
+    {
+        *("errors", "units", "frozen", "cache", "alloc_conf", "gc_pause", "file_hash", "screen", "shell"),
+        "__init__",
+    },
     {"hardware", "gpu_driver", "gpu_sensors", "gpu_problems", "data_sheets", "device_rates"},
     {"data"},
     {"engine"},

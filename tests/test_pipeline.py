@@ -78,6 +78,49 @@ def test_a_run_is_merged_from_another_folder_and_its_tracker_wrote(
     assert losses == pytest.approx([json.loads(line)["loss"] for line in _lines(finished)], rel=1e-6)
 
 
+def test_a_resume_tells_the_tracker_that_the_run_began_with(
+    home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands in the run's plan, and is none of the changes that a resume refuses."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report, stopped = loop._report, tmp_path / "stopped"
+
+    def stopped_after_one(state: training_run.Run, *args: Any) -> None:
+        report(state, *args)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    given = ("auto", "--model", home / "tiny", "--data", home / "rows.jsonl", *SHORT, "-o", stopped)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_report", stopped_after_one)
+        assert run(*given, "--log-with", "tensorboard")[0] == 130
+    code, _, err = run("resume", stopped)
+    assert code == 0, err
+    told = EventAccumulator(str(stopped / "lowvram"))
+    told.Reload()
+    assert [event.step for event in told.Scalars("loss")] == [1, 2]
+    _edit(stopped, "log_with: ", "log_with: [nosuch]")
+    (stopped / "result.json").unlink()
+    code, _, err = run("resume", stopped)
+    assert (code, "no tracker 'nosuch'" in err) == (2, True), err
+
+
+def test_a_plan_of_other_data_is_refused_before_its_folder_is_made(
+    home: Path, tmp_path: Path, run: Run
+) -> None:
+    rows, plan, output = tmp_path / "rows.jsonl", tmp_path / "plan.yaml", tmp_path / "run"
+    shutil.copy(home / "rows.jsonl", rows)
+    assert run("plan", "--model", home / "tiny", "--data", rows, *SHORT, "-o", plan)[0] == 0
+    content = rows.read_text()
+    rows.write_text(content.replace("What", "Who "))
+    for _ in range(2):  # the second time as the first
+        code, _, err = run("train", plan, "-o", output)
+        assert (code, "its content hash differs" in err) == (2, True), err
+        assert not output.exists()
+    rows.write_text(content)
+    assert run("train", plan, "-o", output)[0] == 0
+
+
 def test_a_packed_run_learns_as_an_unpacked_one_and_resumes(
     home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,8 +189,17 @@ def test_what_is_missing_at_the_end_is_made_again(finished: Path, run: Run) -> N
         (lambda r: (r / "plan.yaml").unlink(), "plan.yaml is missing"),
         (lambda r: _replaced_by_folder(r / "metrics.jsonl"), "metrics.jsonl is a folder"),
         (lambda r: _replaced_by_file(r / "checkpoints"), "checkpoints is a file"),
+        (lambda r: _replaced_by_folder(r / ".lock"), ".lock is a folder"),
     ],
-    ids=["no data", "another device", "model gone", "no plan", "metrics a folder", "checkpoints a file"],
+    ids=[
+        "no data",
+        "another device",
+        "no model",
+        "no plan",
+        "metrics a folder",
+        "checkpoints a file",
+        "lock",
+    ],
 )
 def test_a_damaged_run_is_refused_before_the_model_is_loaded(
     finished: Path, run: Run, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], object], says: str
@@ -159,7 +211,7 @@ def test_a_damaged_run_is_refused_before_the_model_is_loaded(
     harm(finished)
     monkeypatch.setattr("lowvram.training.set_up.load", never)
     code, _, err = run("resume", finished)
-    assert (code, says in err, "What to do" in err) == (2, True, True), err
+    assert (code, says in err, "What to do" in err, "--output" in err) == (2, True, True, False), err
 
 
 def _edit(folder: Path, start: str, line: str) -> None:

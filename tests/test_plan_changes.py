@@ -119,8 +119,20 @@ def test_what_the_tensors_are_made_of_cannot_change(
 
 def test_a_plan_that_ends_before_its_checkpoint_is_refused(stopped: Path, command: Cli) -> None:
     edit_plan(stopped / "plan.yaml", total_steps=3)
-    code, _, err = command("resume", stopped, "--force")
-    assert (code, "total_steps is 3" in err, "of step 4" in err) == (2, True, True), err
+    for force in ((), ("--force",)):
+        code, _, err = command("resume", stopped, *force)
+        assert (code, "total_steps is 3" in err, "of step 4" in err) == (2, True, True), err
+        assert "--force" not in err
+
+
+def test_a_rule_across_lines_is_told_without_the_whole_plan(stopped: Path, command: Cli) -> None:
+    edit_plan(stopped / "plan.yaml", warmup_steps=100)
+    code, _, err = command("resume", stopped)
+    assert (code, "is not valid: warmup_steps 100 must be below total_steps 6 What" in err) == (2, True), err
+    plan = stopped / "plan.yaml"
+    plan.write_text("".join(line for line in plan.read_text().splitlines(True) if "profile:" not in line))
+    code, _, err = command("resume", stopped)
+    assert (code, "profile: Field required" in err, len(err) < 500) == (2, True, True), err
 
 
 def test_force_goes_on_with_the_changed_plan(whole: Path, stopped: Path, command: Cli) -> None:
@@ -153,10 +165,14 @@ def test_force_goes_on_with_changed_data(stopped: Path, command: Cli) -> None:
     assert code == 0, err
     assert re.search(r"Changed, as --force allows: data: \w{12} \(30 examples\) -> \w{12} \(31 ", out), out
     assert "Held-out losses so far are of other examples" in out
+    assert "after (on other examples: the data changed)" in out
+    assert "% lower" not in out
+    assert result(stopped)["same_held_out"] is False
     assert Plan.from_yaml(stopped / "plan.yaml").data_sha256 != old
     assert len(metrics(stopped)) == STEPS
     again = killed_after(STEPS, stopped, stopped.parent / "again")
     assert command("resume", again)[0] == 0  # without --force
+    assert result(again)["same_held_out"] is False  # still known
 
 
 def test_changed_data_is_noticed_before_the_first_checkpoint(stopped: Path, command: Cli) -> None:

@@ -26,7 +26,7 @@ from tests.tiny_runs import ASKED, Cli, edit_plan, events, metrics, result, writ
 byte_model, command = tiny_runs.byte_model, tiny_runs.command
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 6
-FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"  # a long one is cut, and ends anywhere
 
 
 class Fault:
@@ -205,6 +205,26 @@ def test_after_three_rungs_the_run_is_saved_and_a_leaner_plan_is_there(
     assert_learned_alike(run, unfailed)
     rungs = Receipt.model_validate_json((run / "receipt.json").read_text()).rungs
     assert len(rungs) == len(events(run, "out of memory"))  # a resume stays on its rung
+
+
+@pytest.mark.parametrize("step", [4, STEPS])
+def test_an_evaluation_that_the_run_gave_up_in_is_made_by_its_resume(
+    step: int, plan: Path, unfailed: Path, tmp_path: Path, command: Cli
+) -> None:
+    """No step's record and no held-out loss is missing, also of the last step; and it counts for the best."""
+    run = tmp_path / "run"
+    fault = Fault("evaluation", step + 1, times=100)
+    with pytest.raises(OutOfMemoryError) as refused:
+        train(plan, run, fault)
+    assert f"(evaluation, after step {step})" in refused.value.message
+    assert f"GiB. The checkpoint of step {step} is whole" in refused.value.message
+    assert [row["step"] for row in metrics(run)] == list(range(1, step + 1))
+    assert metrics(run)[-1]["held_out_loss"] is None
+    code, out, err = command("resume", run)
+    assert code == 0, err
+    assert f"step {step}/{STEPS} held-out loss" in out
+    assert_learned_alike(run, unfailed)
+    assert result(run)["adapter_step"] == result(unfailed)["adapter_step"]
 
 
 def test_levers_go_up_again_only_when_asked(plan: Path, unfailed: Path, tmp_path: Path, command: Cli) -> None:

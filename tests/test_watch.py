@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,21 @@ def test_a_running_run_shows_its_newest_step_then_each_new_one(folder: RunFolder
     assert f"Running (process {os.getpid()}), 30 of 60 steps done." in lines
     assert "step 31/60  held-out loss 1.5000" in lines
     assert re.fullmatch(r"\d\d:\d\d Close the other program\.", lines[-1])
+
+
+@pytest.mark.parametrize("moved", [True, False], ids=["moved", "removed"])
+def test_a_run_that_vanishes_ends_the_watching(moved: bool, folder: RunFolder) -> None:
+    folder.append_metrics(record(1))
+    console, there = plain(), folder.path
+
+    def vanish(_: float) -> None:
+        assert there.exists(), "it is still waited for"
+        there.rename(there.with_name("elsewhere")) if moved else shutil.rmtree(there)
+
+    with pytest.raises(ConfigError, match="is gone: it was moved or removed") as caught:
+        watch(there, console, pause=vanish)
+    assert caught.value.exit_code == 2
+    assert "resumed" not in written(console)
 
 
 def test_a_killed_run_is_said_once_and_its_resume_is_followed(folder: RunFolder) -> None:

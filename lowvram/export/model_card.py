@@ -120,8 +120,9 @@ def _data(training: Training) -> str:
 def _results(result: RunResult | None) -> str:
     if result is None:
         return ""
+    other = "" if result.same_held_out else ", of other examples"
     rows = [
-        ("held-out loss before", f"{result.held_out_loss_before:.4f}"),
+        (f"held-out loss before{other}", f"{result.held_out_loss_before:.4f}"),
         ("held-out loss after", f"{result.held_out_loss_after:.4f}"),
         ("optimizer steps", f"{result.steps:,}"),
         ("tokens", format_count(result.tokens)),

@@ -18,7 +18,7 @@ from lowvram.planner.profiles import parse_yaml
 # What a plan tells and what decides no gradient. What was read has its own hash, wherever it lies.
 _TOLD = {"reading", "data", "eval_data", "device", "budget_bytes", "estimate", "largest_seq_len"}
 _TOLD |= {"host_ram_bytes", "n_parameters", "n_trainable", "reasons", "seconds_per_step", "seconds_in_all"}
-_PACED = {"evaluate_every", "save_every", "keep_checkpoints", "early_stop"}  # may change while it runs
+_PACED = {"evaluate_every", "save_every", "keep_checkpoints", "early_stop", "log_with"}  # may change in a run
 
 
 class PlannedDevice(Frozen):
@@ -58,6 +58,7 @@ class Plan(StepConfig):
     early_stop: int = Field(
         0, ge=0, description="so many held-out losses in a row without a better one end the run; 0: never"
     )
+    log_with: tuple[str, ...] = Field((), description="trackers that are told of every step, such as wandb")
     seed: int = Field(0, ge=0, description="of the data's order, dropout and the adapter")
     device: PlannedDevice = Field(description="for which the plan was made")
     budget_bytes: int = Field(

@@ -155,6 +155,10 @@ def _read_yaml(file: Path, remedy: str) -> Any:
 
 def _explain(error: Any, model: type[Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
+    if isinstance(error["input"], dict) and error["type"] != "extra_forbidden":
+        # A rule across lines names its lines itself, and of a missing one the input is the whole file: 3 KB.
+        said = error["msg"].removeprefix("Value error, ")
+        return f"{where}: {said}" if where else str(said)
     if error["type"] != "extra_forbidden":
         return f"{where}: {error['msg']} (got {error['input']!r})"
     near = difflib.get_close_matches(str(error["loc"][-1]), list(model.model_fields), n=1)

@@ -138,11 +138,29 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all as they were written, and why newer ones were passed over."""
     notes: list[str] = []
     for path in _checkpoints(folder):
-        damage = _damage(path)
-        if damage is None:
+        problem = _problem(path)
+        if problem is None:
             return path, notes
-        notes.append(f"{path.name} is damaged: {damage}")
+        notes.append(f"{path.name} {problem}")
     return None, notes
+
+
+def newest_step(folder: Path) -> int:
+    """Of the newest checkpoint, be it whole or not; 0 without any."""
+    return max(map(_step, _checkpoints(folder)), default=0)
+
+
+def set_aside(folder: Path, chosen: Path | None) -> None:
+    """Names that nothing here reads or removes for what `newest` passed over for `chosen`: somebody may mend
+    it, or may read it with the lowvram that wrote it."""
+    for path in _checkpoints(folder):
+        if path == chosen:
+            return
+        aside, number = folder / f"step-{_step(path):06d}.unread", 1
+        while aside.exists():
+            number += 1
+            aside = aside.with_suffix(f".unread-{number}")
+        path.rename(aside)
 
 
 def of_step(folder: Path, step: int) -> tuple[Path | None, str]:
@@ -150,10 +168,10 @@ def of_step(folder: Path, step: int) -> tuple[Path | None, str]:
     reason = "is gone"
     for path in _checkpoints(folder):
         if _step(path) == step:
-            damage = _damage(path)
-            if damage is None:
+            problem = _problem(path)
+            if problem is None:
                 return path, ""
-            reason = f"is damaged: {damage}"
+            reason = problem
     return None, f"The checkpoint of step {step} {reason}"
 
 
@@ -170,7 +188,9 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def what_is_safe(folder: Path) -> str:
     """One sentence for a run that stops early: where a resume will go on."""
-    path, _ = newest(folder)
+    path, notes = newest(folder)
+    if path is None and notes:
+        return f"No checkpoint is whole: {'; '.join(notes)}."
     if path is None:
         return "There is no checkpoint yet: a resume begins at the first step."
     return f"The checkpoint of step {_step(path)} is whole: a resume goes on from there."
@@ -182,9 +202,9 @@ def load(path: Path) -> CheckpointState:
     Raises:
         ConfigError: it is not whole.
     """
-    damage = _damage(path)
-    if damage is not None:
-        raise ConfigError(f"{path} is damaged: {damage}.", f"lowvram resume {typed(path.parent.parent)}")
+    problem = _problem(path)
+    if problem is not None:
+        raise ConfigError(f"{path} {problem}.", f"lowvram resume {typed(path.parent.parent)}")
     state = json.loads((path / STATE).read_text(encoding="utf-8"))
     values = decode(state, _read_tensors(path / TENSORS))
     adapter = _read_tensors(path / ADAPTER)
@@ -306,7 +326,9 @@ def _checkpoints(folder: Path) -> list[Path]:
     """Newest first; of the same step, the one in place before the one set aside."""
     if not folder.is_dir():
         return []
-    names = [path for path in folder.iterdir() if _matches(path) and path.is_dir()]
+    with os.scandir(folder) as entries:  # tells folders even where they may not be looked into
+        names = [folder / entry.name for entry in entries if entry.is_dir()]
+    names = [path for path in names if _matches(path)]
     return sorted(names, key=lambda path: (_step(path), path.name), reverse=True)
 
 
@@ -323,32 +345,48 @@ def _hidden(path: Path, ending: str) -> Path:
     return path.with_name(f".{path.name}.{ending}")
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint at `path`, None when it is whole."""
+def _problem(path: Path) -> str | None:
+    """What is wrong with the checkpoint at `path`, to be said after its name; None when it is whole.
+
+    What this user may not read, a disk does not give, or another lowvram wrote, is not called damaged.
+    """
     try:
-        manifest = _Manifest.model_validate_json((path / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError):
-        return f"{MANIFEST} cannot be read"
-    if manifest.format != FORMAT:
-        return f"{MANIFEST} is of format {manifest.format}, this lowvram reads format {FORMAT}"
+        content = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        return _unread(MANIFEST, error)
+    if (written := _format(content)) not in (None, FORMAT):
+        return f"is of format {written}, this lowvram reads format {FORMAT}"
+    try:
+        manifest = _Manifest.model_validate_json(content)
+    except ValueError:
+        return f"is damaged: {MANIFEST} holds something else"
     if set(manifest.files) != set(FILES):
-        return f"{MANIFEST} lists other files"
-    problems = (_file_damage(path / name, entry) for name, entry in manifest.files.items())
+        return f"is damaged: {MANIFEST} lists other files"
+    problems = (_file_problem(path / name, entry) for name, entry in manifest.files.items())
     return next((problem for problem in problems if problem), None)
 
 
-def _file_damage(path: Path, expected: _File) -> str | None:
+def _format(content: bytes) -> Any:
+    """Of a manifest, whose other lines another format may have otherwise; None where it says none."""
+    with suppress(ValueError, AttributeError):
+        return json.loads(content).get("format")
+    return None
+
+
+def _file_problem(path: Path, expected: _File) -> str | None:
     try:
         size = path.stat().st_size
         if size != expected.size:
-            return f"{path.name} has {size} bytes instead of {expected.size}"
-        return None if _describe(path) == expected else f"{path.name} has a wrong hash"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
+            return f"is damaged: {path.name} has {size} bytes instead of {expected.size}"
+        return None if _describe(path) == expected else f"is damaged: {path.name} has a wrong hash"
     except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
+        return _unread(path.name, error)
+
+
+def _unread(name: str, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"is damaged: {name} is missing"
+    return f"cannot be read: {name}: {error.strerror}"
 
 
 def _describe(path: Path) -> _File:

@@ -149,7 +149,18 @@ def training_data(
         ConfigError: the content changed since the plan was made.
         DataError: nothing trainable is left after cutting.
     """
-    stats = prepared.stats
+    require_planned_data(plan, prepared.stats)
+    sides = [side.cut(plan.seq_len, plan.target_len) for side in (prepared.train, prepared.held_out)]
+    for side, name in zip(sides, (plan.data, plan.eval_data or plan.data), strict=True):
+        if not side:
+            raise DataError(
+                f"{name}: no trained token is left within {plan.seq_len} tokens.", "Raise --seq-len."
+            )
+    return TrainingData(plan, sides[0], sides[1], pad_token_id, start_token_id)
+
+
+def require_planned_data(plan: Plan, stats: DataStats) -> None:
+    """Raises: ConfigError, the content changed since the plan was made."""
     hashes = (
         (plan.data, plan.data_sha256, stats.sha256),
         (plan.eval_data, plan.eval_data_sha256, stats.eval_sha256),
@@ -160,10 +171,3 @@ def training_data(
                 f"'{name}' is not the data that this plan was made for: its content hash differs.",
                 "Restore the file, or make a new plan with lowvram auto.",
             )
-    sides = [side.cut(plan.seq_len, plan.target_len) for side in (prepared.train, prepared.held_out)]
-    for side, name in zip(sides, (plan.data, plan.eval_data or plan.data), strict=True):
-        if not side:
-            raise DataError(
-                f"{name}: no trained token is left within {plan.seq_len} tokens.", "Raise --seq-len."
-            )
-    return TrainingData(plan, sides[0], sides[1], pad_token_id, start_token_id)

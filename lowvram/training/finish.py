@@ -42,6 +42,7 @@ def finish(run: Run) -> RunResult:
         steps=run.step,
         held_out_loss_before=run.loss_before,
         held_out_loss_after=after,
+        same_held_out=run.same_held_out,
         held_out_perplexity_before=perplexity(run.loss_before),
         held_out_perplexity_after=perplexity(after),
         trained_tokens=run.trained_tokens,
@@ -94,7 +95,8 @@ def _stop_reason(run: Run) -> str:
     found = run.evaluations
     if run.step == run.plan.total_steps:
         return "finished"
-    waited = f"{found.n_since_best} evaluations without a better one"
+    n = found.n_since_best
+    waited = f"{n} evaluation{'s' if n > 1 else ''} without a better one"
     return f"early stop after {waited} than step {found.best_step}'s"
 
 

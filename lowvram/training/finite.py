@@ -10,6 +10,7 @@ import torch
 from lowvram.engine.adapter_start import adapter_state
 from lowvram.engine.step import StepResult
 from lowvram.errors import ConfigError
+from lowvram.shell import typed
 from lowvram.training import checkpoint
 
 if TYPE_CHECKING:
@@ -62,5 +63,6 @@ def require_finite_adapter(run: Run) -> None:
 def _stopped(run: Run, step: int, what: str) -> ConfigError:
     return ConfigError(
         f"Step {step}: {what}; training stopped. {checkpoint.what_is_safe(run.folder.checkpoints)}",
-        f"Use a smaller --learning-rate than {run.plan.learning_rate:g}.",
+        f"Set a smaller learning_rate than {run.plan.learning_rate:g} in {run.folder.plan_file}, then: "
+        f"lowvram resume {typed(run.folder.path)} --force",
     )

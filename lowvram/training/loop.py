@@ -22,6 +22,7 @@ from lowvram.training.finish import finish, held_out_before
 from lowvram.training.finite import require_finite_adapter, require_finite_held_out, require_finite_step
 from lowvram.training.live import View
 from lowvram.training.metrics import StepRecord
+from lowvram.training.missing_evaluation import evaluate_missing
 from lowvram.training.monitor import MemoryMonitor
 from lowvram.training.proof import require_gradients, require_masked
 from lowvram.training.recovery import NoRungLeftError, gave_up, recovering, whole_update
@@ -32,7 +33,7 @@ from lowvram.training.run_folder import RunFolder
 from lowvram.training.set_up import set_up
 from lowvram.training.signals import Interrupted, StopRequest, stop_on_signal
 from lowvram.training.start import initialise_adapter
-from lowvram.training.stepping import evaluated, micro_batches_now, run_step
+from lowvram.training.stepping import evaluated, evaluation_is_due, micro_batches_now, run_step
 from lowvram.units import format_bytes
 
 Hook = Callable[[Run], None]
@@ -44,16 +45,17 @@ def train(
     source: ModelSource,
     prepared: PreparedData,
     view: View,
-    log_with: tuple[str, ...] = (),
     before: Hook = lambda _: None,
     after: Hook = lambda _: None,
     planned_levers: bool = False,
+    start_over: bool = False,
 ) -> RunResult:
     """Train `plan` from its newest checkpoint (or from the start) to its last step.
 
     Args:
         before, after: called with the loaded model before the first and after the last step.
         planned_levers: go back up all rungs that the run had taken.
+        start_over: begin again at step 1 where there are checkpoints, but none that can be used.
 
     Raises:
         StoppedError: a signal came; everything up to the last finished step is saved.
@@ -65,9 +67,10 @@ def train(
     monitor = MemoryMonitor(plan.device.backend)
     try:
         with stop_on_signal(view.note) as stop, folder.lock(), told_as_ours(folder):
-            run = set_up(plan, folder, source, prepared, view, monitor, log_with)
+            run = set_up(plan, folder, source, prepared, view, monitor)
             try:
-                return _trained(run, stop, before, after, planned_levers)
+                go_on(run, planned_levers, start_over)
+                return _trained(run, stop, before, after)
             except NoRungLeftError as error:
                 if run.step:
                     save(run)
@@ -89,11 +92,11 @@ def train(
         view.stop()
 
 
-def _trained(run: Run, stop: StopRequest, before: Hook, after: Hook, planned_levers: bool) -> RunResult:
-    go_on(run, planned_levers)
+def _trained(run: Run, stop: StopRequest, before: Hook, after: Hook) -> RunResult:
     before(run)
     run.loss_before = held_out_before(run)
     initialise_adapter(run)
+    evaluate_missing(run)
     with stop.deferred():
         _steps(run, stop)
     result = finish(run)
@@ -158,12 +161,32 @@ def _report(
     seconds: float,
     micro_batches: list[list[Example]],
 ) -> None:
+    """Evaluate the step where that is due, and say what it did."""
+    held_out = None
+    try:
+        if evaluation_is_due(run):
+            held_out = evaluated(run)
+            require_finite_held_out(run, held_out)
+    except NoRungLeftError:  # the step itself is done and will be saved: a resume makes its evaluation
+        run.folder.append_metrics(_record(run, result, learning_rate, seconds, micro_batches, None))
+        raise
+    record = _record(run, result, learning_rate, seconds, micro_batches, held_out)
+    run.folder.append_metrics(record)
+    run.view.step(record)
+    run.accelerator.log(record.numbers(), step=run.step)
+    run.tell_machine()
+
+
+def _record(
+    run: Run,
+    result: StepResult,
+    learning_rate: float,
+    seconds: float,
+    micro_batches: list[list[Example]],
+    held_out: float | None,
+) -> StepRecord:
     plan, left = run.plan, run.plan.total_steps - run.step
-    evaluate_now = run.step % plan.evaluate_every == 0 or left == 0
-    held_out = evaluated(run) if evaluate_now else None
-    if held_out is not None:
-        require_finite_held_out(run, held_out)
-    record = StepRecord(
+    return StepRecord(
         step=run.step,
         total_steps=plan.total_steps,
         epoch=run.step / run.data.steps_per_epoch,
@@ -183,7 +206,3 @@ def _report(
         held_out_perplexity=perplexity(held_out),
         machine=run.monitor.machine,
     )
-    run.folder.append_metrics(record)
-    run.view.step(record)
-    run.accelerator.log(record.numbers(), step=run.step)
-    run.tell_machine()

@@ -71,7 +71,7 @@ def recovering(run: Run, moment: Moment, attempt: Callable[[], Result]) -> Resul
 
 def drop_rung(run: Run, moment: Moment, reason: str) -> bool:
     """Change to a leaner step; False where there is none."""
-    run.view.note(f"Out of memory ({moment}, step {run.step + 1}). Looking for a leaner step.")
+    run.view.note(f"Out of memory ({_place(run, moment)}). Looking for a leaner step.")
     lower = next_rung(run.now, run.source, _hardware_now(run), room_bytes(run.device))
     if lower is None:
         return False
@@ -88,6 +88,13 @@ def drop_rung(run: Run, moment: Moment, reason: str) -> bool:
     told = f"One rung down, with the same examples in each step: {rung.sentence}"
     run.tell("out of memory", f"{told}; {after} predicted instead of {before}. {reason}")
     return True
+
+
+def _place(run: Run, moment: Moment) -> str:
+    """`training, step 7`, and of the evaluation between steps 6 and 7: `evaluation, after step 6`."""
+    if moment == "evaluation":
+        return f"evaluation, after step {run.step}" if run.step else "evaluation, before step 1"
+    return f"{moment}, step {run.step + 1}"
 
 
 def take(run: Run, rungs: list[Rung]) -> None:
@@ -179,8 +186,8 @@ def gave_up(run: Run, why: NoRungLeftError) -> OutOfMemoryError:
     room = room_bytes(run.device)
     had = f", {format_bytes(room)} are there" if room else ""
     message = (
-        f"The device ran out of memory ({why.moment}, step {run.step + 1}), {len(run.rungs)} rungs below the "
-        f"plan: predicted {format_bytes(run.predicted_bytes)}{had}. {why.reason} "
+        f"The device ran out of memory ({_place(run, why.moment)}), {len(run.rungs)} rungs below the "
+        f"plan: predicted {format_bytes(run.predicted_bytes)}{had}. {why.reason.rstrip('.')}. "
         f"{checkpoint.what_is_safe(run.folder.checkpoints)}"
     )
     fits = plan_that_fits(run.plan, run.source, _hardware_now(run), room)

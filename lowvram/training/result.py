@@ -13,6 +13,7 @@ class RunResult(Frozen):
     steps: int
     held_out_loss_before: float
     held_out_loss_after: float  # of RUN/adapter
+    same_held_out: bool = True  # False: --force went on with other data, `before` is of other examples
     held_out_perplexity_before: float | None = None  # e to the loss; None where no float holds it
     held_out_perplexity_after: float | None = None
     trained_tokens: int
@@ -28,6 +29,8 @@ class RunResult(Frozen):
     stop_reason: str  # "finished", or "early stop after 3 evaluations without a better one than step 40's"
 
     @property
-    def improvement(self) -> float:
-        """Share by which the held-out loss fell."""
+    def improvement(self) -> float | None:
+        """Share by which the held-out loss fell; None where the two losses are of different examples."""
+        if not self.same_held_out:
+            return None
         return 1.0 - self.held_out_loss_after / self.held_out_loss_before

@@ -9,9 +9,11 @@ import torch
 
 from lowvram.engine.adapter_start import adapter_state
 from lowvram.engine.optimizer import restore_state
+from lowvram.errors import ConfigError, refusals_of_the_system
 from lowvram.frozen import write_atomically
 from lowvram.memory.rung import Rung
 from lowvram.planner.plan import Plan
+from lowvram.shell import typed
 from lowvram.training import checkpoint
 from lowvram.training.checkpoint import CheckpointState
 from lowvram.training.evaluation import Evaluations
@@ -19,10 +21,30 @@ from lowvram.training.plan_changes import HELD_OUT, Change, Known, changes
 from lowvram.training.proof import prove
 from lowvram.training.recovery import take
 from lowvram.training.run import Run
+from lowvram.training.run_folder import RunFolder
 from lowvram.units import format_bytes
 
 
-def go_on(run: Run, planned_levers: bool = False) -> None:
+def require_whole(folder: RunFolder, start_over: bool) -> None:
+    """Begin again at step 1 only where nothing was saved yet, or where `start_over` asks for it.
+
+    Raises:
+        ConfigError: there are checkpoints, and none of them is whole or may be read.
+    """
+    with refusals_of_the_system(f"{folder.checkpoints} cannot be read", "Ask its owner to let you read it."):
+        newest, notes = checkpoint.newest(folder.checkpoints)
+        steps = checkpoint.newest_step(folder.checkpoints)
+    if newest is None and notes and not start_over:
+        again = f"lowvram resume {typed(folder.path)}"
+        raise ConfigError(
+            f"{folder.path} cannot go on after step {steps}: no checkpoint can be used."
+            + "".join(f"\n  {note}" for note in notes),
+            f"Put one of them right, then: {again}; or lose all steps up to {steps} and begin again: "
+            f"{again} --force",
+        )
+
+
+def go_on(run: Run, planned_levers: bool = False, start_over: bool = False) -> None:
     """Continue from the newest whole checkpoint, if there is one; what of the plan has changed is said.
 
     Whether it may change was asked at the door (pipeline.resume). The largest step is proved before anything
@@ -30,10 +52,12 @@ def go_on(run: Run, planned_levers: bool = False) -> None:
 
     Args:
         planned_levers: its rungs are not taken over either.
+        start_over: as `require_whole`, which is asked once more now that no other process can write here.
     """
+    require_whole(run.folder, start_over)
     newest, notes = checkpoint.newest(run.folder.checkpoints)
     for note in notes:
-        run.tell("checkpoint", note)
+        run.tell("checkpoint", f"{note}; it is kept with the ending .unread")
     saved = Plan.from_yaml(run.folder.plan_file) if run.folder.plan_file.exists() else None
     known = Known(0, (saved or run.plan).deciding, {})
     state = checkpoint.load(newest) if newest is not None else None
@@ -45,6 +69,11 @@ def go_on(run: Run, planned_levers: bool = False) -> None:
         _take_over(run, state)
         _require_best(run)
         run.checkpoint_bytes = checkpoint.n_bytes(newest)
+    if newest is None and notes:
+        lost = checkpoint.newest_step(run.folder.checkpoints)
+        total = run.plan.total_steps
+        run.tell("resume", f"Beginning again, as --force allows: {lost} of {total} steps are lost")
+    checkpoint.set_aside(run.folder.checkpoints, newest)
     run.folder.drop_metrics_after(run.step)
     _tell_changes(run, changes(known, run.plan, run.counts))
     if saved != run.plan:  # it says from now on what is trained, and so does the next checkpoint
@@ -73,6 +102,7 @@ def _take_over(run: Run, state: CheckpointState) -> None:
         run.accelerator.scaler.load_state_dict(state.extra["scaler"])
     checkpoint.restore_rng(state.rng)
     run.step, run.loss_before = state.step, state.extra["loss_before"]
+    run.same_held_out = state.extra.get("same_held_out", True)  # earlier versions say nothing
     run.tokens, run.trained_tokens = state.extra["tokens"], state.extra["trained_tokens"]
     run.seconds = state.extra["seconds"]
     run.evaluations = Evaluations(**state.extra["evaluations"])
@@ -115,7 +145,7 @@ def _tell_changes(run: Run, found: list[Change]) -> None:
     if run.step and any(change.field in HELD_OUT for change in found):
         loss = "" if run.loss_before is None else f", the loss before training ({run.loss_before:.4f}) too"
         run.tell("resume", f"Held-out losses so far are of other examples{loss}: the best starts anew")
-        run.evaluations = Evaluations()
+        run.evaluations, run.same_held_out = Evaluations(), False
 
 
 def is_due(run: Run) -> bool:
@@ -153,6 +183,7 @@ def _state(run: Run) -> CheckpointState:
         rng=checkpoint.collect_rng(),
         extra={
             "loss_before": run.loss_before,
+            "same_held_out": run.same_held_out,
             "tokens": run.tokens,
             "trained_tokens": run.trained_tokens,
             "seconds": run.seconds,

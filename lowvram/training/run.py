@@ -47,6 +47,7 @@ class Run:
     trained_tokens: int = 0
     seconds: float = 0.0
     loss_before: float | None = None
+    same_held_out: bool = True  # as `loss_before` was measured on
     rungs: list[Rung] = field(default_factory=list)  # taken so far; the last one is how steps run now
     evaluations: Evaluations = field(default_factory=Evaluations)
     n_checkpoints: int = 0

@@ -128,6 +128,7 @@ class RunFolder:
             self.events_file,
             self.result_file,
             self.receipt_file,
+            self.path / LOCK,
         ):
             if file.is_dir():
                 raise ConfigError(f"{file} is a folder, not a file.", f"Move it away, {again}")
@@ -196,6 +197,11 @@ class RunFolder:
             return
         records = [record for _, record in self._lines() if record is not None and record.step <= step]
         write_atomically(self.metrics_file, "".join(_as_line(record) for record in records))
+
+    def replace_metrics(self, record: StepRecord) -> None:
+        """Puts `record` in the place of the one of its step."""
+        records = (record if known.step == record.step else known for known in self.read_metrics())
+        write_atomically(self.metrics_file, "".join(_as_line(known) for known in records))
 
     def read_metrics(self) -> list[StepRecord]:
         """Every step's record. A last line that a crash cut short is left out.

@@ -33,14 +33,13 @@ def set_up(
     prepared: PreparedData,
     view: View,
     monitor: MemoryMonitor,
-    log_with: tuple[str, ...],
 ) -> Run:
     """Load, adapt, prepare: a run before its first step.
 
     Raises:
         ConfigError: the weights or the data are not what was planned, or several processes were started.
     """
-    accelerator = _accelerator(plan, folder, log_with)
+    accelerator = _accelerator(plan, folder)
     monitor.start(MachineRules(folder.path, plan.estimate.peak_reserved_bytes, host_memory()[0]))
     here = hardware.probe(trial=False)
     set_seed(plan.seed)
@@ -77,14 +76,14 @@ def set_up(
     )
 
 
-def _accelerator(plan: Plan, folder: RunFolder, log_with: tuple[str, ...]) -> Accelerator:
+def _accelerator(plan: Plan, folder: RunFolder) -> Accelerator:
     """Loss scaling for fp16, and no autocast: the model already computes in the planned dtype, as traced."""
     fp16 = plan.compute_dtype == "fp16"
     accelerator = Accelerator(
         cpu=plan.device.backend == "cpu",
         mixed_precision="fp16" if fp16 else "no",
         kwargs_handlers=[AutocastKwargs(enabled=False)],
-        log_with=list(log_with) or None,
+        log_with=list(plan.log_with) or None,
         project_dir=str(folder.path),
     )
     if accelerator.num_processes > 1:
@@ -92,7 +91,7 @@ def _accelerator(plan: Plan, folder: RunFolder, log_with: tuple[str, ...]) -> Ac
             f"{accelerator.num_processes} processes were started; lowvram trains on one GPU.",
             "Start it without accelerate launch or torchrun.",
         )
-    if log_with:
+    if plan.log_with:
         flat = plan.model_dump(mode="json", include={"rank", "alpha", "seq_len", "learning_rate", "seed"})
         accelerator.init_trackers("lowvram", config=flat)
     return accelerator

@@ -1,4 +1,4 @@
-"""Signals: SIGINT and SIGTERM let a running step finish and be saved; at any other time they end at once."""
+"""Signals: SIGINT, SIGTERM and SIGHUP let a running step be finished and saved; else they end at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_HANG_UP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 class Interrupted(KeyboardInterrupt):
@@ -37,15 +39,21 @@ class StopRequest:
             self._deferred = False
 
     def receive(self, number: int) -> bool:
-        """Note the signal; False when it may not wait."""
-        waits = self._deferred and self.signal_number is None
+        """Note the signal; False when it may not wait.
+
+        A terminal that closes hangs up twice, the system to all in front of it and the shell to all its jobs:
+        after another signal that one asks for no more haste.
+        """
+        if self and number == _HANG_UP:
+            return True
+        waits = self._deferred and not self
         self.signal_number = number
         return waits
 
 
 @contextmanager
 def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into requests or `Interrupted`; restore the old handlers at the end.
+    """Turn SIGINT, SIGTERM and SIGHUP into requests or `Interrupted`; restore the old handlers at the end.
 
     Args:
         say: tells the user that the signal was heard, since a step may take a minute.
@@ -56,13 +64,21 @@ def stop_on_signal(say: Callable[[str], None]) -> Iterator[StopRequest]:
         return
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        heard = bool(request)
         if not request.receive(number):
             raise Interrupted(number)
-        say("Stopping: finishing this step and saving. Once more stops at once and loses the step.")
+        if not heard:
+            say("Stopping: finishing this step and saving. Once more stops at once and loses the step.")
 
-    old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.signal(s, handle) for s in _handled()}
     try:
         yield request
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _handled() -> list[int]:
+    """Under `nohup` a hang-up is ignored, and stays so."""
+    hangs_up = _HANG_UP is not None and signal.getsignal(_HANG_UP) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([_HANG_UP] if _HANG_UP is not None and hangs_up else [])]

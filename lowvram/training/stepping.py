@@ -77,6 +77,11 @@ def _telling(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
+def evaluation_is_due(run: Run) -> bool:
+    """Whether the held-out loss after this step is wanted: in its turn, and of the last one."""
+    return run.step % run.plan.evaluate_every == 0 or run.step == run.plan.total_steps
+
+
 def evaluated(run: Run) -> float:
     """The held-out loss after this step, and note whether it is the best."""
     loss = held_out_loss(run)
