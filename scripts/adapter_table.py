@@ -9,8 +9,8 @@ from typing import Any
 
 START, END = "<!-- adapters: by scripts/bench_adapters.py -->\n", "<!-- end of adapters -->\n"
 _HEAD = (
-    "| method | base | learning rate | held-out loss | less than LoRA | step | init | predicted peak |",
-    "|---|---|---|---|---|---|---|---|",
+    "| method | base | tokens | rate | held-out loss | less than LoRA | step | init | predicted peak |",
+    "|---|---|---|---|---|---|---|---|---|",
 )
 
 Row = dict[str, Any]
@@ -26,18 +26,16 @@ def write_table(rows: list[Row], times: list[Row], readme: Path) -> None:
 
 
 def block(rows: list[Row], times: list[Row]) -> str:
-    """Of each base's rows with the largest token budget, best first."""
-    most = {base: most_tokens(rows, base) for base in (False, True)}
-    by_method: defaultdict[str, list[Row]] = defaultdict(list)
+    """Of each base and budget of tokens, best first."""
+    by_method: defaultdict[tuple[str, int], list[Row]] = defaultdict(list)
     for row in rows:
-        if int(row["tokens"]) == most[on_16_bits(row["method"])]:
-            by_method[row["method"]].append(row)
-    finals = {method: final_rows(found) for method, found in by_method.items()}
+        by_method[row["method"], int(row["tokens"])].append(row)
+    finals = {key: final_rows(found) for key, found in by_method.items()}
     ratio = {row["method"]: float(row["ratio"]) for row in times}
     lines = [
-        _line(method, found, finals[reference_of(method)], ratio[method])
-        for method, found in finals.items()
-        if method in ratio and reference_of(method) in finals
+        _line(method, found, finals[reference_of(method), tokens], ratio[method])
+        for (method, tokens), found in finals.items()
+        if method in ratio and (reference_of(method), tokens) in finals
     ]
     lines.sort(key=lambda line: line[0])  # NF4 first
     first = rows[0]
@@ -46,8 +44,7 @@ def block(rows: list[Row], times: list[Row]) -> str:
             *_HEAD,
             *(line for _, line in lines),
             "",
-            f"({most[False]:,} tokens a training on NF4 and {most[True]:,} on bf16, {len(rows)} trainings, "
-            "mean ± standard deviation of the seeds; "
+            f"({len(rows)} trainings, mean ± standard deviation of the seeds; "
             f"{first['machine']}, torch {first['torch']}, peft {first['peft']})",
             "",
         ]
@@ -58,11 +55,6 @@ def final_rows(found: list[Row]) -> dict[int, Row]:
     """Seed -> row at the rate with the least validation loss at seed 0."""
     best = min((row for row in found if int(row["seed"]) == 0), key=lambda row: float(row["validation_loss"]))
     return {int(r["seed"]): r for r in found if float(r["learning_rate"]) == float(best["learning_rate"])}
-
-
-def most_tokens(rows: list[Row], base_of_16_bits: bool) -> int:
-    """The largest budget on one kind of base; 0 where it has no row yet."""
-    return max((int(r["tokens"]) for r in rows if on_16_bits(r["method"]) == base_of_16_bits), default=0)
 
 
 def on_16_bits(method: str) -> bool:
@@ -77,7 +69,7 @@ def reference_of(method: str) -> str:
 
 def _line(
     method: str, found: dict[int, Row], reference: dict[int, Row], ratio: float
-) -> tuple[tuple[bool, float], str]:
+) -> tuple[tuple[bool, int, float], str]:
     losses = [float(row["test_loss"]) for row in found.values()]
     less = [float(reference[s]["test_loss"]) - float(found[s]["test_loss"]) for s in found if s in reference]
     some = next(iter(found.values()))
@@ -85,6 +77,7 @@ def _line(
     cells = (
         method.removesuffix(", 16 bits").replace("_", "-"),
         "bf16" if on_16_bits(method) else "nf4",
+        f"{int(some['tokens']):,}",
         f"{float(some['learning_rate']):g}",
         _spread(losses, "{:.4f}"),
         _spread(less, "{:+.4f}"),
@@ -92,7 +85,7 @@ def _line(
         f"{statistics.median(float(row['init_seconds']) for row in found.values()):.0f} s",
         f"{int(peak) / 2**20:,.0f} MiB" if peak else "",
     )
-    return (on_16_bits(method), statistics.mean(losses)), f"| {' | '.join(cells)} |"
+    return (on_16_bits(method), int(some["tokens"]), statistics.mean(losses)), f"| {' | '.join(cells)} |"
 
 
 def _spread(values: list[float], form: str) -> str:

@@ -266,7 +266,7 @@ def times(methods: list[str], rounds: int, source: ModelSource, data: Split) -> 
         }
         for method, taken in seconds.items()
     ]
-    write(rows, TIMES)
+    write([*(row for row in read(TIMES) if row["method"] not in seconds), *rows], TIMES)
 
 
 def train_one(trial: Trial, step: list[Batch]) -> Callable[[], float]:
