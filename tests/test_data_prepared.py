@@ -239,12 +239,28 @@ def test_it_is_remembered_by_content_template_and_reading(
     assert len(calls) == 5
 
 
-def test_a_list_within_an_object_is_found(tmp_path: Path) -> None:
+def test_a_list_within_an_object_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "my rows.json"
     path.write_text(json.dumps({"version": 1, "data": [{"question": "q", "answer": "a"}]}))
     with pytest.raises(DataError, match=r"rows\.json:1: an object whose field 'data' is the list") as caught:
         prepare_rows(str(path), Reading(), None)
     assert caught.value.remedy.endswith(f"""jq '."data"' '{path}' > rows.json""")
+    path.rename("rows.json")  # the shell would empty it before jq reads it
+    with pytest.raises(DataError) as caught:
+        prepare_rows("rows.json", Reading(), None)
+    assert caught.value.remedy.endswith("rows.json > rows-2.json")
+
+
+@pytest.mark.parametrize("form", ["[{row}]", "{row}\n{row}\n"])
+def test_a_list_within_one_of_many_objects_is_not_said_to_be_the_file(tmp_path: Path, form: str) -> None:
+    """The command would fail on an array, and make of several lines as many lists."""
+    row = json.dumps({"id": 1, "data": [{"question": "q", "answer": "a"}]})
+    path = tmp_path / "a.json"
+    path.write_text(form.replace("{row}", row))
+    with pytest.raises(DataError) as caught:
+        prepare_rows(str(path), Reading(), None)
+    assert "jq" not in caught.value.remedy
 
 
 def test_bad_rows_are_not_remembered_under_another_name(

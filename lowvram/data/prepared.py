@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import tempfile
 import time
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,12 @@ from lowvram.data.row_store import Entry, RowStore, in_all
 from lowvram.data.shapes import Known, Reading, find_shape, known_from
 from lowvram.data.sources import Source, Table, content_key, opened, rows_of
 from lowvram.data.spelling import require_fast
+from lowvram.data.text_files import TextFile
 from lowvram.data.work_force import Progress, do_all
 from lowvram.errors import DataError, refusals_of_the_system
 from lowvram.file_hash import file_sha256
 from lowvram.frozen import write_atomically
+from lowvram.shell import typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,13 +169,21 @@ def _refuse_wrapper(source: Source, number: int, row: dict[str, Any], reading: R
     """Raises: DataError when a .json is one object that holds the examples as a list."""
     if Path(source.name).suffix.lower() != ".json" or reading.shape or find_shape(row):
         return
+    if not isinstance(source, TextFile) or source.kind == "array":  # its elements: jq would want another path
+        return
     lists = [field for field, value in row.items() if isinstance(value, list) and _are_rows(value)]
-    if lists:
-        taken = f"jq {shlex.quote('.' + json.dumps(lists[0]))} {shlex.quote(source.name)} > rows.json"
+    if lists and sum(1 for _ in islice(rows_of(source), 2)) == 1:
+        taken = f"jq {typed('.' + json.dumps(lists[0]))} {typed(source.name)} > {_new_name()}"
         raise DataError(
             f"{source.place(number)}: an object whose field '{lists[0]}' is the list of examples.",
             f"Make that list the file: {taken}",
         )
+
+
+def _new_name() -> str:
+    """For a file in the current folder that is not there: the shell empties what stands behind a >."""
+    names = chain(["rows.json"], (f"rows-{number}.json" for number in count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _are_rows(values: list[Any]) -> bool:
