@@ -171,6 +171,14 @@ def test_saved_data_sets_are_read_with_their_splits(tmp_path: Path) -> None:
         assert "--split train" in caught.value.remedy
 
 
+def test_splits_of_other_columns_are_not_joined(tmp_path: Path) -> None:
+    parts = {"train": Dataset.from_list([{"text": "a"}]), "test": Dataset.from_list([{"text": 1}])}
+    DatasetDict(parts).save_to_disk(tmp_path / "two")
+    with pytest.raises(DataError, match=r"'train\+test' cannot be one table") as caught:
+        list(read_rows(str(tmp_path / "two"), "train+test"))
+    assert caught.value.remedy == "Give one of them: --split train or test."
+
+
 def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')

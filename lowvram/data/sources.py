@@ -285,7 +285,14 @@ def _part(name: str, splits: dict[str, Any], wanted: str) -> Any:
             f"Give --split {' or '.join(splits)}, or a part of it such as '{next(iter(splits))}[:10%]'.",
         ) from error
     ranges = [(splits[part.splitname], range(part.from_, part.to)) for part in parts]
-    return concatenate_datasets([rows.select(kept or []) for rows, kept in ranges])
+    try:
+        return concatenate_datasets([rows.select(kept or []) for rows, kept in ranges])
+    except Exception as error:  # columns of other types: what datasets and pyarrow raise of them differs
+        names = " or ".join(dict.fromkeys(part.splitname for part in parts))
+        reason = first_line(error).rstrip(".")
+        raise DataError(
+            f"{name}: '{wanted}' cannot be one table ({reason}).", f"Give one of them: --split {names}."
+        ) from error
 
 
 def _loaded(name: str, *args: str, split: str) -> Any:
