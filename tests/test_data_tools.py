@@ -15,6 +15,7 @@ from lowvram.data.conversations import load_conversations
 from lowvram.data.prepared import prepare_rows
 from lowvram.data.prompting import prompt_ids
 from lowvram.data.shapes import Reading
+from lowvram.data.template import Template
 from lowvram.data.tokens import tokenize
 from lowvram.errors import DataError
 from tests.chat_families import FAMILIES, tokenizer_of
@@ -161,3 +162,26 @@ def test_data_check_counts_rows_whose_calls_are_left_out(
     name = _jsonl(tmp_path / "a.jsonl", *called, row)
     store = prepare_rows(name, Reading(), AutoTokenizer.from_pretrained(smollm), keep_bad=True)
     assert (len(store), len(store.bad_rows)) == (1, 3)
+
+
+@pytest.mark.parametrize(("tools", "calls", "renderings"), [(0, 0, 2), (1, 0, 3), (0, 1, 5), (1, 2, 7)])
+def test_a_row_is_rendered_as_often_as_it_must(
+    tmp_path: Path, smollm: Path, monkeypatch: pytest.MonkeyPatch, tools: int, calls: int, renderings: int
+) -> None:
+    """Twice for each assistant turn, once more for the tools and for each call (data/turns.py says so)."""
+    called = [_call("f", {"x": n}) for n in range(calls)]
+    row = _row(*called, tools=[_tool("f", "x")] * tools)
+    if not calls:
+        row["messages"] = [row["messages"][0], row["messages"][3]]
+    data = load_conversations(_jsonl(tmp_path / "a.jsonl", row))
+    tokenizer, texts = tokenizer_of(FAMILIES["qwen2"], smollm), []
+    text = Template.text
+
+    def counted(self: Template, *args: Any, **flags: Any) -> str:
+        texts.append(text(self, *args, **flags))
+        return texts[-1]
+
+    tokenize(data.conversations, tokenizer)  # what is rendered once for a tokenizer
+    monkeypatch.setattr(Template, "text", counted)
+    tokenize(data.conversations, tokenizer)
+    assert len(texts) == renderings

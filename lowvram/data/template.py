@@ -31,11 +31,20 @@ Turn = dict[str, Any]
 class Template:
     """Renders turns of one conversation, with its tools."""
 
-    def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, conversation: Conversation, messages: list[Turn], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         self._tokenizer = tokenizer
         self.tools = list(conversation.tools)
-        self.messages = [_as_dict(message) for message in conversation.messages]
+        self.messages = messages
         self.where = conversation.where
+        self._whole: str | None = None
+
+    def whole(self) -> str:
+        """As `text` of all its turns, rendered once however often it is asked for."""
+        if self._whole is None:
+            self._whole = self.text(self.messages)
+        return self._whole
 
     def text(self, messages: Sequence[Turn], *, prompt: bool = False, with_tools: bool = True) -> str:
         """Of these messages, with the generation prompt if `prompt`.
@@ -62,16 +71,15 @@ class Template:
 
 def template_of(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Template:
     """With the arguments of calls as its template takes them: DeepSeek's wants them as text."""
-    template = Template(conversation, tokenizer)
-    if any(message.get("tool_calls") for message in template.messages):
-        try:
-            template.text(template.messages)
-        except DataError:
-            written = [_written(message) for message in template.messages]
-            with suppress(DataError):  # then it is refused for the arguments as they were
-                template.text(written)
-                template.messages = written
-    return template
+    messages = [_as_dict(message) for message in conversation.messages]
+    given = Template(conversation, messages, tokenizer)
+    if any(message.get("tool_calls") for message in messages):
+        written = Template(conversation, [_written(message) for message in messages], tokenizer)
+        for template in (given, written):
+            with suppress(DataError):
+                template.whole()
+                return template
+    return given  # if both are refused, then for the arguments as they were
 
 
 def _as_dict(message: Message) -> Turn:

@@ -44,7 +44,8 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, contr
     A turn begins where the rendering of the turns before it, with the generation prompt, ends, and ends where
     the rendering of the turns up to it ends: exactly what the model is given, and has to write. Nothing is
     searched for by its words, which a user may have written too. Two renderings for a single turn, two for
-    each turn of several, and three more for one that opens the conversation.
+    each turn of several, three more for one that opens the conversation, and two for one that is shown
+    elsewhere (`_moved_to`). Tools and each call take one more (`require_shown`).
 
     Raises:
         DataError: the template refuses the conversation, leaves tools out of it, or does not show its last
@@ -55,7 +56,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, contr
         return Rendered(conversation.text, ((0, end),), stopped)
     shown, escaped = controls.escape(conversation)
     template = template_of(shown, tokenizer)
-    full = template.text(template.messages)
+    full = template.whole()
     require_shown(template, full)
     turns = [i for i, message in enumerate(shown.messages) if message.role == "assistant" and message.trained]
     spans = _spans(template, turns, full, controls)
