@@ -79,6 +79,18 @@ def test_a_pair_without_a_question_or_with_a_call_for_an_answer_is_refused() -> 
         tokenize_pairs([Conversation(messages=turns, where="d:1")], tokenizer())
 
 
+def test_of_a_row_without_tools_only_the_source_is_rendered() -> None:
+    """A template that refuses the answer was never asked for it."""
+    made = tokenizer()
+    made.chat_template = (
+        "{% if messages | length == 4 %}{{ raise_exception('no answer') }}{% endif %}"
+        "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}"
+    )
+    turns = [("user", "red"), ("assistant", "cat"), ("user", "blue"), ("assistant", "dog")]
+    (example,) = tokenize_pairs([_conversation(*turns)], made)
+    assert made.decode(list(example.input_ids)) == "dog</s>"
+
+
 def test_batches_are_transformers_own(t5: Path) -> None:
     """Decoder inputs as T5 shifts labels, every target position trained, padding masked on both sides."""
     made, model = AutoTokenizer.from_pretrained(t5), AutoModelForSeq2SeqLM.from_pretrained(t5)

@@ -81,7 +81,8 @@ def _source(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> s
     if not tokenizer.chat_template and not conversation.tools and roles in (["user"], ["system", "user"]):
         return "\n\n".join(message.content for message in before)
     template = template_of(conversation, tokenizer)
-    require_shown(template, template.text(template.messages))
+    if template.tools or any(message.get("tool_calls") for message in template.messages):
+        require_shown(template, template.whole())  # any other row is asked for its source alone
     return template.text(template.messages[:-1], prompt=True)
 
 
