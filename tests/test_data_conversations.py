@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ def test_a_conversation_is_either_turns_or_text() -> None:
 
 
 def test_a_weight_says_which_turns_are_trained(tmp_path: Path) -> None:
-    """What follows the last trained one is left out, and 1 is as if nothing was written."""
+    """What follows the last trained one is left out, and 1 trains as if nothing was written."""
     rows = [_weighted(0, 1, 0), _weighted(1, 1.0), _weighted(None, None)]
     first, *others = load_conversations(_file(tmp_path, *rows)).conversations
     assert [(m.content, m.trained) for m in first.messages] == [
@@ -243,9 +244,21 @@ def test_a_weight_says_which_turns_are_trained(tmp_path: Path) -> None:
         ("q1", True),
         ("a1", True),
     ]
-    assert not any(m.extra for m in first.messages)
-    assert len({content_sha256(c) for c in others}) == 1
+    assert [[(m.content, m.trained) for m in c.messages] for c in others] == [
+        [("q0", True), ("a0", True), ("q1", True), ("a1", True)]
+    ] * 2
     assert content_sha256(first) != content_sha256(others[0])
+
+
+def test_weights_of_1_leave_the_hash_of_a_row_as_it_was(tmp_path: Path) -> None:
+    """As lowvram wrote it into plans before it read weights: else their runs could not be resumed."""
+    (row,) = load_conversations(_file(tmp_path, _weighted(1))).conversations
+    turns = [
+        {"role": "user", "content": "q0", "extra": {}},
+        {"role": "assistant", "content": "a0", "extra": {"weight": 1}},
+    ]
+    before = json.dumps({"messages": turns, "text": None, "tools": ()}, sort_keys=True)
+    assert content_sha256(row) == hashlib.sha256(before.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("content", ["", None, []])

@@ -31,7 +31,10 @@ _ROLES: dict[str, Role] = {
 
 
 class Message(Frozen):
-    """One turn; `extra` holds what only the chat template understands, such as tool_calls."""
+    """One turn; `extra` holds what only the chat template understands, such as tool_calls.
+
+    A weight stays in it too, so that runs of before `trained` find the hash of their data unchanged.
+    """
 
     role: Role
     content: str
@@ -229,7 +232,7 @@ def _message(where: str, turn: object, place: str, names: dict[str, str]) -> Mes
     content = _content(where, turn, what, place, role)
     if role == "system" and not content:
         return None
-    trained = role != "assistant" or _is_trained(where, extra.pop("weight", 1), place)
+    trained = role != "assistant" or _is_trained(where, extra.get("weight", 1), place)
     return Message(role=role, content=content, extra=extra, trained=trained)
 
 
