@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,7 +142,6 @@ def plan(
 
 
 @app.command()
-@optional_screen()
 def auto(
     model: cli_flags.Model,
     data: cli_flags.Data,
@@ -187,26 +187,27 @@ def auto(
 ) -> None:
     """Probe, check the data, plan, train, save the adapter."""
     flags = dict(locals())
-    if dry_run:
-        _show(cli_requests.planned(flags), as_json)
-        return
-    from lowvram import pipeline
-    from lowvram.engine.source import ModelSource
-    from lowvram.training.run_folder import default_path
+    with optional_screen(stdout=not as_json):  # the one object on it is what --json asks for
+        if dry_run:
+            _show(cli_requests.planned(flags), as_json)
+            return
+        from lowvram import pipeline
+        from lowvram.engine.source import ModelSource
+        from lowvram.training.run_folder import default_path
 
-    cli_requests.hide_loading_bars()
-    folder = output or default_path(Path("runs"), model, data)
-    if vram is not None:
-        pipeline.require_here(
-            cli_requests.hardware_of(vram),
-            "Add --dry-run to see the plan only, or leave --vram out to plan for this machine.",
-        )
-    pipeline.preflight(ModelSource(model, trust_remote_code), folder, log_with or (), inference_mode)
-    planned = cli_requests.planned(flags)
-    console = _console(stderr=as_json)  # with --json, stdout holds the one object and nothing else
-    _show(planned, False, console)
-    result = pipeline.start(planned, folder, console, log_with or ())
-    _show_result(result, folder, as_json)
+        cli_requests.hide_loading_bars()
+        folder = output or default_path(Path("runs"), model, data)
+        if vram is not None:
+            pipeline.require_here(
+                cli_requests.hardware_of(vram),
+                "Add --dry-run to see the plan only, or leave --vram out to plan for this machine.",
+            )
+        pipeline.preflight(ModelSource(model, trust_remote_code), folder, log_with or (), inference_mode)
+        planned = cli_requests.planned(flags)
+        console = _console(stderr=as_json)  # with --json, stdout holds the one object and nothing else
+        _show(planned, False, console)
+        result = pipeline.start(planned, folder, console, log_with or ())
+        _show_result(result, folder, as_json)
 
 
 @app.command()
@@ -347,7 +348,8 @@ def _run() -> None:
     try:
         app()
     except LowvramError as error:
-        _tell(error)
+        with suppress(LowvramError):  # of a full disk behind stderr: nobody can be told
+            _tell(error)
         sys.exit(error.exit_code)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lowvram import cli, cli_requests
+from lowvram.errors import DoesNotFitError
 from lowvram.screen import optional_screen
 from tests.fault_run import adapter_bytes, learned, save_plan, saved_step
 from tests.forked_cli import ForkedCli
@@ -71,6 +73,37 @@ def test_nothing_is_said_of_a_closed_pipe_when_the_process_ends() -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "still here\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_the_screen_is_told_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no step from a run, but `> FILE` that lost what was printed does not exit with 0."""
+    done, full = [], open("/dev/full", "w")  # noqa: SIM115  # closed below, where it may fail
+    monkeypatch.setattr(sys, "stdout", full)
+
+    @optional_screen()
+    def run() -> None:
+        sys.stdout.write("step 1\n")
+        sys.stdout.flush()
+        done.append(1)
+
+    with pytest.raises(DoesNotFitError, match="Not all could be printed: No space left"):
+        run()
+    assert (done, sys.stdout) == ([1], full)
+    full.close()
+
+
+def test_one_object_on_stdout_fails_as_any_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto --dry-run --json`: its result is what it prints there."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    seen: list[object] = []
+    monkeypatch.setattr(cli_requests, "planned", lambda _: None)
+    monkeypatch.setattr(cli, "_show", lambda *_: seen.append(sys.stdout))
+    for flags in (["--json"], []):
+        with pytest.raises(SystemExit):
+            cli.app(["auto", "--model", "m", "--data", "d", "--dry-run", *flags])
+    assert [each is stream for each in seen] == [True, False]
 
 
 def test_what_can_be_printed_is_printed_and_the_streams_come_back(
