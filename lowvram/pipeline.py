@@ -24,7 +24,7 @@ from lowvram.shell import typed
 from lowvram.training.data import PreparedData, prepare, require_planned_data
 from lowvram.training.live import make_view
 from lowvram.training.loop import train
-from lowvram.training.plan_changes import changes, counts, known_of, refuse_changes, refuse_shorter
+from lowvram.training.plan_changes import Known, changes, counts, known_of, refuse_changes, refuse_shorter
 from lowvram.training.result import RunResult
 from lowvram.training.resuming import require_whole
 from lowvram.training.run import Run
@@ -209,17 +209,19 @@ def resume(
     folder.require_sound()
     if folder.finished():
         raise ConfigError(f"The run in {run} is finished.", f"Merge it with: lowvram merge {typed(run)}")
-    require_whole(folder, start_over=force)
+    newest, _ = require_whole(folder, start_over=force)
     saved = Plan.from_yaml(folder.plan_file)
+    known = known_of(newest, folder, saved)
     require_trackers(tuple(log_with) or saved.log_with)
     planned = _logged(from_saved(saved, f"lowvram resume {typed(run)}"), log_with)
-    return _train(_agreed(planned, folder, force), folder, console, before, after, planned_levers, force)
+    agreed = _agreed(planned, folder, known, force)
+    return _train(agreed, folder, console, before, after, planned_levers, force)
 
 
-def _agreed(planned: Planned, folder: RunFolder, force: bool) -> Planned:
+def _agreed(planned: Planned, folder: RunFolder, known: Known, force: bool) -> Planned:
     """As it was at the newest checkpoint, or changed as the user wants it and predicted anew."""
     assert planned.prepared is not None
-    stats, known = planned.prepared.stats, known_of(folder, planned.plan)
+    stats = planned.prepared.stats
     hashes = {"data_sha256": stats.sha256, "eval_data_sha256": stats.eval_sha256}
     plan = planned.plan.model_copy(update=hashes)
     found = changes(known, plan, counts(planned.prepared))

@@ -15,8 +15,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from lowvram import cli
+from lowvram.errors import ConfigError
+from lowvram.training import checkpoint, loop
 from lowvram.training import data as training_data
-from lowvram.training import loop
 from lowvram.training import run as training_run
 from tests.tiny_models import save_llama
 
@@ -103,6 +104,28 @@ def test_a_resume_tells_the_tracker_that_the_run_began_with(
     (stopped / "result.json").unlink()
     code, _, err = run("resume", stopped)
     assert (code, "no tracker 'nosuch'" in err) == (2, True), err
+
+
+def test_a_resume_hashes_its_checkpoint_three_times(
+    home: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the door, when no other process can write there any more, and as it is read."""
+    stopped, problem, hashed = tmp_path / "stopped", checkpoint._problem, list[str]()
+
+    def stop(*_: Any) -> None:
+        raise ConfigError("stopped", "")
+
+    def noted(path: Path) -> str | None:
+        hashed.append(path.name)
+        return problem(path)
+
+    given = ("auto", "--model", home / "tiny", "--data", home / "rows.jsonl", *SHORT, "-o", stopped)
+    assert run(*given)[0] == 0
+    (stopped / "result.json").unlink()
+    monkeypatch.setattr(loop, "_trained", stop)
+    monkeypatch.setattr(checkpoint, "_problem", noted)
+    assert "stopped" in run("resume", stopped)[2]
+    assert hashed == ["step-000002"] * 3
 
 
 def test_a_plan_of_other_data_is_refused_before_its_folder_is_made(

@@ -47,9 +47,12 @@ def counts(prepared: PreparedData) -> dict[str, int]:
     return {"data": stats.n_examples, "eval_data": stats.n_held_out}
 
 
-def known_of(folder: RunFolder, plan: Plan) -> Known:
-    """Raises: ConfigError, the checkpoint was written by a version that does not say."""
-    newest, _ = checkpoint.newest(folder.checkpoints)
+def known_of(newest: Path | None, folder: RunFolder, plan: Plan) -> Known:
+    """What `newest`, the newest whole checkpoint, says; without one, what the run's `plan` does.
+
+    Raises:
+        ConfigError: the checkpoint was written by a version that does not say.
+    """
     if newest is None:
         return Known(0, plan.deciding, {})
     values = checkpoint.read_values(newest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -25,8 +26,9 @@ from lowvram.training.run_folder import RunFolder
 from lowvram.units import format_bytes
 
 
-def require_whole(folder: RunFolder, start_over: bool) -> None:
-    """Begin again at step 1 only where nothing was saved yet, or where `start_over` asks for it.
+def require_whole(folder: RunFolder, start_over: bool) -> tuple[Path | None, list[str]]:
+    """As `checkpoint.newest`. A run begins again at step 1 only where nothing was saved yet, or where
+    `start_over` asks for it.
 
     Raises:
         ConfigError: there are checkpoints, and none of them is whole or may be read.
@@ -42,6 +44,7 @@ def require_whole(folder: RunFolder, start_over: bool) -> None:
             f"Put one of them right, then: {again}; or lose all steps up to {steps} and begin again: "
             f"{again} --force",
         )
+    return newest, notes
 
 
 def go_on(run: Run, planned_levers: bool = False, start_over: bool = False) -> None:
@@ -54,8 +57,7 @@ def go_on(run: Run, planned_levers: bool = False, start_over: bool = False) -> N
         planned_levers: its rungs are not taken over either.
         start_over: as `require_whole`, which is asked once more now that no other process can write here.
     """
-    require_whole(run.folder, start_over)
-    newest, notes = checkpoint.newest(run.folder.checkpoints)
+    newest, notes = require_whole(run.folder, start_over)
     for note in notes:
         run.tell("checkpoint", f"{note}; it is kept with the ending .unread")
     saved = Plan.from_yaml(run.folder.plan_file) if run.folder.plan_file.exists() else None
@@ -131,7 +133,7 @@ def _set_rates(run: Run, fresh: list[dict[str, object]], rates: list[float], ste
 def _require_best(run: Run) -> None:
     """The best evaluation so far counts only as long as its adapter is there to be kept."""
     best = run.evaluations.best_step
-    if not best:
+    if not best or best == run.step:  # that one was read just now
         return
     path, problem = checkpoint.of_step(run.folder.checkpoints, best)
     if path is None:
