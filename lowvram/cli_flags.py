@@ -119,4 +119,7 @@ Public = Annotated[bool, typer.Option("--public", help="Let everybody see it the
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Run folder (default: runs/MODEL-DATA).")]
-LogWith = Annotated[list[str] | None, typer.Option(help="Tracker: tensorboard, wandb, trackio (repeatable).")]
+LogWith = Annotated[
+    list[str] | None,
+    typer.Option(help="Tracker: tensorboard, wandb, trackio (repeatable); none: not even those of the plan."),
+]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 Hook = Callable[[Run], None]
+NO_TRACKER = "none"  # as --log-with, not even the plan's
 
 
 def preflight(
@@ -47,7 +48,7 @@ def preflight(
         DoesNotFitError: too little disk for the download or for any run.
     """
     _require_training(inference_mode)
-    require_trackers(log_with)
+    require_trackers(_trackers(log_with))
     source.require_weights()
     RunFolder.refuse_used(output)
     require_disk(output, RUN_FILES_BYTES)
@@ -142,7 +143,7 @@ def start(
     """Create the run folder, save the plan, train.
 
     Args:
-        log_with: trackers instead of the plan's.
+        log_with: trackers instead of the plan's; "none" alone: without any.
 
     Raises:
         ConfigError: the folder holds a run already, or the data is not what was planned.
@@ -163,8 +164,21 @@ def start(
 
 def _logged(planned: Planned, log_with: Iterable[str]) -> Planned:
     """The run's plan keeps its trackers, for a resume."""
-    update = {"log_with": tuple(log_with) or planned.plan.log_with}
+    update = {"log_with": _trackers(log_with, planned.plan)}
     return replace(planned, plan=planned.plan.model_copy(update=update))
+
+
+def _trackers(asked: Iterable[str], plan: Plan | None = None) -> tuple[str, ...]:
+    """Those asked for, which may be none at all, or else the plan's."""
+    names = tuple(asked)
+    if NO_TRACKER in names and len(names) > 1:
+        raise ConfigError(
+            f"--log-with {NO_TRACKER} stands beside {len(names) - 1} more --log-with.",
+            f"Leave out --log-with {NO_TRACKER}, or all others.",
+        )
+    if names:
+        return () if names == (NO_TRACKER,) else names
+    return plan.log_with if plan is not None else ()
 
 
 def _require_training(inference_mode: bool) -> None:
@@ -195,7 +209,7 @@ def resume(
     """Continue a run from its newest whole checkpoint; a finished run is left as it is.
 
     Args:
-        log_with: trackers from now on, instead of those that the run began with.
+        log_with: trackers from now on, instead of those that the run began with; "none" alone: without any.
         force: go on although plan or data are not what they were at that checkpoint, or begin again where no
             checkpoint can be used.
         planned_levers: go back up all rungs that were taken when memory ran out.
@@ -212,7 +226,7 @@ def resume(
     newest, _ = require_whole(folder, start_over=force)
     saved = Plan.from_yaml(folder.plan_file)
     known = known_of(newest, folder, saved)
-    require_trackers(tuple(log_with) or saved.log_with)
+    require_trackers(_trackers(log_with, saved))
     planned = _logged(from_saved(saved, f"lowvram resume {typed(run)}"), log_with)
     agreed = _agreed(planned, folder, known, force)
     return _train(agreed, folder, console, before, after, planned_levers, force)
@@ -269,7 +283,10 @@ def require_trackers(names: Iterable[str]) -> None:
     available = {str(t) for t in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            known = ", ".join((*sorted(LOGGER_TYPE_TO_CLASS), NO_TRACKER))
             raise ConfigError(f"accelerate knows no tracker '{name}'.", f"Use one of {known}.")
         if name not in available:
-            raise ConfigError(f"The tracker '{name}' is not installed.", f"Run: pip install {name}")
+            raise ConfigError(
+                f"The tracker '{name}' is not installed.",
+                f"Run: pip install {name}; or do without trackers: --log-with {NO_TRACKER}",
+            )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from lowvram import cli
+from lowvram import cli, pipeline
 from lowvram.errors import ConfigError
 from lowvram.training import checkpoint, loop
 from lowvram.training import data as training_data
@@ -104,6 +104,11 @@ def test_a_resume_tells_the_tracker_that_the_run_began_with(
     (stopped / "result.json").unlink()
     code, _, err = run("resume", stopped)
     assert (code, "no tracker 'nosuch'" in err) == (2, True), err
+    code, _, err = run("resume", stopped, "--log-with", "none", "--log-with", "wandb")
+    assert (code, "Leave out --log-with none" in err) == (2, True), err
+    code, _, err = run("resume", stopped, "--log-with", "none")
+    assert code == 0, err
+    assert "log_with: []" in (stopped / "plan.yaml").read_text()
 
 
 def test_a_resume_hashes_its_checkpoint_three_times(
@@ -126,6 +131,13 @@ def test_a_resume_hashes_its_checkpoint_three_times(
     monkeypatch.setattr(checkpoint, "_problem", noted)
     assert "stopped" in run("resume", stopped)[2]
     assert hashed == ["step-000002"] * 3
+
+
+def test_a_tracker_that_is_missing_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(ConfigError, match="'wandb' is not installed") as caught:
+        pipeline.require_trackers(["wandb"])
+    assert caught.value.remedy.endswith("--log-with none")
 
 
 def test_a_plan_of_other_data_is_refused_before_its_folder_is_made(
