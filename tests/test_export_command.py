@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,3 +334,28 @@ def test_a_dry_run_writes_nothing(home: Path, command: Cli) -> None:
     code, _, err = command("export", home / "adapter", "--to", "adapter", "-o", home / "base", "--dry-run")
     assert (code, "exists already" in err) == (2, True)
     assert sorted(home.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_what_the_export_does(
+    home: Path, command: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in the same words: DoRA and another base where no weight is read, no room, no place to write."""
+    adapted(home / "base", home / "dora", use_dora=True)
+    wide = saved_model(home / "wide", "llama", hidden_size=128)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    for run, *more in (
+        ("dora", "--to", "vllm"),
+        ("adapter", "--to", "vllm", "--base", wide),
+        ("adapter", "--to", "adapter", "--base", wide),
+        ("adapter", "--to", "gguf"),
+        ("adapter", "--to", "ollama"),
+        ("adapter", "--to", "adapter", "-o", home / "base" / "config.json" / "sub"),
+    ):
+        before = sorted(home.rglob("*"))
+        refused = command("export", home / run, *more)
+        assert refused[0] in (2, 3)
+        code, out, err = command("export", home / run, *more, "--dry-run")
+        assert (code, out) == refused[:2]
+        told = refused[2].replace(", nothing was written", "").partition("Error:")[2]
+        assert err.partition("Error:")[2] == told != ""
+        assert sorted(home.rglob("*")) == before
