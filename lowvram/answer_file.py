@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +14,7 @@ from lowvram.export.partial_folder import one_writer
 from lowvram.frozen import require_new_file
 
 _START = b'{"row": '
+_GO_ON = "type the same command again: it goes on from there."
 
 
 class AnswerFile:
@@ -49,7 +50,10 @@ class AnswerFile:
             try:
                 yield file
             finally:
-                handle.close()
+                with suppress(
+                    OSError
+                ):  # a full disk again; what `add` took is there, and the rest is an error's
+                    handle.close()
                 if file._is_whole or not file._places:
                     partial.unlink(missing_ok=True)
 
@@ -72,7 +76,7 @@ class AnswerFile:
         """
         with refusals_of_the_system(
             f"'{partial_of(self._path)}' cannot be written; it keeps {len(self)} answers",
-            "Put that right, then type the same command: it goes on from there.",
+            f"Put that right, then {_GO_ON}",
         ):
             place = self._partial.seek(0, os.SEEK_END)
             self._partial.write(_START + f"{number}, ".encode() + line.encode()[1:])
@@ -85,9 +89,15 @@ class AnswerFile:
         Raises:
             ConfigError: something has come to be at its place, or it cannot be written.
         """
-        require_new_file(self._path)  # once more: answering takes a while
+        kept = f"the {len(self)} answers are in '{partial_of(self._path)}'"
+        if os.path.lexists(self._path):  # once more: answering takes a while
+            raise ConfigError(
+                f"'{self._path}' has come to be meanwhile; {kept}.", f"Move it away, then {_GO_ON}"
+            )
         temporary = self._path.with_name(f".{self._path.name}.tmp")
-        with refusals_of_the_system(f"'{self._path}' cannot be written", "Give another --output."):
+        with refusals_of_the_system(
+            f"'{self._path}' cannot be written; {kept}", f"Put that right, then {_GO_ON}"
+        ):
             try:
                 self._copy_to(temporary)
                 temporary.replace(self._path)

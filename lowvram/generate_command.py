@@ -95,7 +95,18 @@ def _asked(where: str, row: dict[str, Any], system: str, tokenizer: Any) -> Aske
     if system and turns[0].role != "system":
         turns = [Message(role="system", content=system), *turns]
     shown = {name: row[name] for name in ("id", field) if name in row}
+    _require_text(where, shown, system)
     return Asked(where, shown, prompt_ids(turns, tokenizer, where))
+
+
+def _require_text(where: str, shown: dict[str, Any], system: str) -> None:
+    """Files are read as text; what is typed, -p and --system, may have bytes that are no UTF-8."""
+    try:
+        (_json(shown) + system).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: it has {error.object[error.start]!r}, which is no text.", "Type it in UTF-8."
+        ) from error
 
 
 def hash_of(found: Found, rows: Sequence[Asked], settings: Settings) -> str:
@@ -207,7 +218,11 @@ def _batches(rows: Sequence[Asked], todo: Sequence[int], size: int) -> Iterator[
 
 def _line(row: Asked, answer: Answer) -> str:
     told = row.shown | {"answer": answer.text, "stopped": answer.stopped, "n_tokens": answer.n_tokens}
-    return json.dumps(told, ensure_ascii=False, default=str) + "\n"  # a table's id may be a date
+    return _json(told) + "\n"
+
+
+def _json(told: dict[str, Any]) -> str:
+    return json.dumps(told, ensure_ascii=False, default=str)  # a table's id may be a date
 
 
 def _progress(console: Console) -> Progress:
