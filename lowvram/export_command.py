@@ -64,12 +64,17 @@ def _pushed(export: Export, repo: str, files: Files) -> str:
     again = [upload_command(repo, export.target, public=export.public)]
     if CARD_FILE in files:
         return push(files, repo, public=export.public, again=again[0])
-    card = export.target.with_name(f"{export.target.name}.{CARD_FILE}")
-    write_atomically(card, export.card)
+    card = _card_beside(export)
+    with refusals_of_the_system(f"'{card}' cannot be written, nothing was pushed", f"Push it: {again[0]}"):
+        write_atomically(card, export.card)
     again.append(upload_command(repo, card, CARD_FILE, public=export.public))
     url = push({**files, CARD_FILE: card}, repo, public=export.public, again=" && ".join(again))
     card.unlink()
     return url
+
+
+def _card_beside(export: Export) -> Path:
+    return export.target.with_name(f"{export.target.name}.{CARD_FILE}")
 
 
 def require_exportable(export: Export) -> None:
@@ -85,6 +90,8 @@ def require_exportable(export: Export) -> None:
 def _prepared(export: Export) -> Work:
     """All that can be refused is refused here, before a byte is written."""
     require_pushable(export.push, public=export.public)
+    if export.push is not None and export.to in ("gguf", "lora-gguf"):
+        require_new_file(_card_beside(export))  # it is written there and goes again
     return _ROADS[export.to](export)
 
 
