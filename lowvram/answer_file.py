@@ -21,7 +21,8 @@ class AnswerFile:
     """`path` appears when all rows are answered; until then PATH.partial has those that are.
 
     Rows are answered by their length, so that they come in no order: the first line there says what was
-    asked, each other one begins with its row's number. Memory takes a row's place in the file only.
+    asked, the second in which precision the base is, each other one begins with its row's number. Memory
+    takes a row's place in the file only.
     """
 
     def __init__(self, path: Path, partial: IO[bytes], places: dict[int, int]) -> None:
@@ -67,6 +68,29 @@ class AnswerFile:
     def where(self) -> str:
         """Where the answers are that would be lost otherwise."""
         return f", in '{partial_of(self._path)}'" if self._places else ""
+
+    def computed_in(self, precision: str) -> None:
+        """Answers of one precision only; which one it is follows from the memory that is free.
+
+        Raises:
+            ConfigError: those that are there were computed in another.
+        """
+        partial = partial_of(self._path)
+        line = json.dumps({"base_precision": precision}).encode() + b"\n"
+        with refusals_of_the_system(f"'{partial}' cannot be written", "Give another --output."):
+            self._partial.seek(0)
+            self._partial.readline()  # what was asked
+            if not self._places:
+                self._partial.truncate()
+                self._partial.write(line)
+                return
+            found = self._partial.readline()
+        if found != line:
+            kept = json.loads(found).get("base_precision")
+            raise ConfigError(
+                f"'{partial}' keeps {len(self)} answers of a base in {kept}; now {precision} is planned.",
+                f"Add --precision {kept} to go on with them, or give another --output.",
+            )
 
     def add(self, number: int, line: str) -> None:
         """One row's JSON object.

@@ -16,7 +16,7 @@ from lowvram.answering import Found, Loaded, load, memory_errors, planned
 from lowvram.data.conversations import Message, string_of, turns_of
 from lowvram.data.prompting import prompt_ids
 from lowvram.data.sources import read_rows
-from lowvram.engine.adapter_names import WEIGHTS_FILE
+from lowvram.engine.adapter_names import CONFIG_FILE, WEIGHTS_FILE
 from lowvram.engine.generate import Answer
 from lowvram.engine.sampling import Sampling
 from lowvram.engine.source import ModelSource
@@ -37,6 +37,9 @@ class Answered(Protocol):
     def __len__(self) -> int: ...
 
     def __contains__(self, number: object) -> bool: ...
+
+    def computed_in(self, precision: str) -> None:
+        """Hears the base's precision first; refuses to mix answers of two."""
 
     def add(self, number: int, line: str) -> None: ...
 
@@ -110,12 +113,15 @@ def _require_text(where: str, shown: dict[str, Any], system: str) -> None:
 
 
 def hash_of(found: Found, rows: Sequence[Asked], settings: Settings) -> str:
-    """Of all that the answers follow from; how many rows run at one time is none of it."""
+    """Of all that the answers follow from and that is known before the plan, which decides the precision.
+
+    How many rows run at one time is none of it.
+    """
     sampling = settings.sampling.model_dump_json()
-    weights = [file_sha256(adapter.folder / WEIGHTS_FILE) for adapter in found.adapters]
+    adapters = [file_sha256(a.folder / name) for a in found.adapters for name in (CONFIG_FILE, WEIGHTS_FILE)]
     source = found.source
-    facts = [source.name, source.fingerprint, _stamps(source), settings.precision, settings.max_new_tokens]
-    digest = hashlib.sha256(repr([*facts, sampling, weights]).encode())
+    facts = [source.name, source.fingerprint, _stamps(source), settings.max_new_tokens]
+    digest = hashlib.sha256(repr([*facts, sampling, adapters]).encode())
     for row in rows:
         digest.update(repr((row.shown, row.ids)).encode("utf-8", "replace"))
     return digest.hexdigest()
@@ -147,6 +153,7 @@ def generate(
 
     Raises:
         DataError: a prompt that is too long for the model.
+        ConfigError: earlier answers were computed in another precision than now fits.
         DoesNotFitError: even one row at a time needs more than the budget.
         StoppedError: a signal came.
     """
@@ -163,6 +170,7 @@ def generate(
             batch=settings.batch and min(settings.batch, len(todo)),
             rows=len(todo),
         )
+    answered.computed_in(plan.base_precision)
     for note in (plan.summary, *found.notes):
         console.print(note, style="dim", markup=False, soft_wrap=True)
     try:
@@ -245,6 +253,9 @@ class InOrder:
 
     def __contains__(self, number: object) -> bool:
         return number in self._waiting
+
+    def computed_in(self, precision: str) -> None:
+        """Nothing is left of an earlier process."""
 
     def add(self, number: int, line: str) -> None:
         self._waiting[number] = line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from lowvram.answer_file import AnswerFile, partial_of
+from lowvram.answering import find
 from lowvram.data.conversations import Message
 from lowvram.data.prompting import prompt_ids
 from lowvram.engine.generate import Answers
 from lowvram.engine.sampling import Sampling
 from lowvram.errors import ConfigError, DataError, DoesNotFitError
-from lowvram.generate_command import asked
+from lowvram.generate_command import Settings, asked, hash_of
 from tests import chat_home as home
 from tests import tiny_runs
 from tests.chat_home import Reference
@@ -305,6 +307,26 @@ def test_a_full_disk_is_said_and_costs_no_answer(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     with AnswerFile.open(tmp_path / "a.jsonl", "the same") as file:
         assert (0 in file, 1 in file) == (True, False)
+
+
+def test_answers_of_two_models_do_not_mix(tmp_path: Path, chat_home: Path) -> None:
+    """Neither of two precisions, which follow from free memory, nor of one adapter at two scales."""
+    with AnswerFile.open(tmp_path / "a.jsonl", "the same") as file:
+        file.computed_in("nf4")
+        file.add(0, '{"answer": "a"}\n')
+    for _ in range(2):
+        with AnswerFile.open(tmp_path / "a.jsonl", "the same") as file:
+            file.computed_in("nf4")
+            assert 0 in file
+            with pytest.raises(ConfigError, match="keeps 1 answers of a base in nf4; now bf16 is planned"):
+                file.computed_in("bf16")
+    run = Path(shutil.copytree(chat_home / "sql", tmp_path / "sql"))
+    settings = Settings(Sampling(), N)
+    before = hash_of(find(str(run)), [], settings)
+    assert hash_of(find(str(run)), [], settings) == before
+    config = next(run.rglob("adapter_config.json"))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 99}))
+    assert hash_of(find(str(run)), [], settings) != before
 
 
 def _finish(path: Path, meanwhile: str = "") -> None:
