@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -14,13 +14,15 @@ from lowvram.export.partial_folder import one_writer
 from lowvram.frozen import require_new_file
 
 _START = b'{"row": '
+_GO_ON = "type the same command again: it goes on from there."
 
 
 class AnswerFile:
     """`path` appears when all rows are answered; until then PATH.partial has those that are.
 
     Rows are answered by their length, so that they come in no order: the first line there says what was
-    asked, each other one begins with its row's number. Memory takes a row's place in the file only.
+    asked, the second in which precision the base is, each other one begins with its row's number. Memory
+    takes a row's place in the file only.
     """
 
     def __init__(self, path: Path, partial: IO[bytes], places: dict[int, int]) -> None:
@@ -49,7 +51,10 @@ class AnswerFile:
             try:
                 yield file
             finally:
-                handle.close()
+                with suppress(
+                    OSError
+                ):  # a full disk again; what `add` took is there, and the rest is an error's
+                    handle.close()
                 if file._is_whole or not file._places:
                     partial.unlink(missing_ok=True)
 
@@ -64,6 +69,29 @@ class AnswerFile:
         """Where the answers are that would be lost otherwise."""
         return f", in '{partial_of(self._path)}'" if self._places else ""
 
+    def computed_in(self, precision: str) -> None:
+        """Answers of one precision only; which one it is follows from the memory that is free.
+
+        Raises:
+            ConfigError: those that are there were computed in another.
+        """
+        partial = partial_of(self._path)
+        line = json.dumps({"base_precision": precision}).encode() + b"\n"
+        with refusals_of_the_system(f"'{partial}' cannot be written", "Give another --output."):
+            self._partial.seek(0)
+            self._partial.readline()  # what was asked
+            if not self._places:
+                self._partial.truncate()
+                self._partial.write(line)
+                return
+            found = self._partial.readline()
+        if found != line:
+            kept = json.loads(found).get("base_precision")
+            raise ConfigError(
+                f"'{partial}' keeps {len(self)} answers of a base in {kept}; now {precision} is planned.",
+                f"Add --precision {kept} to go on with them, or give another --output.",
+            )
+
     def add(self, number: int, line: str) -> None:
         """One row's JSON object.
 
@@ -72,7 +100,7 @@ class AnswerFile:
         """
         with refusals_of_the_system(
             f"'{partial_of(self._path)}' cannot be written; it keeps {len(self)} answers",
-            "Put that right, then type the same command: it goes on from there.",
+            f"Put that right, then {_GO_ON}",
         ):
             place = self._partial.seek(0, os.SEEK_END)
             self._partial.write(_START + f"{number}, ".encode() + line.encode()[1:])
@@ -85,9 +113,15 @@ class AnswerFile:
         Raises:
             ConfigError: something has come to be at its place, or it cannot be written.
         """
-        require_new_file(self._path)  # once more: answering takes a while
+        kept = f"the {len(self)} answers are in '{partial_of(self._path)}'"
+        if os.path.lexists(self._path):  # once more: answering takes a while
+            raise ConfigError(
+                f"'{self._path}' has come to be meanwhile; {kept}.", f"Move it away, then {_GO_ON}"
+            )
         temporary = self._path.with_name(f".{self._path.name}.tmp")
-        with refusals_of_the_system(f"'{self._path}' cannot be written", "Give another --output."):
+        with refusals_of_the_system(
+            f"'{self._path}' cannot be written; {kept}", f"Put that right, then {_GO_ON}"
+        ):
             try:
                 self._copy_to(temporary)
                 temporary.replace(self._path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +27,7 @@ from lowvram.export.gguf_vocabulary import adds_start_token
 from lowvram.export.merged_tensors import MergedTensors
 from lowvram.export.model_card import CARD_FILE
 from lowvram.export.ollama import ADAPTER_FILE, MODEL_FILE, Modelfile, modelfile
-from lowvram.export.partial_folder import refuse_used, whole_or_not_at_all
+from lowvram.export.partial_folder import require_new_folder, whole_or_not_at_all
 from lowvram.export.push import files_of, push, require_pushable, upload_command
 from lowvram.export.quantizer import QuantizedModel, for_kind
 from lowvram.export.vllm import vllm_command
@@ -39,6 +40,7 @@ from lowvram.units import format_bytes
 _CHECK = "Check the permissions and the path, or give another --output."
 _NO_ROOM = "Free some room, or give an --output on another disk."
 Files = dict[str, Path | bytes]  # by their names in a repository of the hub
+Work = Callable[[Console], Files]  # what is left when all is checked: it writes, and says what to type next
 
 
 def export_run(export: Export, console: Console) -> None:
@@ -51,8 +53,7 @@ def export_run(export: Export, console: Console) -> None:
         StoppedError: a signal came; nothing is left behind.
     """
     with refusals_of_the_system(f"'{export.run}' cannot be exported, nothing was written", _CHECK, _NO_ROOM):
-        require_pushable(export.push, public=export.public)
-        files = _ROADS[export.to](export, console)
+        files = _prepared(export)(console)
     if export.push is not None:
         _say(console, f"Pushing to {export.push}")
         _say(console, f"Pushed: {_pushed(export, export.push, files)}")
@@ -63,39 +64,45 @@ def _pushed(export: Export, repo: str, files: Files) -> str:
     again = [upload_command(repo, export.target, public=export.public)]
     if CARD_FILE in files:
         return push(files, repo, public=export.public, again=again[0])
-    card = export.target.with_name(f"{export.target.name}.{CARD_FILE}")
-    write_atomically(card, export.card)
+    card = _card_beside(export)
+    with refusals_of_the_system(f"'{card}' cannot be written, nothing was pushed", f"Push it: {again[0]}"):
+        write_atomically(card, export.card)
     again.append(upload_command(repo, card, CARD_FILE, public=export.public))
     url = push({**files, CARD_FILE: card}, repo, public=export.public, again=" && ".join(again))
     card.unlink()
     return url
 
 
+def _card_beside(export: Export) -> Path:
+    return export.target.with_name(f"{export.target.name}.{CARD_FILE}")
+
+
 def require_exportable(export: Export) -> None:
     """Refuse what `export_run` would before its work, and write nothing.
 
     Raises:
-        ConfigError: as `export_run`.
+        ConfigError, DoesNotFitError: as `export_run`.
     """
-    with refusals_of_the_system(f"'{export.run}' cannot be exported", _CHECK):
-        require_pushable(export.push, public=export.public)
-        if export.to in ("gguf", "lora-gguf"):
-            require_new_file(export.target)
-        elif export.to != "vllm":
-            refuse_used(export.target)
-        if not export.alone:
-            _model(export)
-        elif export.to in ("lora-gguf", "ollama"):
-            _lora(export)
-        else:
-            read_adapter(export.adapter)
-        if export.to == "ollama":
-            _modelfile(export)
+    with refusals_of_the_system(f"'{export.run}' cannot be exported", _CHECK, _NO_ROOM):
+        _prepared(export)
 
 
-def _to_gguf(export: Export, console: Console) -> Files:
+def _prepared(export: Export) -> Work:
+    """All that can be refused is refused here, before a byte is written."""
+    require_pushable(export.push, public=export.public)
+    if export.push is not None and export.to in ("gguf", "lora-gguf"):
+        require_new_file(_card_beside(export))  # it is written there and goes again
+    return _ROADS[export.to](export)
+
+
+def _to_gguf(export: Export) -> Work:
     require_new_file(export.target)
     model = _model(export)
+    model.require_room(export.target)
+    return partial(_write_gguf, export, model)
+
+
+def _write_gguf(export: Export, model: GgufModel | QuantizedModel, console: Console) -> Files:
     with _progress(export, console) as told:
         notes = model.write(export.target, told, _check(export))
     _say(console, f"Wrote {_sized(export.target)}{_checked(export)}.", notes)
@@ -104,25 +111,37 @@ def _to_gguf(export: Export, console: Console) -> Files:
     return {export.target.name: export.target}
 
 
-def _to_lora(export: Export, console: Console) -> Files:
-    require_new_file(export.target)  # before the work
-    _lora(export).write(export.target)
+def _to_lora(export: Export) -> Work:
+    require_new_file(export.target)
+    return partial(_write_lora, export, _lora(export))
+
+
+def _write_lora(export: Export, lora: GgufLora, console: Console) -> Files:
+    lora.write(export.target)
     _say(console, f"Wrote {_sized(export.target)}.")
     _say(console, f"Run it on the base's GGUF: llama-cli -m BASE.gguf --lora {typed(export.target)}")
     return {export.target.name: export.target}
 
 
-def _to_ollama(export: Export, console: Console) -> Files:
-    refuse_used(export.target)
-    lora = _lora(export) if export.alone else None
-    model = None if export.alone else _model(export)
+def _to_ollama(export: Export) -> Work:
+    require_new_folder(export.target)
     written = _modelfile(export)
+    if export.alone:
+        return partial(_write_ollama, export, _lora(export), written)
+    model = _model(export)
+    model.require_room(export.target / MODEL_FILE)
+    return partial(_write_ollama, export, model, written)
+
+
+def _write_ollama(
+    export: Export, model: GgufModel | QuantizedModel | GgufLora, written: Modelfile, console: Console
+) -> Files:
     with whole_or_not_at_all(export.target) as folder, _progress(export, console) as told:
         notes = []
-        if model is not None:
+        if isinstance(model, GgufLora):
+            model.write(folder / ADAPTER_FILE)
+        else:
             notes = model.write(folder / MODEL_FILE, told, _check(export))
-        if lora is not None:
-            lora.write(folder / ADAPTER_FILE)
         write_atomically(folder / "Modelfile", written.text)
         write_atomically(folder / CARD_FILE, export.card)
     tag = _tag(export)
@@ -134,16 +153,23 @@ def _to_ollama(export: Export, console: Console) -> Files:
     return files_of(export.target)
 
 
-def _to_vllm(export: Export, console: Console) -> Files:
-    command = vllm_command(_of_its_base(export), export.source.name, _tag(export))
+def _to_vllm(export: Export) -> Work:
+    return partial(_tell_vllm, vllm_command(_of_its_base(export), export.source.name, _tag(export)))
+
+
+def _tell_vllm(command: str, console: Console) -> Files:
     _say(console, "vLLM takes the adapter folder as it is; nothing was written. Serve it:")
     console.print(escape(command), soft_wrap=True)
     return {}
 
 
-def _to_adapter(export: Export, console: Console) -> Files:
-    refuse_used(export.target)
+def _to_adapter(export: Export) -> Work:
+    require_new_folder(export.target)
     _of_its_base(export)
+    return partial(_write_adapter, export)
+
+
+def _write_adapter(export: Export, console: Console) -> Files:
     base = export.training.plan.model if export.training else export.source.name
     with whole_or_not_at_all(export.target) as folder:
         write_adapter(export.adapter, base, folder)
@@ -152,7 +178,7 @@ def _to_adapter(export: Export, console: Console) -> Files:
     return files_of(export.target)
 
 
-_ROADS: dict[str, Callable[[Export, Console], Files]] = {
+_ROADS: dict[str, Callable[[Export], Work]] = {
     "gguf": _to_gguf,
     "lora-gguf": _to_lora,
     "ollama": _to_ollama,

@@ -16,7 +16,7 @@ from lowvram.answering import Found, Loaded, load, memory_errors, planned
 from lowvram.data.conversations import Message, string_of, turns_of
 from lowvram.data.prompting import prompt_ids
 from lowvram.data.sources import read_rows
-from lowvram.engine.adapter_names import WEIGHTS_FILE
+from lowvram.engine.adapter_names import CONFIG_FILE, WEIGHTS_FILE
 from lowvram.engine.generate import Answer
 from lowvram.engine.sampling import Sampling
 from lowvram.engine.source import ModelSource
@@ -37,6 +37,9 @@ class Answered(Protocol):
     def __len__(self) -> int: ...
 
     def __contains__(self, number: object) -> bool: ...
+
+    def computed_in(self, precision: str) -> None:
+        """Hears the base's precision first; refuses to mix answers of two."""
 
     def add(self, number: int, line: str) -> None: ...
 
@@ -95,16 +98,30 @@ def _asked(where: str, row: dict[str, Any], system: str, tokenizer: Any) -> Aske
     if system and turns[0].role != "system":
         turns = [Message(role="system", content=system), *turns]
     shown = {name: row[name] for name in ("id", field) if name in row}
+    _require_text(where, shown, system)
     return Asked(where, shown, prompt_ids(turns, tokenizer, where))
 
 
+def _require_text(where: str, shown: dict[str, Any], system: str) -> None:
+    """Files are read as text; what is typed, -p and --system, may have bytes that are no UTF-8."""
+    try:
+        (_json(shown) + system).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: it has {error.object[error.start]!r}, which is no text.", "Type it in UTF-8."
+        ) from error
+
+
 def hash_of(found: Found, rows: Sequence[Asked], settings: Settings) -> str:
-    """Of all that the answers follow from; how many rows run at one time is none of it."""
+    """Of all that the answers follow from and that is known before the plan, which decides the precision.
+
+    How many rows run at one time is none of it.
+    """
     sampling = settings.sampling.model_dump_json()
-    weights = [file_sha256(adapter.folder / WEIGHTS_FILE) for adapter in found.adapters]
+    adapters = [file_sha256(a.folder / name) for a in found.adapters for name in (CONFIG_FILE, WEIGHTS_FILE)]
     source = found.source
-    facts = [source.name, source.fingerprint, _stamps(source), settings.precision, settings.max_new_tokens]
-    digest = hashlib.sha256(repr([*facts, sampling, weights]).encode())
+    facts = [source.name, source.fingerprint, _stamps(source), settings.max_new_tokens]
+    digest = hashlib.sha256(repr([*facts, sampling, adapters]).encode())
     for row in rows:
         digest.update(repr((row.shown, row.ids)).encode("utf-8", "replace"))
     return digest.hexdigest()
@@ -136,6 +153,7 @@ def generate(
 
     Raises:
         DataError: a prompt that is too long for the model.
+        ConfigError: earlier answers were computed in another precision than now fits.
         DoesNotFitError: even one row at a time needs more than the budget.
         StoppedError: a signal came.
     """
@@ -152,6 +170,7 @@ def generate(
             batch=settings.batch and min(settings.batch, len(todo)),
             rows=len(todo),
         )
+    answered.computed_in(plan.base_precision)
     for note in (plan.summary, *found.notes):
         console.print(note, style="dim", markup=False, soft_wrap=True)
     try:
@@ -207,7 +226,11 @@ def _batches(rows: Sequence[Asked], todo: Sequence[int], size: int) -> Iterator[
 
 def _line(row: Asked, answer: Answer) -> str:
     told = row.shown | {"answer": answer.text, "stopped": answer.stopped, "n_tokens": answer.n_tokens}
-    return json.dumps(told, ensure_ascii=False, default=str) + "\n"  # a table's id may be a date
+    return _json(told) + "\n"
+
+
+def _json(told: dict[str, Any]) -> str:
+    return json.dumps(told, ensure_ascii=False, default=str)  # a table's id may be a date
 
 
 def _progress(console: Console) -> Progress:
@@ -230,6 +253,9 @@ class InOrder:
 
     def __contains__(self, number: object) -> bool:
         return number in self._waiting
+
+    def computed_in(self, precision: str) -> None:
+        """Nothing is left of an earlier process."""
 
     def add(self, number: int, line: str) -> None:
         self._waiting[number] = line

@@ -33,7 +33,6 @@ from lowvram.export.push import files_of, push, require_pushable, upload_command
 from lowvram.export.quantized_output import write_quantized
 from lowvram.export.quantized_values import values_as_trained
 from lowvram.export.run_adapter import adapter_of, source_of
-from lowvram.export.same_merge import is_this_merge
 from lowvram.frozen import write_atomically
 from lowvram.planner.plan import Plan
 from lowvram.shell import typed
@@ -85,7 +84,7 @@ def merge_run(
     wishes: MergeWishes = MergeWishes(),  # frozen
     command: str | None = None,
 ) -> MergeResult:
-    """Merge RUN/adapter (or an adapter folder) into its base model, unless that is there already.
+    """Merge RUN/adapter (or an adapter folder) into its base model.
 
     Args:
         base: instead of the one that the adapter names.
@@ -105,14 +104,10 @@ def merge_run(
     target = output or run / ("merged-4bit" if wishes.quantized_base else "merged")
     what = f"'{run}' cannot be merged into '{target}', nothing was written"
     with refusals_of_the_system(what, _CHECK, _NO_ROOM):
-        require_pushable(wishes.push, public=wishes.public)
         again = command or f"lowvram merge {typed(run)}"
-        result = _earlier(run, target, base, wishes, again)
-        if result is not None:
-            said = f"{target} holds this merge already; it was neither written nor verified again."
-            console.print(escape(said), soft_wrap=True)
-        else:
-            result = _merged_now(run, target, base, wishes, console, again)
+        merge = _prepared(run, target, base, wishes, console, again)
+        with _stoppable(again):
+            result = _merged(merge, console)
     if wishes.push is not None:
         again = upload_command(wishes.push, target, public=wishes.public)
         console.print(f"Pushing to {escape(wishes.push)}", soft_wrap=True)
@@ -121,51 +116,20 @@ def merge_run(
     return result
 
 
-def _earlier(
-    run: Path, target: Path, base: str | None, wishes: MergeWishes, again: str
-) -> MergeResult | None:
-    """What an earlier merge of this adapter into this base has left there, finished."""
-    if wishes.quantized_base or not (target / "config.json").is_file():
-        return None
-    _, _, tensors = _opened(run, base, wishes, again)
-    if not is_this_merge(tensors, target):
-        return None
-    n_bytes = sum(map(tensors.n_bytes, tensors.names))
-    return MergeResult(
-        folder=target, n_tensors=len(tensors.names), n_merged=len(tensors.changed), n_bytes=n_bytes
-    )
-
-
-def _merged_now(
-    run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console, again: str
-) -> MergeResult:
-    merge = _prepared(run, target, base, wishes, console, again)
-    with _stoppable(again):
-        return _merged(merge, console)
-
-
 def _prepared(
     run: Path, target: Path, base: str | None, wishes: MergeWishes, console: Console, again: str
 ) -> _Merge:
-    """Everything is read and refused here."""
+    """Everything is read and refused here; what asks the hub comes after what is seen on this machine."""
     refuse_used(target)
-    adapter, training, tensors = _opened(run, base, wishes, again)
-    plan = training.plan if training else None
-    check = MergeCheck(tensors, adapter, plan, wishes.onto, wishes.data) if wishes.verify else None
-    console.print(_needs(tensors, check), soft_wrap=True)
-    return _Merge(run, adapter, training, tensors, target, wishes, check, licence_of(tensors.folder))
-
-
-def _opened(
-    run: Path, base: str | None, wishes: MergeWishes, again: str
-) -> tuple[Path, Training | None, MergedTensors]:
-    """The adapter's folder, its training, and the tensors as they are to be written."""
+    require_pushable(wishes.push, public=wishes.public)
     adapter, training = adapter_of(run), Training.of_run(run)
     plan = training.plan if training else None
     source = source_of(adapter, base, again)
     tensors = MergedTensors.open(ModelSource(source.name, plan.trust_remote_code if plan else False), adapter)
     _choose_values(tensors, plan, wishes)
-    return adapter, training, tensors
+    check = MergeCheck(tensors, adapter, plan, wishes.onto, wishes.data) if wishes.verify else None
+    console.print(_needs(tensors, check), soft_wrap=True)
+    return _Merge(run, adapter, training, tensors, target, wishes, check, licence_of(tensors.folder))
 
 
 def _choose_values(tensors: MergedTensors, plan: Plan | None, wishes: MergeWishes) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,8 +289,8 @@ def _script(*given: object) -> tuple[int, str, str]:
     return done.returncode, " ".join(done.stdout.split()), " ".join(done.stderr.split())
 
 
-def test_the_script_merges_and_exports(home: Path) -> None:
-    """With a base that moved, and again after its second half failed."""
+def test_the_script_merges_and_exports(home: Path, command: Cli) -> None:
+    """With a base that moved; a second time only what is missing is made, by the command that is said."""
     moved = (home / "base").rename(home / "moved")
     given = (home / "adapter", "--no-verify", "--base", moved, "--to", "gguf", "--type", "q8_0")
     code, _, err = _script(*given)
@@ -298,9 +300,11 @@ def test_the_script_merges_and_exports(home: Path) -> None:
     code, _, err = _script(*given)
     assert (code, f"{file}' exists already" in err) == (2, True), err
     file.unlink()
-    code, out, err = _script(*given)
-    assert (code, "merged holds this merge already; it was neither written" in out) == (0, True), err
-    assert file.is_file()
+    code, _, err = _script(*given)
+    assert (code, "merged' exists already" in err) == (2, True), err
+    _, _, alone = err.partition("The export needs no merged folder; alone it is: lowvram ")
+    code, _, err = command(*shlex.split(alone))
+    assert (code, file.is_file()) == (0, True), err
 
 
 @pytest.mark.parametrize(
@@ -330,3 +334,28 @@ def test_a_dry_run_writes_nothing(home: Path, command: Cli) -> None:
     code, _, err = command("export", home / "adapter", "--to", "adapter", "-o", home / "base", "--dry-run")
     assert (code, "exists already" in err) == (2, True)
     assert sorted(home.rglob("*")) == before
+
+
+def test_a_dry_run_refuses_what_the_export_does(
+    home: Path, command: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in the same words: DoRA and another base where no weight is read, no room, no place to write."""
+    adapted(home / "base", home / "dora", use_dora=True)
+    wide = saved_model(home / "wide", "llama", hidden_size=128)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    for run, *more in (
+        ("dora", "--to", "vllm"),
+        ("adapter", "--to", "vllm", "--base", wide),
+        ("adapter", "--to", "adapter", "--base", wide),
+        ("adapter", "--to", "gguf"),
+        ("adapter", "--to", "ollama"),
+        ("adapter", "--to", "adapter", "-o", home / "base" / "config.json" / "sub"),
+    ):
+        before = sorted(home.rglob("*"))
+        refused = command("export", home / run, *more)
+        assert refused[0] in (2, 3)
+        code, out, err = command("export", home / run, *more, "--dry-run")
+        assert (code, out) == refused[:2]
+        told = refused[2].replace(", nothing was written", "").partition("Error:")[2]
+        assert err.partition("Error:")[2] == told != ""
+        assert sorted(home.rglob("*")) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from lowvram.answer_file import AnswerFile, partial_of
+from lowvram.answering import find
 from lowvram.data.conversations import Message
 from lowvram.data.prompting import prompt_ids
 from lowvram.engine.generate import Answers
 from lowvram.engine.sampling import Sampling
-from lowvram.errors import ConfigError
+from lowvram.errors import ConfigError, DataError, DoesNotFitError
+from lowvram.generate_command import Settings, asked, hash_of
 from tests import chat_home as home
 from tests import tiny_runs
 from tests.chat_home import Reference
@@ -282,6 +285,78 @@ def test_answers_leave_memory_as_they_come(tmp_path: Path) -> None:
         file.finish()
     assert _read(path) == [{"id": number, "answer": "a, b"} for number in range(3)]
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def _add(path: Path, *answers: str) -> None:
+    with AnswerFile.open(path, "the same") as file:
+        for answer in answers:
+            file.add(len(file), json.dumps({"answer": answer}) + "\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a limit as on POSIX")
+def test_a_full_disk_is_said_and_costs_no_answer(tmp_path: Path) -> None:
+    """Closing the file writes once more, and fails once more; that error says nothing new."""
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(DoesNotFitError, match="it keeps 1 answers"):
+            _add(tmp_path / "a.jsonl", "a", "b" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with AnswerFile.open(tmp_path / "a.jsonl", "the same") as file:
+        assert (0 in file, 1 in file) == (True, False)
+
+
+def test_answers_of_two_models_do_not_mix(tmp_path: Path, chat_home: Path) -> None:
+    """Neither of two precisions, which follow from free memory, nor of one adapter at two scales."""
+    with AnswerFile.open(tmp_path / "a.jsonl", "the same") as file:
+        file.computed_in("nf4")
+        file.add(0, '{"answer": "a"}\n')
+    for _ in range(2):
+        with AnswerFile.open(tmp_path / "a.jsonl", "the same") as file:
+            file.computed_in("nf4")
+            assert 0 in file
+            with pytest.raises(ConfigError, match="keeps 1 answers of a base in nf4; now bf16 is planned"):
+                file.computed_in("bf16")
+    run = Path(shutil.copytree(chat_home / "sql", tmp_path / "sql"))
+    settings = Settings(Sampling(), N)
+    before = hash_of(find(str(run)), [], settings)
+    assert hash_of(find(str(run)), [], settings) == before
+    config = next(run.rglob("adapter_config.json"))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 99}))
+    assert hash_of(find(str(run)), [], settings) != before
+
+
+def _finish(path: Path, meanwhile: str = "") -> None:
+    with AnswerFile.open(path, "the same") as file:
+        if meanwhile:
+            path.write_text(meanwhile)
+        file.finish()
+
+
+def test_what_has_come_to_be_at_the_output_costs_no_answer(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    _add(path, "a")
+    with pytest.raises(ConfigError, match="has come to be meanwhile; the 1 answers are in") as refused:
+        _finish(path, "another program's")
+    assert "Move it away, then type the same command again" in refused.value.remedy
+    assert path.read_text() == "another program's"
+    path.unlink()
+    _finish(path)
+    assert _read(path) == [{"answer": "a"}]
+
+
+def test_bytes_that_are_no_text_are_refused_before_a_model_answers(tmp_path: Path) -> None:
+    """As Python has them of a command line: half a pair each. A file's are refused where it is read."""
+    for prompts, system in ((["a\udcff"], ""), (["a"], "\udcff")):
+        with pytest.raises(DataError, match=r"prompt .: it has '\\udcff', which is no text"):
+            asked(prompts, None, system, None)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "id": "\ud83d"}) + "\n")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: half of a"):
+        asked((), str(file), "", None)
 
 
 @pytest.mark.parametrize(

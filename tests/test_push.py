@@ -195,6 +195,15 @@ def test_the_card_of_a_file_can_be_pushed_by_hand(hub: Hub, adapter: Path, tmp_p
     ]
 
 
+def test_a_file_in_the_card_s_place_stays(hub: Hub, adapter: Path, tmp_path: Path) -> None:
+    card = adapter / "adapter.gguf.README.md"
+    card.write_text("mine")
+    given = ("export", adapter, "--to", "lora-gguf", "--push", "me/mine")
+    done = call(hub, tmp_path / "home", CLI, *given)
+    assert (done.returncode, "adapter.gguf.README.md' exists already" in done.stderr) == (2, True)
+    assert (card.read_text(), (adapter / "adapter.gguf").exists(), hub.repositories) == ("mine", False, {})
+
+
 def test_export_pushes_file_and_card(hub: Hub, adapter: Path, tmp_path: Path) -> None:
     given = ("export", adapter, "--to", "lora-gguf", "--push", "me/mine", "--public")
     done = call(hub, tmp_path / "home", CLI, *given)

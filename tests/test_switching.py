@@ -136,6 +136,45 @@ def test_an_embedding_that_was_trained_comes_and_goes(home: Path, tmp_path: Path
         torch.testing.assert_close(_logits(base), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
+def test_a_tied_weight_has_two_names(tmp_path: Path) -> None:
+    """LoRA on the head or on the embedding, or both saved as they are; trained under one name or both."""
+    base = tmp_path / "base"
+    torch.manual_seed(1)
+    Qwen2ForCausalLM(Qwen2Config(**SHAPE, tie_word_embeddings=True)).save_pretrained(base)
+    targets = {"head": ["lm_head"], "both": ["q_proj"], "ends": ["embed_tokens"], "as it was": ["lm_head"]}
+    for seed, (name, modules) in enumerate(targets.items()):
+        save_adapter(
+            base,
+            tmp_path / name,
+            seed,
+            save_embedding_layers=name == "both" or "auto",
+            target_modules=modules,
+        )
+    for name, places in {
+        "head": ["lm_head"],
+        "both": ["embed_tokens", "lm_head"],
+        "ends": ["embed_tokens"],
+    }.items():
+        file = tmp_path / name / "adapter_model.safetensors"
+        tensors = load_file(file)
+        found = [n for place in places for n in tensors if place in n and "lora" not in n]
+        assert found, tensors.keys()
+        for scale, tensor in enumerate(found, 1):
+            tensors[tensor] = tensors[tensor] * (1 + scale)
+        save_file(tensors, file)
+    require_adapters_fit(
+        ModelSource(str(base)).config,
+        InferenceStep(base_precision="nf4", compute_dtype="fp32", context=64),
+        [AdapterFolder(name, tmp_path / name) for name in targets],
+    )
+    model, switch = _switched(tmp_path, list(targets))
+    for name in ("ends", "head", BASE, "both", "as it was", "head", "ends", BASE):
+        switch.to(name)
+        wanted = _logits(alone(base, None if name == BASE else tmp_path / name))
+        atol = 1e-4 * float(wanted.abs().max())
+        torch.testing.assert_close(_logits(model), wanted, rtol=0, atol=atol, msg=name)
+
+
 def test_what_peft_cannot_put_on_one_base_is_no_other_model(home: Path, tmp_path: Path) -> None:
     folder = save_adapter(home / "base", tmp_path / "ends", 9, target_modules=["lm_head"])
     with pytest.raises(ConfigError, match="cannot be on one base with those before it"):

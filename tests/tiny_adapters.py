@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def save_adapter(base: Path, folder: Path, seed: int, **changes: Any) -> Path:
+def save_adapter(
+    base: Path, folder: Path, seed: int, *, save_embedding_layers: bool | str = "auto", **changes: Any
+) -> Path:
     """A LoRA adapter of random weights that change the model's answers; with biases, those too."""
     config: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "task_type": "CAUSAL_LM"}
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**config | changes))
@@ -22,7 +24,7 @@ def save_adapter(base: Path, folder: Path, seed: int, **changes: Any) -> Path:
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator) * 0.3
             parameter.data = parameter.data + noise if "magnitude" in name else noise
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     return folder
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."  # of every name in an adapter's file
 _ROWS_AT_ONCE = 4096
 BASE = "base"  # the name under which no adapter is on
+_Own = dict[torch.nn.Parameter, torch.Tensor]  # the base's own -> what it is while an adapter is on
 _OWN_BASE = "Give the model that the adapter was trained on: --base PATH"
 
 
@@ -58,7 +59,7 @@ def require_fitting(peft_model: PeftModel, adapters: Sequence[AdapterFolder]) ->
     Raises:
         ConfigError: names the adapter and the first tensor that is wrong.
     """
-    parameters = dict(peft_model.named_parameters())
+    parameters = _parameters(peft_model)
     for index, adapter in enumerate(adapters):
         takes = _taken_by_layers(peft_model, index)
         _require_ranks(adapter, takes)
@@ -72,6 +73,11 @@ def require_fitting(peft_model: PeftModel, adapters: Sequence[AdapterFolder]) ->
                 raise _other_base(
                     adapter, f"'{name}' is {list(shape)} in it and {list(takes[name])} on this base"
                 )
+
+
+def _parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """All names: a tied head's weight has the embedding's beside its own, and a file may use either."""
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def _taken_by_layers(peft_model: PeftModel, index: int) -> dict[str, tuple[int, ...]]:
@@ -149,7 +155,7 @@ class Switch:
         """
         self._model = model
         self._inner = {adapter.name: _inner(index) for index, adapter in enumerate(adapters)}
-        self._own: dict[str, dict[str, torch.Tensor]] = {}  # of each adapter that has some of the base's
+        self._own: dict[str, _Own] = {}  # of each adapter that has some of the base's
         if adapters:
             start_magnitudes(model)  # DoRA's, which need the base's norms; what was trained comes next
         for index, adapter in enumerate(adapters):
@@ -184,22 +190,21 @@ class Switch:
         self._model.set_adapter(self._inner[name], inference_mode=True)
 
     def _load(self, adapter: AdapterFolder, index: int) -> None:
-        tensors, parameters = adapter.tensors(), dict(self._model.named_parameters())
-        takes = _taken_by_layers(self._model, index)
-        own = {place: tensors.pop(name) for name, place in _of_base(adapter, takes, parameters).items()}
-        self._own[adapter.name] = {n: t for n, t in own.items() if not _same_values(parameters[n], t)}
+        tensors, parameters = adapter.tensors(), _parameters(self._model)
+        places = _of_base(adapter, _taken_by_layers(self._model, index), parameters)
+        order = {place: at for at, place in enumerate(parameters)}
+        own = {}  # where a file has a tied weight twice, the later in the model counts, as in peft
+        for name in sorted(places, key=lambda name: order[places[name]]):
+            own[parameters[places[name]]] = tensors.pop(name)
+        self._own[adapter.name] = {p: t for p, t in own.items() if not _same_values(p, t)}
         set_peft_model_state_dict(self._model, tensors, adapter_name=self._inner[adapter.name])
 
-    def _kept(self) -> dict[str, torch.Tensor]:
+    def _kept(self) -> _Own:
         """Of the base, in host memory, what an adapter replaces."""
-        parameters = dict(self._model.named_parameters())
-        replaced = {name for own in self._own.values() for name in own}
-        return {name: parameters[name].detach().to("cpu", copy=True) for name in replaced}
+        replaced = {parameter for own in self._own.values() for parameter in own}
+        return {parameter: parameter.detach().to("cpu", copy=True) for parameter in replaced}
 
     @torch.no_grad()
-    def _set_own(self, wanted: dict[str, torch.Tensor]) -> None:
-        if not self._base_own:
-            return
-        parameters = dict(self._model.named_parameters())
-        for name, own in self._base_own.items():
-            parameters[name].copy_(wanted.get(name, own))
+    def _set_own(self, wanted: _Own) -> None:
+        for parameter, own in self._base_own.items():
+            parameter.copy_(wanted.get(parameter, own))

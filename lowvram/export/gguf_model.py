@@ -96,6 +96,12 @@ class GgufModel:
         """Of the whole file; the vocabulary is guessed at its largest."""
         return _HEADER_BYTES + self.tensor_bytes(kind)
 
+    def require_room(self, output: Path) -> None:
+        """Raises:
+        DoesNotFitError: too little disk.
+        """
+        require_disk(output, self.n_bytes(), "The GGUF")
+
     def write(self, output: Path, progress: Progress | None = None, check: Check = unchecked) -> list[str]:
         """Write the file whole or not at all; what llama.cpp will do otherwise than transformers.
 
@@ -105,7 +111,7 @@ class GgufModel:
             ConfigError: `output` is there already, or a value does not fit the type.
             DoesNotFitError: too little disk.
         """
-        require_disk(output, self.n_bytes(), "The GGUF")
+        self.require_room(output)
         with whole_file(output) as partial:
             writer = GGUFWriter(partial, self.architecture.name)
             try:

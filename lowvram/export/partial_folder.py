@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +24,26 @@ def refuse_used(output: Path) -> None:
         raise ConfigError(f"'{output}' exists already.", "Give another --output; nothing was overwritten.")
 
 
+def require_new_folder(output: Path) -> None:
+    """Refuse, before the work, what `refuse_used` does and a place that takes no folder.
+
+    Raises:
+        ConfigError: `output` is in use.
+        OSError: nothing can be made there.
+    """
+    refuse_used(output)
+    folder = _existing(output.absolute().parent)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:  # which names the temporary file
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
 def require_disk(output: Path, n_bytes: int, what: str = "The merged model") -> None:
     """Raises:
     DoesNotFitError: the disk has too little room for `n_bytes` and 5 % more.
     """
-    existing = next(p for p in (output, *output.absolute().parents) if p.exists())
+    existing = _existing(output)
     stale = sum(f.stat().st_size for f in _partial(output).glob("*") if f.is_file())  # which goes first
     free, needed = shutil.disk_usage(existing).free + stale, int(1.05 * n_bytes)
     if free < needed:
@@ -35,6 +51,11 @@ def require_disk(output: Path, n_bytes: int, what: str = "The merged model") -> 
             f"{what} needs {format_bytes(needed)} of disk at '{existing}'; {format_bytes(free)} is free.",
             "Free some, or give an --output on another disk.",
         )
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 @contextmanager

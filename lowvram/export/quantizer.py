@@ -32,6 +32,13 @@ class QuantizedModel:
     kind: FileType
     program: Path
 
+    def require_room(self, output: Path) -> None:
+        """Raises:
+        DoesNotFitError: too little disk for both files.
+        """
+        n_bytes = self.model.n_bytes() + self.model.n_bytes(self.kind)
+        require_disk(output, n_bytes, "The GGUF, with its 16-bit source,")
+
     def write(self, output: Path, progress: Progress | None = None, check: Check = unchecked) -> list[str]:
         """Write the file whole or not at all; what llama.cpp will do otherwise than transformers.
 
@@ -41,9 +48,7 @@ class QuantizedModel:
         """
         told = progress or (lambda _done, _total: None)
         whole = output.with_name(f".{output.name}.unquantized")
-        require_disk(
-            output, self.model.n_bytes() + self.model.n_bytes(self.kind), "The GGUF, with its 16-bit source,"
-        )
+        self.require_room(output)
         size = self.model.tensor_bytes(self.kind)
         with whole_file(output) as partial:
             whole.unlink(missing_ok=True)  # of a process that was killed

@@ -168,11 +168,11 @@ def _require_copies(tensors: MergedTensors, folder: Path) -> None:
     written = tensors_of_folder(folder)
     for name in tensors.copied:
         pieces = zip(tensors.pieces(name), written[name].spans(), strict=True)
-        if not all(same_bits(piece, written[name].rows(*span)) for piece, span in pieces):
+        if not all(_same_bits(piece, written[name].rows(*span)) for piece, span in pieces):
             _refuse(f"'{name}' is no copy of the base's")
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Also of numbers that are none."""
     return one.shape == other.shape and torch.equal(
         one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
