@@ -151,7 +151,9 @@ def _become(order: dict[str, Any]) -> None:
         handle = os.open(Path(order["to"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
     sys.argv = ["lowvram", *order["args"]]
     if order["fault"]:
         getattr(injected, order["fault"])(**order["options"])

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
 from lowvram.training.signals import Interrupted, stop_on_signal
+
+
+@pytest.fixture
+def hang_up_is_heard() -> Iterator[None]:
+    """Also where the tests were started with nohup."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -33,6 +42,7 @@ def test_outside_a_step_it_ends_at_once_and_the_old_handlers_come_back() -> None
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.usefixtures("hang_up_is_heard")
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no hang-up")
 def test_a_terminal_that_closes_hangs_up_twice_and_the_step_is_still_finished() -> None:
     """Once by the system and once by the shell; a Ctrl-C before it counts as the first signal."""
