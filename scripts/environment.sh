@@ -3,7 +3,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${LOWVRAM_VENV:-$root/.venv}"
-extra="${1:-}"
+extra="${extra:-}" # of pyproject.toml, set by the script; not "$1", which would be what the user gave it
 
 python="${PYTHON:-}"
 if [ -z "$python" ]; then
