@@ -31,8 +31,7 @@ def alloc_conf() -> str:
 
 
 def set_alloc_conf() -> None:
-    """For this process; the variables, but not what malloc is told, also for its children. What the user set
-    stays."""
+    """For this process and, but for what malloc is told, its children; what the user set stays."""
     os.environ.setdefault(VARIABLE, alloc_conf())
     os.environ.setdefault(PRIMITIVES_VARIABLE, _PRIMITIVES)
     os.environ.setdefault(PAGES_VARIABLE, "1")

@@ -51,9 +51,7 @@ class AnswerFile:
             try:
                 yield file
             finally:
-                with suppress(
-                    OSError
-                ):  # a full disk again; what `add` took is there, and the rest is an error's
+                with suppress(OSError):  # a full disk again; what `add` took is there
                     handle.close()
                 if file._is_whole or not file._places:
                     partial.unlink(missing_ok=True)

@@ -11,10 +11,10 @@ from gpu_check_model import config_of, random_model
 from gpu_check_rows import Row
 from gpu_check_step import attempt, measured_rows
 
-from lowvram.engine.decoding import PREFILL_TOKENS, Thread, decoded, prepare_for_decoding
+from lowvram.engine.decoding import Thread, decoded, prepare_for_decoding
 from lowvram.engine.inference_config import InferenceStep
 from lowvram.engine.sampling import Sampler, Sampling
-from lowvram.memory.inference import inference_estimate
+from lowvram.memory.inference import first_part, inference_estimate
 from lowvram.training.monitor import MemoryMonitor
 
 CHAT = InferenceStep(base_precision="nf4", compute_dtype="bf16", context=16_384, expandable_segments=True)
@@ -62,8 +62,9 @@ def _seconds(model: str, step: InferenceStep, device: str) -> float:
     if step.batch > 1:
         return _timed(decoded(loaded, prompts, _N_NEW, sampler))
     thread, prompt = Thread(loaded, step.context), prompts[0]
-    first = 1 if longest <= PREFILL_TOKENS else (longest - 1) % PREFILL_TOKENS + 1
-    list(thread.decoded("", prompt[:first], 1, sampler))  # the rest then looks back on it, as traced
+    list(
+        thread.decoded("", prompt[: first_part(longest)], 1, sampler)
+    )  # the rest then looks back on it, as traced
     return _timed(thread.decoded("", prompt, _N_NEW, sampler))
 
 

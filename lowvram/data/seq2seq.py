@@ -82,7 +82,7 @@ def _source(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> s
         return "\n\n".join(message.content for message in before)
     template = template_of(conversation, tokenizer)
     if template.tools or any(message.get("tool_calls") for message in template.messages):
-        require_shown(template, template.whole())  # any other row is asked for its source alone
+        require_shown(template)  # any other row is asked for its source alone
     return template.text(template.messages[:-1], prompt=True)
 
 

@@ -13,20 +13,20 @@ _REMEDY = (
 )
 
 
-def require_shown(template: Template, full: str) -> None:
-    """One rendering for the tools and one for each call, without it; `full` is that with all of them.
+def require_shown(template: Template) -> None:
+    """One rendering for the tools and one for each call, without it, beside that with all of them.
 
     Raises:
-        DataError: one that is the same as `full`.
+        DataError: one that is the same as the whole.
     """
     for turns in _without_a_call(template.messages):
-        if _same(template, turns, full, with_tools=True):
+        if _same(template, turns, with_tools=True):
             raise DataError(
                 f"{template.where}: this model's chat template has no place for a tool call of the row: it "
                 "shows the same without it, so the model would not learn to call.",
                 _REMEDY,
             )
-    if template.tools and _same(template, template.messages, full, with_tools=False):
+    if template.tools and _same(template, template.messages, with_tools=False):
         raise DataError(
             f"{template.where}: this model's chat template has no place for the tools of the row "
             f"({len(template.tools)}): it shows the same without them, so the model would not see them.",
@@ -55,8 +55,8 @@ def _without_a_call(messages: list[Turn]) -> Iterator[list[Turn]]:
             yield [*messages[:at], fewer | ({"tool_calls": kept} if kept else {}), *messages[at + 1 :]]
 
 
-def _same(template: Template, turns: list[Turn], full: str, *, with_tools: bool) -> bool:
+def _same(template: Template, turns: list[Turn], *, with_tools: bool) -> bool:
     try:
-        return template.text(turns, with_tools=with_tools) == full
+        return template.text(turns, with_tools=with_tools) == template.whole()
     except DataError:  # a template that misses it has looked at it
         return False

@@ -57,7 +57,7 @@ def render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, contr
     shown, escaped = controls.escape(conversation)
     template = template_of(shown, tokenizer)
     full = template.whole()
-    require_shown(template, full)
+    require_shown(template)
     turns = [i for i, message in enumerate(shown.messages) if message.role == "assistant" and message.trained]
     spans = _spans(template, turns, full, controls)
     if spans[-1:] == [None] or turns[-1:] != [len(shown.messages) - 1]:

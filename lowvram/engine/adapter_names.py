@@ -1,4 +1,4 @@
-"""An adapter's two files by peft's names, which starts leave the base as it is, a rank that is wrong."""
+"""An adapter's files by peft's names, which starts leave the base as it is, a rank that is wrong."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ def wrong_rank(folder: Path, module: str, rank: int, found: tuple[int, int]) -> 
         f"{found[1]}.",
         RESTORE,
     )
+
+
+def own_tokenizer(adapter: Path | None) -> Path | None:
+    """The adapter's folder where a tokenizer was saved in it, with the chat template of the training."""
+    return adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else None
 
 
 def require_adapter_files(folder: Path) -> None:

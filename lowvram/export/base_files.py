@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lowvram.engine.adapter_names import own_tokenizer
 from lowvram.engine.source import SINGLE_FILE, ModelSource, local_shards, weight_map
 from lowvram.errors import ConfigError
 from lowvram.file_hash import file_sha256
@@ -76,8 +77,7 @@ def write_rest(base: Path, adapter: Path | None, output: Path, changes: dict[str
 
 def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
     """Whose tokenizer a merged model gets."""
-    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    return adapter if own and adapter is not None else base
+    return own_tokenizer(adapter) or base
 
 
 def holds_tokenizer(folder: Path) -> bool:

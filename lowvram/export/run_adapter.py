@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowvram.engine.adapter_names import CONFIG_FILE, WEIGHTS_FILE
+from lowvram.engine.adapter_names import CONFIG_FILE, WEIGHTS_FILE, own_tokenizer
 from lowvram.engine.source import ModelSource
 from lowvram.errors import ConfigError
 from lowvram.export.adapter_files import read_adapter_config
@@ -55,9 +55,9 @@ def base_of(adapter: Path) -> str:
 
 
 def tokenizer_of(adapter: Path | None, source: ModelSource) -> Any:
-    """The one saved with the adapter, which has the chat template of the training; else the base's."""
-    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    return (ModelSource(str(adapter)) if own else source).tokenizer
+    """The adapter's own, else the base's."""
+    own = own_tokenizer(adapter)
+    return (ModelSource(str(own)) if own else source).tokenizer
 
 
 def source_of(adapter: Path, base: str | None, again: str) -> ModelSource:

@@ -140,16 +140,20 @@ def _answer(recorder: Recorder, base: Any, step: InferenceStep) -> None:
         sampler(logits)
 
 
-def _as_read(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:  # [B, P] -> parts of it
-    """One row as a chat reads it that goes on: all but the first part look back, through a mask.
+def first_part(length: int) -> int:
+    """Tokens that a chat of `length` reads first where it takes the most memory: the rest are whole passes.
 
-    The first part is as long as leaves whole passes, of which the last then looks back on all there is. Where
-    one pass would take the whole row, a single token comes before it.
+    Of those the last looks back on all there is. Where one pass would take all, one token comes first.
     """
+    return 1 if length <= PREFILL_TOKENS else (length - 1) % PREFILL_TOKENS + 1
+
+
+def _as_read(ids: torch.Tensor) -> tuple[torch.Tensor, ...]:  # [B, P] -> parts of it
+    """One row as a chat reads it that goes on: all but the first part look back, through a mask."""
     n_rows, length = ids.shape
     if n_rows > 1 or length < 2:
         return (ids,)
-    first = 1 if length <= PREFILL_TOKENS else (length - 1) % PREFILL_TOKENS + 1
+    first = first_part(length)
     return torch.split(ids, [first, length - first], dim=1)
 
 
