@@ -19,7 +19,7 @@ from lowvram.data.sources import read_rows
 from lowvram.engine.adapter_names import CONFIG_FILE, WEIGHTS_FILE
 from lowvram.engine.generate import Answer
 from lowvram.engine.sampling import Sampling
-from lowvram.engine.source import ModelSource
+from lowvram.engine.source import ModelSource, local_shards
 from lowvram.errors import ConfigError, DataError, StoppedError
 from lowvram.file_hash import file_sha256
 from lowvram.hardware import Hardware
@@ -131,7 +131,7 @@ def _stamps(source: ModelSource) -> list[tuple[str, int, int]]:
     """Name, size and time of a folder's weights, which are too many bytes for a hash."""
     if not source.is_local:
         return []
-    files = sorted(Path(source.name).glob("*.safetensors"))
+    files = local_shards(Path(source.name))
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
